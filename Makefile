@@ -1,0 +1,49 @@
+# Every target makes the environment that it needs, in .venv; PYTHON and VENV choose others.
+PYTHON ?= python3
+VENV ?= .venv
+PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+MODULES = clupy.py clupy_master.py clupy_server.py
+PYTEST = $(VENV)/bin/python -m pytest -q -p no:cacheprovider test_clupy.py
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+demo: $(VENV)/ready  ## run the main example on this machine's cores
+	$(VENV)/bin/python examples/primes.py
+
+test: $(VENV)/test services  ## run all tests, with real Redis and ZooKeeper
+	CLUPY_TEST_SERVICES=required $(PYTEST)
+
+test-fast: $(VENV)/test  ## run the tests; those that need Redis or ZooKeeper only where these are installed
+	$(PYTEST)
+
+lint: $(VENV)/test  ## look for mistakes that can be seen without running anything
+	$(VENV)/bin/ruff check --select E,F,W,B,I --ignore E731,B904,E501 --line-length 120 .
+
+bench: $(VENV)/test  ## measure against the process pools of the standard library
+	$(VENV)/bin/python examples/benchmark.py
+
+dist: $(VENV)/test  ## build the files for a package index
+	$(PIP) build
+	$(VENV)/bin/python -m build --outdir dist .
+
+clean:  ## remove what the other targets made
+	rm -rf $(VENV) build dist *.egg-info __pycache__ .pytest_cache .ruff_cache
+
+services:
+	@true
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/ready: setup.cfg pyproject.toml $(MODULES) | $(VENV)/bin/python
+	$(PIP) .
+	@rm -rf build clupy.egg-info
+	@touch $@
+
+$(VENV)/test: setup.cfg pyproject.toml $(MODULES) | $(VENV)/bin/python
+	$(PIP) '.[test]'
+	@rm -rf build clupy.egg-info
+	@touch $@ $(VENV)/ready
+
+.PHONY: help demo test test-fast lint bench dist clean services

@@ -1,0 +1,1030 @@
+"""CluPy's server and its workers: the processes of one node that run calls.
+
+      client's engine                        server (asyncio)                         worker 1..n
+      control  <------ close, kill ------>   +------------------------+   starts    +--------------------------+
+               <--- ended, output, ... ----- | Server                 | ----------> | Worker                   |
+                                             |  Session  per client   |   lifeline  |  main thread: user code  |
+      slot     ------ preamble, MAC ------>  |  Process  per worker   | ----------> |  reader thread: socket   |
+         ^                                   +------------------------+  the socket +--------------------------+
+         |                                      ^ stdout, stderr, stack, board           |
+         |                                      +----------------------------------------+
+         +------------------------- calls, results, sources -----------------------------+
+
+- Server   reads statements of its clients and the board of each worker; starts, watches, kills and replaces workers;
+           alone counts its slots.
+- Session  is one client's control connection, and the slots it has.
+- Process  is a worker as its server sees it.
+- Worker   is the state of the worker process itself; it never imports asyncio and never has the cluster's secret.
+
+The *board* is a page of memory shared by a worker and its server, on which the worker notes number and deadline of the
+call it begins.  So the server knows what had begun when a worker died, measures time-outs also while C code holds the
+GIL, and kills one call and no other: it stops the worker, reads the board, and kills it if the call still runs.
+"""
+
+import collections
+import faulthandler
+import fcntl
+import json
+import logging
+import mmap
+import os
+import queue
+import select
+import signal
+import socket
+import struct
+import sys
+import tempfile
+import threading
+import time
+
+import clupy
+from clupy import CONTROL, PYTHON, SLOT, ClupyError, ProtocolError, VersionMismatch
+from clupy import asyncio, dispatch, encode, proof, slot_head, slot_key, subprocess, tune   # imported at first use
+
+log = logging.getLogger("clupy.server")
+
+BOARD = struct.Struct("=qd")       # number of the call begun last; its deadline (monotonic), 0: none, IDLE: it is over
+IDLE = -1.0
+HOLD_TIME = 0.0002                 # results younger than this wait for more; more is fewer frames, and later results
+FLUSH_TICK = 20                    # milliseconds; after so long a call has left results behind that are not sent
+GRACE_TIME = 1.0                   # a worker whose slot was closed may end by itself for so long
+WATCH_TIME = 0.05                  # deadlines are looked at so often, while slots are open
+STACK_TIME = 0.1                   # a worker that is to be killed writes its Python stack for so long
+STACK_SIGNAL = signal.SIGRTMIN + 3 if hasattr(signal, "SIGRTMIN") else signal.SIGUSR2
+LAST_LINES = 10                    # of standard error that an error message shows
+LINE_SIZE = 16 << 10               # bytes after which a line is passed on without its end
+
+
+# ==== Worker: the process that runs calls ====================================
+# Started as `python -P -c BOOT fds`, so that nothing of the server's folder can be imported by accident and `__main__`
+# is clean.  It says "r" on its channel when it is warm, and waits there for one slot's socket.
+
+BOOT = """import sys
+sys.path.insert(0, {folder!r})
+from clupy_server import work
+del sys.path[0], sys
+work, _ = None, work({arguments!r})"""
+
+
+def work(arguments):
+    """Be a worker: wait for a slot, run its calls, return when it ends."""
+    given = json.loads(arguments)
+    arm_lifeline(given["lifeline"])
+    faulthandler.enable(given["stack"])
+    if hasattr(faulthandler, "register"):
+        faulthandler.register(STACK_SIGNAL, file=given["stack"], all_threads=False)
+    if given["memory_limit"]:
+        import resource
+        resource.setrlimit(resource.RLIMIT_DATA, (given["memory_limit"],) * 2)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=True)
+    import cloudpickle                             # noqa: F401  warm: nearly every client needs it
+    board = mmap.mmap(given["board"], mmap.PAGESIZE)
+    channel = socket.socket(fileno=given["channel"])
+    channel.send(b"r")
+    slot = receive_slot(channel)
+    if slot:
+        Worker(board, *slot).run()
+
+
+def arm_lifeline(lifeline):
+    """Let the kernel kill this worker and its children when the server is gone, whoever holds the GIL then.
+
+    The pipe's other end is the server's alone; its end raises SIGKILL for our process group (Linux).  Elsewhere the
+    end of the channel or of the slot's socket is what a worker notices."""
+    if not hasattr(fcntl, "F_SETSIG"):
+        return
+    fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpgrp())
+    fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
+    if select.select([lifeline], [], [], 0)[0]:    # it was gone before we were armed
+        os.killpg(os.getpgrp(), signal.SIGKILL)
+
+
+def receive_slot(channel):
+    """(socket, what the server says of the slot) from the channel; None when the server needs this worker no more."""
+    data, files = b"", []
+    while not data.endswith(b"\n"):
+        part, fds, _, _ = socket.recv_fds(channel, 1 << 16, 1, getattr(socket, "MSG_CMSG_CLOEXEC", 0))
+        if not part:
+            return None
+        data += part
+        files += fds
+    sock = socket.socket(fileno=files[0])
+    sock.set_inheritable(False)
+    sock.setblocking(True)
+    return sock, json.loads(data)
+
+
+class Worker:
+    """The state of a worker process, from its slot's opening to its end.
+
+    The main thread runs calls in the order of `todo`; the reader thread reads the socket; any thread may write."""
+
+    def __init__(self, board, sock, given):
+        self.board, self.sock, self.server = board, sock, given["server"]
+        self.pid = os.getpid()
+        self.todo = collections.deque()            # items of `calls` that have not begun
+        self.functions = {}                        # {id: (payload, name, setup)} or the function itself, once used
+        self.set_up = {}                           # {payload of an initializer: None, or the exception it raised}
+        self.current = 0                           # number of the call that runs
+        self.results = collections.deque()         # (number, succeeded, value) that were not sent
+        self.held_since = 0.0                      # when the oldest of them was made
+        self.busy = 0.0                            # seconds that they took
+        self.ended = False                         # the slot is over
+        self.nested = NestedCalls(self)
+        self.requests = {}                         # {request: queue for its answer}
+        self._wake = threading.Lock()              # held while there is nothing to do
+        self._wake.acquire()
+        self._writing = threading.Lock()
+        self._frames = clupy.Frames()
+        os.environ.update(given["environ"])
+        clupy._engine = self.nested
+        sock.sendall(proof(bytes.fromhex(given["key"]), b"opened"))
+
+    def __repr__(self):
+        return f"<Worker {self.pid} {len(self.todo)} calls to do>"
+
+    def run(self):
+        """Run calls until the slot ends."""
+        threading.Thread(target=self._read, name="clupy-reader", daemon=True).start()
+        todo = self.todo
+        while not self.ended:
+            try:
+                number, function, arguments, timeout = todo.popleft()
+            except IndexError:
+                self.send_results()
+                BOARD.pack_into(self.board, 0, self.current, IDLE)
+                flush_output()
+                self._wake.acquire()
+                continue
+            if number:
+                self._run_call(number, function, arguments, timeout)
+            else:
+                self._learn(function, arguments, timeout)
+
+    def _run_call(self, number, function, arguments, timeout):
+        begin = time.perf_counter()
+        if self.results and begin - self.held_since > HOLD_TIME:
+            self.send_results()
+        BOARD.pack_into(self.board, 0, number, time.monotonic() + timeout if timeout else 0.0)
+        self.current = number
+        succeeded, value = self._outcome(function, arguments)
+        if os.getpid() != self.pid:                # a forked child came back from the call: only its parent answers
+            os._exit(0)
+        end = time.perf_counter()
+        if not self.results:
+            self.held_since, self.busy = end, 0.0
+        self.busy += end - begin
+        self.results.append((number, succeeded, value))
+
+    def _outcome(self, function, arguments):
+        """(succeeded, value or payload); raises nothing."""
+        try:
+            func = self._function(function)
+            args, kwargs = clupy.unpack_arguments(arguments)
+            value = func(*args, **kwargs)
+            if type(value) in clupy.PLAIN:
+                return True, value
+            if clupy.inspect.iscoroutine(value):
+                value = run_coroutine(value)
+            return True, value if type(value) in clupy.PLAIN else clupy.pack(value)
+        except BaseException as error:             # the outcome of the call, whatever the user's code raised
+            return False, clupy.pack_exception(error)
+
+    def _function(self, id):
+        known = self.functions[id]
+        if type(known) is tuple:
+            payload, name, setup = known
+            if setup is not None:
+                self._set_up(setup)
+            known = self.functions[id] = clupy.unpack(payload)
+        return known
+
+    def _set_up(self, setup):
+        """Run an Executor's initializer, once in this worker."""
+        if setup not in self.set_up:
+            try:
+                clupy.unpack(setup)()
+                self.set_up[setup] = None
+            except BaseException as error:         # whatever it raised, it is why no call can run here
+                self.set_up[setup] = error
+        if self.set_up[setup] is not None:
+            raise clupy.BrokenExecutor("the initializer raised") from self.set_up[setup]
+
+    def _learn(self, id, payload, name):
+        if payload is None:
+            self.functions.pop(id, None)
+        else:
+            self.functions[id] = payload, *name
+
+    # -- writing, any thread
+
+    def send(self, *message):
+        parts = encode(message)
+        with self._writing:
+            for part in parts:
+                self.sock.sendall(part)
+
+    def send_results(self):
+        with self._writing:
+            results, busy = [], self.busy
+            while self.results:
+                results.append(self.results.popleft())
+            if results:
+                for part in encode(("results", results, busy)):
+                    self.sock.sendall(part)
+
+    def fetch(self, what, *fields):
+        """The client's answer to a question; blocks the asking thread. Raises ConnectionError when the slot ends."""
+        answer = queue.SimpleQueue()
+        request = id(answer)
+        self.requests[request] = answer
+        try:
+            if self.ended:
+                raise ConnectionError("the slot has ended")
+            self.send("fetch", request, what, *fields)
+            reply = answer.get()
+        finally:
+            del self.requests[request]
+        if reply is None:
+            raise ConnectionError("the slot has ended")
+        return reply[0]
+
+    # -- reading, the reader thread: never runs user code, so it answers whatever that does
+
+    def _read(self):
+        poller = select.poll()
+        poller.register(self.sock, select.POLLIN)
+        try:
+            while True:
+                if not poller.poll(FLUSH_TICK if self.todo else None):
+                    self.send_results()            # a call that takes long began before they were old enough
+                    continue
+                count = self.sock.recv_into(self._frames.space())
+                if not count:
+                    break
+                for message in self._frames.filled(count):
+                    dispatch(self, self, message)
+        except OSError:
+            pass                                   # the client is gone, as at the end
+        except ClupyError as error:
+            print(f"clupy worker: {error}", file=sys.stderr)
+        self._end()
+
+    def _end(self):
+        self.ended = True
+        self.todo.clear()
+        for answer in list(self.requests.values()):
+            answer.put(None)
+        self.nested.lose_all()
+        self._rouse()
+
+    def _rouse(self):
+        if self._wake.locked():
+            self._wake.release()
+
+    def on_opening(self, _, own_modules):
+        self.send("opened", self.pid)
+
+    def on_calls(self, _, items):
+        self.todo.extend(items)
+        self._rouse()
+
+    def on_recall(self, _):
+        back = []
+        while True:
+            try:
+                back.append(self.todo.pop())
+            except IndexError:
+                break
+        for number, function, payload, name in reversed(back):
+            if not number:
+                self._learn(function, payload, name)
+        self.send("returned", [item[0] for item in reversed(back) if item[0]])
+
+    def on_fetched(self, _, request, answer):
+        if request in self.requests:
+            self.requests[request].put((answer,))
+
+    def on_results(self, _, results):
+        self.nested.take_results(results)
+
+
+def run_coroutine(coroutine):
+    return clupy.asyncio.run(coroutine)
+
+
+def flush_output():
+    """What was printed without a line's end is shown before the worker waits."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (AttributeError, OSError, ValueError):
+            pass                                   # the call set it to None or closed it: its own affair
+
+
+class NestedCalls:
+    """The engine of calls inside calls: they go back over the slot to the client, which queues them newest first.
+
+    Does for a worker what clupy.Engine does for a client; any thread may call it."""
+
+    def __init__(self, worker):
+        self._worker = worker
+        self._calls = {}                           # {number: call} without an outcome
+        self._numbers = iter(range(1, 1 << 62))
+        self._functions = set()                    # ids that the client knows
+
+    def submit(self, call):
+        worker, function = self._worker, call._function
+        number = call._number = next(self._numbers)
+        new = {} if function.id in self._functions else {function.id: (function.payload, function.name)}
+        self._functions.add(function.id)
+        self._calls[number] = call
+        most = call._limit.most if call._limit else None
+        try:
+            if worker.ended:
+                raise ConnectionError("the slot has ended")
+            worker.send_results()
+            worker.send("nested", [(number, worker.current, function.id, call._arguments, call._timeout, call._retries,
+                                    most)], new)
+        except OSError as error:
+            del self._calls[number]
+            clupy.conclude([(call, False, clupy.Closed(f"the client is gone: {error}"))])
+
+    def take_results(self, results):
+        clupy.conclude([(self._calls.pop(number), succeeded, value)
+                        for number, succeeded, value in results if number in self._calls])
+
+    def lose_all(self):
+        calls, self._calls = list(self._calls.values()), {}
+        clupy.conclude([(call, False, clupy.Closed("the client is gone")) for call in calls])
+
+    def cancel(self, call):
+        if self._calls.pop(call._number, None) and not self._worker.ended:
+            self._worker.send("forget", [call._number])
+
+    def cancel_all(self):
+        for call in list(self._calls.values()):
+            call.cancel()
+
+    def cancel_limit(self, limit):
+        for call in list(self._calls.values()):
+            if call._limit is limit:
+                call.cancel()
+
+    def settle(self, limit):
+        clupy.concurrent.futures.wait([call for call in list(self._calls.values()) if call._limit is limit])
+
+    def grow(self, slots):
+        """Slots are the client's affair."""
+
+    def abandon(self):
+        """In a forked child of a call: the slot's socket is the parent's alone."""
+        os.close(self._worker.sock.fileno())
+
+    close = cancel_all
+
+
+# ==== Process: a worker as its server sees it ================================
+
+class Process:
+    """One worker process: its pipes, its board, its end.  For the server's loop alone."""
+
+    def __init__(self, server, environment=None):
+        self.server, self.environment = server, environment
+        self.ready = False                         # warm, and waits for a slot
+        self.slot = None                           # SlotRow it serves, or did
+        self.why = None                            # why the server ended it; None: it ended by itself
+        self.tail = {1: b"", 2: b""}               # output without a line's end yet
+        self.last_lines = collections.deque(maxlen=LAST_LINES)
+        self.stack = b""                           # what faulthandler wrote
+        self.dead = asyncio.get_running_loop().create_future()     # (status, resource usage) of wait4
+        self._start()
+
+    def __repr__(self):
+        return f"<Process {self.pid} {self.slot or ('ready' if self.ready else 'starting')}>"
+
+    def _start(self):
+        loop = asyncio.get_running_loop()
+        channel, theirs = socket.socketpair()
+        lifeline, self.lifeline = os.pipe()
+        out, err, stack = os.pipe(), os.pipe(), os.pipe()
+        board = make_board()
+        self.board = mmap.mmap(board, mmap.PAGESIZE)
+        inherited = [theirs.fileno(), lifeline, stack[1], board]
+        arguments = json.dumps({"channel": theirs.fileno(), "lifeline": lifeline, "stack": stack[1], "board": board,
+                                "memory_limit": self.server.settings.memory_limit})
+        boot = BOOT.format(folder=os.path.dirname(os.path.abspath(__file__)), arguments=arguments)
+        try:
+            # posix_spawn and vfork are what subprocess uses; asyncio's own watches children from the main thread
+            self.popen = subprocess.Popen(
+                [sys.executable, "-P", "-c", boot], stdin=subprocess.DEVNULL, stdout=out[1], stderr=err[1],
+                pass_fds=inherited, start_new_session=True, env=self.server.worker_environ())
+        finally:
+            theirs.close()
+            for fd in (lifeline, out[1], err[1], stack[1], board):
+                os.close(fd)
+        self.pid = self.popen.pid
+        self.channel = channel
+        channel.setblocking(False)
+        loop.add_reader(channel, self._channel_readable)
+        self.pipes = {out[0]: 1, err[0]: 2, stack[0]: 0}           # {fd: stream; 0: the stack}
+        for fd in self.pipes:
+            os.set_blocking(fd, False)
+            loop.add_reader(fd, self._pipe_readable, fd)
+        self.pidfd = os.pidfd_open(self.pid) if hasattr(os, "pidfd_open") else None
+        if self.pidfd is not None:
+            loop.add_reader(self.pidfd, self._reap)
+        else:
+            threading.Thread(target=self._await_end, args=(loop,), daemon=True).start()
+
+    def _channel_readable(self):
+        asyncio.get_running_loop().remove_reader(self.channel)
+        try:
+            self.ready = self.channel.recv(1) == b"r"
+        except ConnectionError:
+            self.ready = False                     # it died; `_reap` will tell
+        if self.ready:
+            self.server.assign()
+
+    def hand_over(self, slot, given):
+        """Give the worker the slot's socket. Raises OSError if it is dead."""
+        self.ready = False
+        socket.send_fds(self.channel, [json.dumps(given).encode() + b"\n"], [slot.sock.fileno()])
+        self.slot, slot.process = slot, self
+
+    # -- output
+
+    def _pipe_readable(self, fd):
+        try:
+            data = os.read(fd, 1 << 16)
+        except BlockingIOError:
+            return
+        stream = self.pipes[fd]
+        if not data:
+            self._close_pipe(fd)
+        elif stream == 0:
+            self.stack = (self.stack + data)[-LINE_SIZE:]
+        else:
+            self._pass_on(stream, data)
+
+    def _close_pipe(self, fd):
+        asyncio.get_running_loop().remove_reader(fd)
+        stream = self.pipes.pop(fd)
+        os.close(fd)
+        if stream and self.tail[stream]:
+            self._pass_on(stream, b"\n")
+
+    def _pass_on(self, stream, data):
+        """Send whole lines to the client that has the slot."""
+        data = self.tail[stream] + data
+        end = data.rfind(b"\n") + 1 or (len(data) if len(data) > LINE_SIZE else 0)
+        lines, self.tail[stream] = data[:end], data[end:]
+        if not lines:
+            return
+        if stream == 2:
+            self.last_lines.extend(lines[-LINE_SIZE:].decode(errors="replace").splitlines())
+        if self.slot:
+            self.slot.session.show(self.pid, "err" if stream == 2 else "out", lines)
+        else:
+            log.info("worker %s: %s", self.pid, lines.decode(errors="replace").rstrip())
+
+    # -- the end
+
+    def begun(self):
+        """(number of the call begun last, its deadline) as the board says."""
+        return BOARD.unpack_from(self.board)
+
+    def runs(self, number):
+        begun, deadline = self.begun()
+        return begun == number and deadline != IDLE
+
+    def end(self, why, grace=0.0):
+        """End the worker and its children: after `grace` seconds in which it may end by itself, by SIGKILL."""
+        self.why = self.why or why
+        if self.slot and grace:
+            self.slot.hang_up()
+        if grace:
+            asyncio.get_running_loop().call_later(grace, self.kill)
+        else:
+            self.kill()
+
+    def kill(self):
+        if not self.dead.done():
+            self._signal(signal.SIGKILL)
+
+    def _signal(self, number, group=True):
+        try:
+            (os.killpg if group else os.kill)(self.pid, number)
+        except ProcessLookupError:
+            pass                                   # it has ended by itself
+        except PermissionError:
+            os.kill(self.pid, number)              # macOS says so of a group whose leader is a zombie
+
+    async def kill_call(self, number, why):
+        """Kill the worker if it runs this call, and no other; False if it does not.
+
+        Its Python stack is taken first; it is stopped while the board is read, so that no call can begin between."""
+        if why == "timeout" and self.runs(number):
+            self._signal(STACK_SIGNAL, group=False)
+            await asyncio.sleep(STACK_TIME)
+        if not self.runs(number) or self.dead.done():
+            return False
+        self._signal(signal.SIGSTOP, group=False)
+        while os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            await asyncio.sleep(0.001)
+        if not self.runs(number):
+            self._signal(signal.SIGCONT, group=False)
+            return False
+        self.why = why
+        self.kill()
+        return True
+
+    def _await_end(self, loop):
+        """Where there is no pidfd: wait in a thread."""
+        os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+        loop.call_soon_threadsafe(self._reap)
+
+    def _reap(self):
+        pid, status, usage = os.wait4(self.pid, os.WNOHANG)
+        if pid == 0:
+            return
+        self._signal(signal.SIGKILL)               # the children it left
+        self.popen.returncode = os.waitstatus_to_exitcode(status)
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(self.channel)
+        self.channel.close()
+        if self.pidfd is not None:
+            loop.remove_reader(self.pidfd)
+            os.close(self.pidfd)
+            self.pidfd = None
+        os.close(self.lifeline)
+        self.lifeline = None
+        self.dead.set_result((self.popen.returncode, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)))
+        self.server.ended(self)
+
+    async def last_output(self):
+        """Read what the pipes still hold; an orphan that keeps them open costs GRACE_TIME."""
+        deadline = time.monotonic() + GRACE_TIME
+        while self.pipes and time.monotonic() < deadline:
+            await asyncio.sleep(0.002)
+        for fd in list(self.pipes):
+            self._close_pipe(fd)
+        self.board.close()
+
+    def descriptors(self):
+        own = [self.channel.fileno(), *self.pipes, self.pidfd, self.lifeline]
+        return [fd for fd in own if fd is not None]
+
+
+def make_board():
+    """A descriptor of a page of memory that is shared and has no name."""
+    if hasattr(os, "memfd_create"):
+        fd = os.memfd_create("clupy-board")
+    else:
+        with tempfile.TemporaryFile() as file:
+            fd = os.dup(file.fileno())
+    os.ftruncate(fd, mmap.PAGESIZE)
+    return fd
+
+
+# ==== Server =================================================================
+
+class SlotRow:
+    """One slot as its server sees it: from the client's preamble to the end of its worker."""
+
+    def __init__(self, session, number, nested, sock):
+        self.session, self.number, self.nested = session, number, nested
+        self.sock = sock                           # kept open until the client has read to the end
+        self.process = None                        # Process, once a worker is free
+        self.waiter = asyncio.get_running_loop().create_future()
+
+    def __repr__(self):
+        return f"slot {self.number} of {self.session.client[:6]}"
+
+    def hang_up(self):
+        """Let the worker read the end."""
+        try:
+            self.sock.shutdown(socket.SHUT_RD)
+        except OSError:
+            pass                                   # the client's end is gone already
+
+
+class Session:
+    """One client's control connection.  The methods on_<kind> answer its messages."""
+
+    def __init__(self, server, connection):
+        self.server, self.connection = server, connection
+        self.id = os.urandom(clupy.SESSION_SIZE)
+        self.client = "?"
+        self.environment = None
+        self.output = True                         # whether the client wants to see what its calls print
+        self.slots = {}                            # {number: SlotRow} open or waiting
+        self.numbers = set()                       # every number that was used: each opens one slot, once
+        self._unseen = 0                           # bytes of output on their way to the client
+        self._dropped = 0                          # lines since then that were not sent
+
+    def __repr__(self):
+        return f"<Session {self.client[:6]} {len(self.slots)} slots>"
+
+    def on_hello(self, connection, client, python, environment, output):
+        if tuple(python) != PYTHON:
+            connection.refuse(VersionMismatch(
+                f"the client runs Python {python[0]}.{python[1]}, the server {self.server.name} runs Python "
+                f"{PYTHON[0]}.{PYTHON[1]}; they must be the same, since bytecode travels"))
+            return
+        self.client, self.environment, self.output = client, environment, output
+        connection.send("welcome", self.id, self.server.name)
+        if self.server.draining:
+            connection.send("notice", "draining")
+
+    def on_close(self, _, number):
+        slot = self.slots.get(number)
+        if slot is None:                           # it ended by itself, or was never opened
+            self.numbers.add(number)
+            self.connection.send("ended", number, {"pid": None, "begun": 0, "why": "closed"})
+        elif slot.process:
+            slot.process.end("closed", GRACE_TIME)
+        else:
+            slot.waiter.cancel()
+
+    def on_kill(self, _, number, call):
+        slot = self.slots.get(number)
+        if slot and slot.process:
+            self.server.spawn(self._kill(slot, call))
+
+    async def _kill(self, slot, call):
+        if not await slot.process.kill_call(call, "cancelled"):
+            self.connection.send("late", slot.number, call)
+
+    def on_seen(self, _, count):
+        self._unseen -= count
+        if self._dropped and not self._unseen:
+            self.show(0, "err", b"")
+
+    def show(self, pid, stream, lines):
+        """Send lines on, unless the client has not seen what was sent before."""
+        if not self.output:
+            return
+        if self._unseen + len(lines) > clupy.UNSEEN_OUTPUT and self._unseen:
+            self._dropped += lines.count(b"\n")
+            return
+        text = lines.decode(errors="replace")
+        dropped, self._dropped = self._dropped, 0
+        self._unseen += len(text)
+        self.connection.send("output", pid, stream, text, dropped)
+
+
+class Server:
+    """Starts, watches, kills and replaces the workers of one node, and alone counts its slots.  For its loop alone."""
+
+    def __init__(self, settings, secret):
+        self.settings, self.secret = settings, secret
+        self.id = os.urandom(8).hex()
+        self.name = socket.gethostname()
+        self.slots = settings.slots                # how many calls run at once, nested ones aside
+        self.services = {}                         # what the master says of Redis and ZooKeeper
+        self.sessions = {}                         # {session id: Session}; changed by _serve_control
+        self.processes = {}                        # {pid: Process}, dying ones included
+        self.waiting = collections.deque()         # SlotRows that no worker serves yet, first come first served
+        self.draining = False
+        self.failed = asyncio.get_running_loop().create_future()     # an error after which it makes no sense to go on
+        self.link = clupy.MasterLink([(host, port or settings.port) for host, port in settings.master or [("localhost", None)]],
+                                     secret, settings)
+        self._tasks = set()
+        self._stating = None
+        self._closing = False
+        self._failures = 0                         # workers in a row that died before they were ready
+        self._listener = clupy.Listener(settings.listen or ("", 0), self._greet)
+        self.address = self._listener.address
+
+    def __repr__(self):
+        return f"<Server {self.address[1]} {self.open_slots()} of {self.slots} slots, {len(self.processes)} workers>"
+
+    async def start(self):
+        self.replenish()
+        self.spawn(self._stay_with_master())
+        self.spawn(self._watch())
+
+    def spawn(self, coroutine):
+        """Run a coroutine as a task of this server, ended with it."""
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+
+    def _done(self, task):
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception():
+            log.error("a task of the server failed", exc_info=task.exception())
+
+    def descriptors(self):
+        own = self._listener.descriptors()
+        for process in list(self.processes.values()):
+            own += process.descriptors()
+            if process.slot:
+                own.append(process.slot.sock.fileno())
+        return own + [slot.sock.fileno() for slot in list(self.waiting)]
+
+    # -- connections
+
+    async def _greet(self, sock, peer, role, preamble):
+        if role == CONTROL:
+            tune(sock)
+            connection = await clupy.admit(sock, peer, preamble, self.secret, self.settings)
+            return self._serve_control(connection)
+        if role == SLOT:
+            return await self._greet_slot(sock)
+        raise ProtocolError("this is a server, and it wants a master; is the port right?")
+
+    async def _serve_control(self, connection):
+        session = Session(self, connection)
+        self.sessions[session.id] = session
+        try:
+            await connection.serve(session)
+        finally:
+            del self.sessions[session.id]
+            for slot in list(session.slots.values()):
+                if slot.process:
+                    slot.process.end("client gone", GRACE_TIME)
+                else:
+                    slot.waiter.cancel()
+
+    async def _greet_slot(self, sock):
+        head = await clupy.read_exactly(sock, clupy.SLOT_HEAD.size + clupy.PROOF_SIZE)
+        id, number, nested = clupy.SLOT_HEAD.unpack(head[:clupy.SLOT_HEAD.size])
+        session = self.sessions.get(id)
+        key = session.connection.key if session else os.urandom(32)
+        if not clupy.hmac.compare_digest(slot_head(key, id, number, nested), head):
+            raise clupy.SecretError("a slot was asked for with a wrong or an old key")
+        if number in session.numbers:
+            raise ProtocolError(f"slot {number} was opened or closed before")
+        session.numbers.add(number)
+        tune(sock, user_timeout=False)
+        slot = session.slots[number] = SlotRow(session, number, nested, sock)
+        return self._serve_slot(slot)
+
+    async def _serve_slot(self, slot):
+        """Wait for a free worker and hand the socket over."""
+        self.waiting.append(slot)
+        self.replenish()
+        self.assign()
+        try:
+            await slot.waiter
+        except asyncio.CancelledError:             # closed by the client before a worker was free
+            if slot in self.waiting:
+                self.waiting.remove(slot)
+            slot.session.slots.pop(slot.number, None)
+            slot.sock.close()
+            slot.session.connection.send("ended", slot.number, {"pid": None, "begun": 0, "why": "closed"})
+
+    # -- slots and workers
+
+    def open_slots(self, nested=None):
+        return sum(1 for process in self.processes.values()
+                   if process.slot and nested in (None, process.slot.nested))
+
+    def assign(self):
+        """Give free workers to the slots that wait, first come first served."""
+        free = [process for process in self.processes.values() if process.ready and not process.why]
+        for slot in list(self.waiting):
+            if not free:
+                break
+            if slot.nested and self.open_slots(nested=True) >= self.settings.max_nested:
+                continue
+            if not slot.nested and self.open_slots(nested=False) >= self.slots:
+                continue
+            process = free.pop()
+            try:
+                process.hand_over(slot, {
+                    "key": slot_key(slot.session.connection.key, slot.number).hex(), "server": self.name,
+                    "environ": clupy.services_environ(self.services)})
+            except OSError:
+                continue                           # it died just now; it will be replaced
+            self.waiting.remove(slot)
+            slot.waiter.set_result(None)
+            self._failures = 0
+            self.state_soon()
+
+    def replenish(self):
+        """Have a worker for every slot, and for the nested ones that are open or waited for."""
+        if self._closing:
+            return
+        nested = self.open_slots(nested=True) + sum(slot.nested for slot in self.waiting)
+        target = self.slots + min(nested, self.settings.max_nested)
+        alive = sum(not process.dead.done() for process in self.processes.values())
+        for _ in range(target - alive):
+            try:
+                process = Process(self)
+            except OSError as error:
+                log.error("cannot start a worker: %s", error)
+                asyncio.get_running_loop().call_later(1.0, self.replenish)
+                return
+            self.processes[process.pid] = process
+
+    def grow(self, slots):
+        """At least so many slots."""
+        if slots > self.slots:
+            self.slots = slots
+            self.replenish()
+            self.state_soon()
+
+    def worker_environ(self):
+        """The environment variables of a worker: without the secret, and with one node's cores divided by its slots."""
+        environ = {name: value for name, value in os.environ.items() if name not in ("CLUPY_SECRET", "CLUPY_MASTER")}
+        threads = str(max(1, (os.cpu_count() or 1) // self.slots))
+        for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS",
+                     "VECLIB_MAXIMUM_THREADS"):
+            environ.setdefault(name, threads)
+        return environ
+
+    def ended(self, process):
+        """A worker is dead: see to its slot, and to a new one in its place."""
+        self.spawn(self._bury(process))
+        if not process.slot and not process.why:
+            self._failures += 1
+            code = process.popen.returncode
+            log.error("worker %s died before it had a slot: %s", process.pid, describe_exit(code))
+        if self._failures < 3:
+            self.replenish()
+        elif self._failures == 3 and not self._closing:
+            log.error("workers keep dying at their start; trying again every 10 s")
+            asyncio.get_running_loop().call_later(10.0, self._try_again)
+
+    def _try_again(self):
+        self._failures = 0
+        self.replenish()
+
+    async def _bury(self, process):
+        """Let the client read what the worker sent, and then say how it ended."""
+        slot, (code, peak) = process.slot, process.dead.result()
+        if slot:
+            slot.session.slots.pop(slot.number, None)
+            try:
+                slot.sock.shutdown(socket.SHUT_WR)
+            except OSError:
+                pass                               # the client closed it first
+            begun, deadline = process.begun()
+        del self.processes[process.pid]
+        self.replenish()
+        self.assign()
+        self.state_soon()
+        await process.last_output()
+        if slot:
+            slot.session.connection.send("ended", slot.number, {
+                "pid": process.pid, "begun": begun, "why": process.why or "died", "reason": describe_exit(code),
+                "code": code, "peak": peak, "limit": self.settings.memory_limit, "lines": list(process.last_lines),
+                "stack": process.stack.decode(errors="replace")})
+            await self._drain_socket(slot.sock)
+
+    async def _drain_socket(self, sock):
+        """Close the socket once the client has: closing one with unread input would lose what is still under way."""
+        sock.setblocking(False)
+        try:
+            async with asyncio.timeout(clupy.CLOSE_TIME):
+                while await asyncio.get_running_loop().sock_recv(sock, 1 << 16):
+                    pass
+        except OSError:
+            pass                                   # reset, or not closed in time
+        finally:
+            sock.close()
+
+    async def _watch(self):
+        """Kill calls that are over their time; say to clients that this server is alive."""
+        said = 0.0
+        while True:
+            await asyncio.sleep(WATCH_TIME if self.open_slots() else 1.0)
+            now = time.monotonic()
+            for process in list(self.processes.values()):
+                if process.slot and not process.dead.done() and not process.why:
+                    number, deadline = process.begun()
+                    if 0 < deadline < now:
+                        process.why = "timeout"
+                        self.spawn(self._time_out(process, number))
+            if now - said > clupy.ALIVE_TIME:
+                said = now
+                for session in self.sessions.values():
+                    session.connection.send("notice", "alive")
+
+    async def _time_out(self, process, number):
+        if not await process.kill_call(number, "timeout"):
+            process.why = None
+
+    # -- the master
+
+    async def _stay_with_master(self):
+        await self.link.run(self)
+
+    def master_joined(self, connection):
+        self._state()
+        self._repeat()
+
+    def master_lost(self):
+        if not self._closing:
+            log.warning("no master: %s", self.link.why_lost)
+
+    def _repeat(self):
+        if self.link.connection and not self._closing:
+            self._state()
+            asyncio.get_running_loop().call_later(clupy.STATEMENT_TIME, self._repeat)
+
+    def state_soon(self):
+        """After a change: state it, gathered for GATHER_TIME."""
+        if self._stating is None:
+            self._stating = asyncio.get_running_loop().call_later(clupy.GATHER_TIME, self._state)
+
+    def _state(self):
+        self._stating = None
+        if not self.link.connection or self._closing:
+            return
+        held = collections.Counter(process.slot.session.client for process in self.processes.values() if process.slot)
+        host, port = self.address
+        host = None if host in ("0.0.0.0", "::", "") else host
+        self.link.connection.send("server", self.id, (host, port), PYTHON, self.slots, dict(held), {
+            "name": self.name, "python": "%d.%d.%d" % sys.version_info[:3], "load": os.getloadavg()[0],
+            "draining": self.draining})
+
+    def on_cluster(self, _, services, silent):
+        self.services = services
+        for session in self.sessions.values():
+            if session.client in silent:           # it is stopped or hangs: its idle slots are of use to others
+                for slot in session.slots.values():
+                    if slot.process and slot.process.begun()[1] == IDLE:
+                        slot.process.end("relieved", GRACE_TIME)
+
+    def on_refused(self, _, kind, text):
+        if not self.failed.done():
+            self.failed.set_result(clupy.refusal(kind, text))
+
+    # -- the end
+
+    async def drain(self):
+        """Take no new slots, and wait until the calls under way are done, `drain_time` at most."""
+        self.draining = True
+        log.info("draining: %s slots are open; for %g s at most", self.open_slots(), self.settings.drain_time)
+        self._state()
+        for session in self.sessions.values():
+            session.connection.send("notice", "draining")
+        deadline = time.monotonic() + self.settings.drain_time
+        while self.open_slots() and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+
+    async def close(self):
+        """Kill the workers and close everything."""
+        self._closing = True
+        self.link.close()
+        await self._listener.close()
+        for process in list(self.processes.values()):
+            process.end("server closed")
+        await asyncio.gather(*(process.dead for process in self.processes.values()))
+        while self.processes:
+            await asyncio.sleep(0.002)
+        for session in list(self.sessions.values()):
+            session.connection.close()
+        for task in list(self._tasks):
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+
+def describe_exit(code):
+    """What the exit code of a process means: "signal 9 (Killed)" or "exit code 3"."""
+    if code < 0:
+        return f"signal {-code} ({signal.strsignal(-code)})"
+    return f"exit code {code}"
+
+
+async def run(settings, secret):
+    """Be a server until cancelled or refused by the master; SIGTERM drains, a second one ends at once."""
+    server = Server(settings, secret)
+    log.info("server listens on %s:%s, %s slots", *server.address, server.slots)
+    drained = loop_signals(server)
+    try:
+        await server.start()
+        await asyncio.wait([server.failed, drained], return_when=asyncio.FIRST_COMPLETED)
+        if server.failed.done():
+            raise server.failed.result()
+    finally:
+        await server.close()
+
+
+def loop_signals(server):
+    """A future that is done when SIGTERM has drained the server, or a second one came."""
+    loop = asyncio.get_running_loop()
+    drained = loop.create_future()
+
+    async def drain():
+        await server.drain()
+        if not drained.done():
+            drained.set_result(None)
+
+    def terminate():
+        if server.draining and not drained.done():
+            drained.set_result(None)
+        elif not server.draining:
+            server.spawn(drain())
+
+    loop.add_signal_handler(signal.SIGTERM, terminate)
+    return drained

@@ -1,0 +1,35 @@
+"""The seed of CluPy: a hundred calls, and both ways to take their results.
+
+    python examples/primes.py
+
+Without a cluster it runs on the cores of this machine; with one (see the README) on all of its servers, unchanged."""
+
+import os
+from collections import Counter
+
+import clupy
+
+
+def primes(n):
+    """The prime divisors of n other than n, and the worker that found them."""
+    divisors = [d for d in range(2, n // 2 + 1) if n % d == 0]
+    return [d for d in divisors if all(d % od != 0 for od in divisors if od != d)], os.getpid()
+
+
+if __name__ == "__main__":
+    # 1. Wait for all, then look at each.
+    results = [clupy.parallel(primes, max=10)(n) for n in range(100, 200)]
+    clupy.wait_all(results, time_out=30)
+    for n, r in zip(range(100, 200), results):
+        if r.successful:
+            print(n, *r.value[0])
+        else:
+            print(n, "failed:", r.failure)
+
+    # 2. Say what is to happen with each, then wait until it has.
+    workers = Counter()
+    results = [clupy.parallel(primes, max=10)(n) for n in range(100, 200)]
+    for r in results:
+        r.succeed(lambda value: workers.update([value[1]])).fail(lambda error: print("failed:", error))
+    clupy.wait_all(results, time_out=30)
+    print(f"{sum(workers.values())} calls ran in {len(workers)} worker processes")
