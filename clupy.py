@@ -314,7 +314,7 @@ def _read_yaml(path, must_exist=False):
         return []
     if not isinstance(value, dict):
         raise ConfigurationError(f"{path}: must hold lines of `key: value`, not a {type(value).__name__}")
-    return [(key, item, at.start_mark.line + 1) for (key, item), (at, _) in zip(value.items(), node.value)]
+    return [(key, item, at.start_mark.line + 1) for (key, item), (at, _) in zip(value.items(), node.value, strict=True)]
 
 
 def find_secret(settings, create=False):
@@ -926,7 +926,9 @@ class Future(concurrent.futures.Future):
     _packed = None                # (succeeded, payload) until somebody asks for the result
     _handlers = None              # [(on success, f)] that have not run yet; None: there are none
     _parent = _outer = None       # a nested call: (Slot, its number there), number of the call that made it
-    _slot = None                  # the Slot that it was sent to
+    _slot = None                  # the Slot that it was sent to last, and when
+    _sent_at = 0.0
+    _took = None                  # seconds from then to its outcome
     _number = _cost = _tries = 0  # its number, seconds it counts as in its slot, starts that were charged to it
     _counted = False              # whether it is among the engine's unfinished calls
 
@@ -943,11 +945,14 @@ class Future(concurrent.futures.Future):
 
     def __repr__(self):
         name = self._function.name if self._function else "?"
-        where = f" on {self._slot}" if self._state == RUNNING and self._slot else ""
-        how = ""
-        if self._state == FINISHED:
-            how = f" raised {type(self.failure).__name__}" if self.failure else f" returned {type(self._result).__name__}"
-        return f"<Future {name} {self._state.split('_')[0].lower()}{where}{how}>"
+        state = self._state.split("_")[0].lower()
+        where = f" on {self._slot}" if self._slot else ""
+        time_taken = ""
+        if self._slot and self._state == RUNNING:
+            time_taken = f" for {time.monotonic() - self._sent_at:.1f} s"
+        elif self._took is not None:
+            time_taken = f" in {self._took:.3f} s"
+        return f"<Future {name} {state}{where}{time_taken}>"
 
     def __await__(self):
         return asyncio.wrap_future(self).__await__()
@@ -1771,7 +1776,7 @@ class Engine:
             return
         if quota is None:
             quota = -(-len(self._queue) // max(1, len(slot.link.slots))) or 1
-        batch, items = [], []
+        batch, items, now = [], [], time.monotonic()
         while (not calls or slot.load < WORK_AHEAD and len(calls) < MAX_AHEAD and not slot.alone) and quota:
             call = self._next_for(slot)
             if call is None:
@@ -1779,7 +1784,7 @@ class Engine:
             self._learn(slot, call._function, items)
             if call._arguments is not None:
                 items.append((call._number, call._function.id, call._arguments, call._timeout))
-                self._mark_sent(slot, call)
+                self._mark_sent(slot, call, now)
                 batch.append(call)
                 quota -= 1
         if not batch:
@@ -1789,7 +1794,7 @@ class Engine:
                 if call._state == PENDING:
                     call._state = RUNNING
         if len(batch) == len(calls):
-            slot.heard = time.monotonic()
+            slot.heard = now
         slot.send("calls", items)
         if len(calls) > 1:
             self._watch()
@@ -1829,10 +1834,10 @@ class Engine:
             items.append((0, slot.functions.popitem(last=False)[0], None, None))
         items.append((0, function.id, function.payload, (function.name, function.setup)))
 
-    def _mark_sent(self, slot, call):
+    def _mark_sent(self, slot, call, now):
         slot.calls[call._number] = call
         slot.alone = call._tries >= call._retries
-        call._slot = slot
+        call._slot, call._sent_at = slot, now
         call._cost = WORK_AHEAD if call._function.mean is None else call._function.mean
         slot.load += call._cost
         limit = call._limit
@@ -1842,7 +1847,6 @@ class Engine:
 
     def _unsend(self, slot, call):
         """Undo `_mark_sent`, but for slot.calls."""
-        call._slot = None
         slot.load -= call._cost
         limit = call._limit
         if limit:
@@ -1856,6 +1860,7 @@ class Engine:
         """Back to the front of the queue, in their order; they may be cancelled as waiting calls again."""
         with Future._condition:
             for call in calls:
+                call._slot = None
                 if call._state == RUNNING:
                     call._state = PENDING
         self._queue.extendleft(reversed(calls))
@@ -1889,6 +1894,7 @@ class Engine:
             if call._function is not last:
                 last = call._function
                 last.mean = mean if last.mean is None else 0.7 * last.mean + 0.3 * mean
+            call._took = slot.heard - call._sent_at
             if slot.children:
                 self._cancel_children(slot, number)
             outcomes.append((call, succeeded, value))
@@ -1950,7 +1956,7 @@ class Engine:
         self._pump()
         self._finish([(call, False, CancelledError())])
         slot = call._slot
-        if slot is None or slot.over:
+        if slot is None or call._number not in slot.calls:
             return
         if len(slot.calls) > 1:
             slot.send("recall")                   # `take_back` kills it if it is not among what comes back
@@ -2104,11 +2110,31 @@ def had_begun(numbers, begun):
 
 
 def died(call, slot, how):
-    return WorkerDied(f"{slot} {how}")
+    """The WorkerDied of a call on its last try; `how` is what the server said of the slot's end."""
+    server, pid = slot.link.name, how.get("pid") or slot.pid
+    if how["why"] == "lost":
+        return WorkerDied(f"server {server} was lost while worker {pid} had {call._function.name}, try {call._tries} of "
+                          f"{call._retries + 1}; why is not known: is the machine up, and what does the server's log say?")
+    what = how.get("reason", how["why"]) if how["why"] == "died" else f"was ended ({how['why']})"
+    text = (f"worker {pid} on {server} {'got ' if what.startswith('signal') else ''}{what} while running "
+            f"{call._function.name}, try {call._tries} of {call._retries + 1}")
+    if how.get("peak"):
+        of = f" of {how['limit'] / 2**30:.1f}" if how.get("limit") else ""
+        text += f"; peak memory {how['peak'] / 2**30:.1f}{of} GB"
+    if how.get("code") == -9 and how["why"] == "died":
+        text += "; nobody here sent it, so the system may have been out of memory"
+    for title, lines in (("its last lines of standard error", how.get("lines")), ("it was at", how.get("stack", "").splitlines())):
+        if lines:
+            text += f"; {title}:\n  " + "\n  ".join(lines)
+    return WorkerDied(text)
 
 
 def timed_out(call, slot, how):
-    return CallTimeout(f"{slot} {how}")
+    """The CallTimeout of a call; names the place at which it was."""
+    text = (f"{call._function.name} ran longer than its timeout of {call._timeout:g} s; worker {how['pid']} on "
+            f"{slot.link.name} was killed")
+    stack = [line for line in how.get("stack", "").splitlines() if "clupy_server" not in line]
+    return CallTimeout(text + ("; it was at:\n  " + "\n  ".join(stack) if len(stack) > 1 else ""))
 
 
 # ==== Calls ==================================================================
@@ -2392,7 +2418,6 @@ class ExecutorEngine:
         self._running = {}                        # {call: the executor's future}
 
     def submit(self, call):
-        limit = call._limit
         theirs = self.executor.submit(run_packed, call._function.payload, call._arguments)
         self._running[call] = theirs
         theirs.add_done_callback(functools.partial(self._done, call))

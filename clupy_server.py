@@ -22,6 +22,7 @@ GIL, and kills one call and no other: it stops the worker, reads the board, and 
 """
 
 import collections
+import concurrent.futures
 import faulthandler
 import fcntl
 import json
@@ -212,7 +213,7 @@ class Worker:
             except BaseException as error:         # whatever it raised, it is why no call can run here
                 self.set_up[setup] = error
         if self.set_up[setup] is not None:
-            raise clupy.BrokenExecutor("the initializer raised") from self.set_up[setup]
+            raise concurrent.futures.BrokenExecutor("the initializer raised") from self.set_up[setup]
 
     def _learn(self, id, payload, name):
         if payload is None:
@@ -376,7 +377,7 @@ class NestedCalls:
                 call.cancel()
 
     def settle(self, limit):
-        clupy.concurrent.futures.wait([call for call in list(self._calls.values()) if call._limit is limit])
+        concurrent.futures.wait([call for call in list(self._calls.values()) if call._limit is limit])
 
     def grow(self, slots):
         """Slots are the client's affair."""
