@@ -43,13 +43,16 @@ if __name__ == "__main__":                    # `python -m clupy`: run the modul
 import atexit
 import collections
 import concurrent.futures
+import copy
 import functools
 import hmac
 import importlib
 import io
 import itertools
 import json
+import linecache
 import logging
+import operator
 import os
 import pickle
 import queue
@@ -62,6 +65,9 @@ import struct
 import sys
 import threading
 import time
+import traceback
+import types
+import weakref
 from concurrent.futures import CancelledError
 
 
@@ -75,8 +81,9 @@ class _Lazy:
         return getattr(importlib.import_module(self._name), attribute)
 
 
-argparse, asyncio, cloudpickle, difflib, inspect, ssl, subprocess, yaml = map(
-    _Lazy, ("argparse", "asyncio", "cloudpickle", "difflib", "inspect", "ssl", "subprocess", "yaml"))
+_LAZY = "argparse ast asyncio cloudpickle difflib dis importlib.metadata inspect pkgutil site ssl subprocess sysconfig yaml"
+(argparse, ast, asyncio, cloudpickle, difflib, dis, metadata, inspect, pkgutil, site, ssl, subprocess, sysconfig,
+ yaml) = (_Lazy(name) for name in _LAZY.split())
 
 __version__ = "0.1.0"
 
@@ -100,7 +107,7 @@ MAX_CONTROL = 64 << 20            # bytes of one frame on control and master con
 MAX_FRAME = 1 << 40               # bytes of one frame on a slot; checked before memory is spent
 MAX_BUFFERS = 1 << 20             # out-of-band buffers of one frame
 CHUNK = 256 << 10                 # bytes read at once; more is memory for every slot, less is system calls
-OUT_OF_BAND = 64 << 10            # bytes from which a buffer travels beside the pickle; below, copying is cheaper
+LARGE = 64 << 10                  # bytes from which a buffer travels beside the pickle; below, copying is cheaper
 UNSEEN_OUTPUT = 64 << 10          # bytes of output on their way to a client; beyond, lines are dropped and counted
 MAP_AHEAD = 4096                  # calls of one `map` that are under way before their results are taken
 MAP_BYTES = 256 << 20             # ... and bytes of their arguments
@@ -808,80 +815,731 @@ class MasterLink:
             self.connection.close()
 
 
-# ==== Code and pickles =======================================================
-# (stand-in)
+# ==== Code and pickles ======================================================
+# A worker has neither the program's modules nor its __main__, so that what it is sent travels in three ways:
+#
+#      data                      pickle             a payload: bytes, or (bytes, [large buffers]) without a copy
+#      __main__, lambda, local   cloudpickle        by value: the code and the globals that it uses
+#      the user's own modules    pickle, by name    the worker's Finder asks module_source() for their text
+#
+# Plain pickle is tried first since it is 6 times as fast, and its bytes tell when it is not enough: "__main__" is in
+# them. Back come results, in which the client's classes are only named (_client_class), and exceptions, taken apart
+# into a list (pack_exception), since a pickle loses cause, context and traceback.
 
-Payload = object
-PLAIN = frozenset((int, float, bool, type(None), str))    # travel in a message as they are
-FETCHES = {"module": lambda *a: module_source(*a)}
+PLAIN = frozenset((int, float, bool, type(None), str))     # types that travel in a message as they are
+MAX_CAPTURES = 256      # functions kept with their pickle: a closure made in every turn of a loop is a new function
+MAX_CLASSES = 4096      # classes kept alive after they were sent, as a result may name them
+MAX_CHAIN = 2000        # exceptions of one failure that are sent: cause, context and group members
+MAX_FRAMES = 100        # of each exception: more are left out in the middle
+MAX_TEXT = 10_000       # characters of the message that stands for an exception which cannot be rebuilt
+_missing_modules = {}   # in a worker: name -> what the ModuleNotFoundError should say; its Finder's
+_MAINS = ("__main__", "__mp_main__")    # the second is the first's name in a child of multiprocessing
+_RAW = {bytes, bytearray}
+_MAIN = b"_main__"                      # in a pickle that has something of either
+_ABSENT = type("absent", (), {"__repr__": lambda self: "<absent>"})()
 
 
-def pack(value):
+def pack(obj, by_value=None):
+    """The payload of obj: bytes, or (bytes, [pickle.PickleBuffer]) with the buffers of 64 KiB and more.
+
+    Writable buffers are copied, so that obj may be changed afterwards; read-only ones are not. by_value(obj,
+    buffer_callback) pickles what plain pickle cannot. Raises what it raises. Any thread may call."""
+    return _pack(_raw(obj), by_value or _by_value)
+
+
+def _pack(obj, by_value):
+    buffers = _Buffers()
     try:
-        data = pickle.dumps(value, 5)
-        if b"__main__" not in data:
-            return data
-    except Exception:
-        pass
-    return cloudpickle.dumps(value, 5)
+        data = pickle.dumps(obj, 5, buffer_callback=buffers)
+    except Exception:           # lambda, local class, lock ...: if by_value cannot either, its error is the one raised
+        data = _MAIN
+    if data.find(_MAIN) >= 0 or _registered():      # `in` takes 0.3 us: it asks first whether _MAIN is a number
+        buffers.clear()
+        data = by_value(obj, buffers)
+    return (data, list(buffers)) if buffers else data
+
+
+class _Buffers(list):
+    """A pickler's buffer_callback: takes large buffers out of the pickle, and copies those that may change."""
+    def __call__(self, buffer):
+        view = buffer.raw()
+        if view.nbytes < LARGE:
+            return True
+        self.append(buffer if view.readonly else pickle.PickleBuffer(bytearray(view)))
 
 
 def unpack(payload):
-    if type(payload) is bytes:
-        return pickle.loads(payload)
-    return pickle.loads(payload[0], buffers=payload[1])
+    """The object. Once per payload, as arrays are not copies: they use the payload's buffers."""
+    if type(payload) is tuple:
+        data, buffers = payload
+        return pickle.loads(data, buffers=buffers)
+    return pickle.loads(payload)
 
 
-def pack_arguments(name, args, kwargs):
-    return pack((args, kwargs))
+def pack_arguments(function_name, args, kwargs, func=None):
+    """The payload of (args, kwargs). Raises PicklingError that names the argument, by func's parameter if given."""
+    for value in args:
+        if type(value) in _RAW:
+            args = tuple([_raw(value) for value in args])
+            break
+    if kwargs:
+        kwargs = {name: _raw(value) for name, value in kwargs.items()}
+    try:
+        return _pack((args, kwargs), _by_value)
+    except Exception as error:      # whatever a class of the user's raises while it is pickled
+        named = itertools.chain(_numbered(args, func), ((f"argument {name!r}", kwargs[name]) for name in kwargs))
+        raise pickle.PicklingError(f"{function_name} cannot be called: {_culprit(named, 'its arguments')} "
+                                   f"cannot be pickled: {error}") from error
 
+
+def _registered():
+    """Modules that the user told cloudpickle to send by value, even if they could be imported."""
+    module = sys.modules.get("cloudpickle")
+    if module is None:
+        return set()
+    names = module.list_registry_pickle_by_value()      # a copy
+    names.discard("__mp_main__")                        # _dumps's
+    return names
+
+
+def _registered_are(modules, _): return _registered() == modules
+
+
+def _by_value(obj, buffer_callback=None):
+    return _dumps(_by_value_pickler(), obj, buffer_callback)
+
+
+def _dumps(pickler, obj, buffer_callback=None):
+    if "__mp_main__" in sys.modules:            # which cloudpickle takes for a module that workers have
+        cloudpickle.register_pickle_by_value(sys.modules["__mp_main__"])
+    file = io.BytesIO()
+    pickler(file, 5, buffer_callback).dump(obj)
+    return file.getvalue()
+
+
+@functools.cache
+def _by_value_pickler():
+    """The class, made late: cloudpickle takes 16 ms to import."""
+    class Pickler(cloudpickle.Pickler):
+        dispatch_table = cloudpickle.Pickler.dispatch_table.new_child({functools._lru_cache_wrapper: _reduce_cached})
+
+        def reducer_override(self, obj):
+            if type(obj) is types.FunctionType and _is_wrapped(obj):
+                return getattr, (_named(obj), "func")
+            reduced = super().reducer_override(obj)
+            if reduced is not NotImplemented and isinstance(obj, type):
+                _keep(obj)
+            return reduced
+    return Pickler
+
+
+@functools.lru_cache(MAX_CLASSES)
+def _keep(cls):
+    """Keeps a class that was sent: cloudpickle's tracker is weak, and a result must find it by its id."""
+
+
+def _named(obj):
+    """What a worker finds under obj's module and name (obj itself, if it can go by name), or None."""
+    module, name = getattr(obj, "__module__", None), getattr(obj, "__qualname__", None)
+    if not isinstance(name, str) or module in _MAINS or any(f"{module}.".startswith(f"{m}.") for m in _registered()):
+        return None
+    try:
+        return operator.attrgetter(name)(sys.modules[module])
+    except (AttributeError, KeyError):      # a local name; a module made by hand
+        return None
+
+
+def _is_wrapped(func):
+    """Whether a module has a Parallel under func's name: func goes as the `.func` of it, not by value."""
+    found = _named(func)
+    return isinstance(found, Parallel) and found.func is func
+
+
+def _reduce_cached(cached):
+    """functools.lru_cache and cache of a function that has no importable name: the worker begins with an empty cache."""
+    if _named(cached) is cached:
+        return cached.__qualname__
+    return _make_cached, (cached.__wrapped__, cached.cache_parameters())
+
+
+def _make_cached(func, parameters):
+    return functools.lru_cache(**parameters)(func)
+
+
+class _Raw:
+    """Large bytes or a bytearray, which plain pickle would copy into its stream."""
+    def __init__(self, value): self.value = value
+
+    def __reduce__(self):
+        return (bytes if type(self.value) is bytes else _bytearray), (pickle.PickleBuffer(self.value),)
+
+
+def _raw(value):
+    return _Raw(value) if type(value) in _RAW and len(value) >= LARGE else value
+
+
+def _bytearray(buffer):
+    return buffer if type(buffer) is bytearray else bytearray(buffer)   # what was received may become the argument
+
+
+def _numbered(args, func):
+    try:
+        names = list(inspect.signature(func).parameters)
+    except (TypeError, ValueError):         # None, or a builtin that does not tell
+        names = []
+    for i, value in enumerate(args):
+        yield f"argument {i + 1}" + (f" ({names[i]!r})" if i < len(names) else ""), value
+
+
+def _culprit(named_values, otherwise):
+    """The first of (name, value) that cannot be pickled, for an error: "argument 2 ('key'), a _thread.lock,"."""
+    for name, value in named_values:
+        try:
+            pack(value)
+        except Exception:       # that one
+            return f"{name}, a {_type_name(type(value))},"
+    return otherwise
+
+
+def _type_name(cls):
+    return cls.__qualname__ if cls.__module__ in ("builtins", *_MAINS) else f"{cls.__module__}.{cls.__qualname__}"
+
+
+# A class that came from the client goes back as the id that cloudpickle's tracker gave it. By value, cloudpickle would
+# find the class by the same id and set all its attributes to copies. The tracker is private: _class_tracker checks.
+
+def _class_tracker():
+    """cloudpickle's module with the tracker's three names. Raises ClupyError if they are gone."""
+    module = importlib.import_module("cloudpickle.cloudpickle")
+    for name in "_DYNAMIC_CLASS_TRACKER_BY_ID", "_get_or_create_tracker_id", "_lookup_class_or_track":
+        if not hasattr(module, name):
+            raise ClupyError(f"cloudpickle {cloudpickle.__version__} has no {name}, by which CluPy finds the classes in "
+                             f"results: install cloudpickle 3.1")
+    return module
+
+
+def _client_class(tracker_id, name):
+    """The class that went by value under this id. A worker's results name it so; pickles call this."""
+    cls = _class_tracker()._DYNAMIC_CLASS_TRACKER_BY_ID.get(tracker_id)
+    if cls is None:
+        raise pickle.UnpicklingError(f"a result has an object of class {name}, which this process never had or has "
+                                     f"dropped: keep the class, or define it in a module")
+    return cls
+
+
+_client_classes = weakref.WeakSet()     # in a worker: classes and type variables that came by value from its client
+
+
+def pack_result(value, name="the call"):
+    """The payload of what `name` returned. Raises PicklingError that says its type."""
+    try:
+        return pack(value, _result_by_value)
+    except Exception as error:      # whatever a class of the user's raises while it is pickled
+        raise pickle.PicklingError(f"the result of {name}, a {_type_name(type(value))}, cannot be pickled: "
+                                   f"{error}") from error
+
+
+def _result_by_value(obj, buffer_callback=None):
+    return _dumps(_result_pickler(), obj, buffer_callback)
+
+
+@functools.cache
+def _result_pickler():
+    class Pickler(_by_value_pickler()):
+        def reducer_override(self, obj):
+            if isinstance(obj, type) and obj in _client_classes:
+                return _client_class, (_class_tracker()._get_or_create_tracker_id(obj), obj.__qualname__)
+            return super().reducer_override(obj)
+    return Pickler
+
+
+# ---- functions
 
 class Function:
-    table = {}
-    def __init__(self, payload, name):
-        self.payload, self.name, self.id = payload, name, len(Function.table) + 1
-        self.mean = None
-        self.limits = {}
-        self.setup = None
+    """One version of a function: what workers are sent once, and then know by its id (of this process)."""
+    __slots__ = "payload", "name", "setup", "id", "mean", "limits", "__weakref__"
 
-    @classmethod
-    def of(cls, payload, name, setup=None):
-        if (payload, setup) not in cls.table:
-            f = cls.table[payload, setup] = cls(payload, name)
-            f.setup = setup
-        return cls.table[payload, setup]
+    def __init__(self, payload, name, setup=None):
+        self.payload, self.name, self.id = payload, name, next(_function_ids)
+        self.setup = setup      # payload of a function that a worker must have called first, or None
+        self.mean = None        # seconds that a call takes, as far as is known
+        self.limits = {}        # {max: Limit}
 
-    def after(self, setup):
-        return Function.of(self.payload, self.name, setup.payload)
+    def __repr__(self): return f"<Function {self.id} {self.name}>"
 
     def limit(self, most):
+        """The Limit that the calls of this function with this `max` share."""
         if most not in self.limits:
-            self.limits[most] = Limit(most)
+            self.limits.setdefault(most, Limit(most))
         return self.limits[most]
 
 
+_function_ids = itertools.count(1)
+_functions = weakref.WeakValueDictionary()      # (payload, setup) -> Function, while anybody has it
+_captures = {}          # id(func) -> (func, Function, reads), oldest first; any thread looks, changed under the lock
+_capture_lock = threading.Lock()                # for both tables
+
+
+def function_of(payload, name, setup=None):
+    """The Function of this payload, the same object while anybody has it."""
+    if type(payload) is not bytes:
+        return Function(payload, name, setup)
+    with _capture_lock:
+        function = _functions.get((payload, setup))
+        if function is None:
+            function = _functions[payload, setup] = Function(payload, name, setup)
+        return function
+
+
 def capture(func):
-    return Function.of(pack(func), getattr(func, "__qualname__", repr(func)))
+    """The Function that func is now: the same object for the same pickle, so a changed global or closure is seen.
+
+    Pickling takes 20 us; if all that the last pickle read is immutable and still the same object (_reads), it is
+    reused in 0.5 us. Raises PicklingError that names the global or closure at fault. Any thread may call."""
+    known = _captures.get(id(func))
+    if known is not None and known[0] is func:
+        for read, a, b, value in known[2]:
+            if read(a, b) is not value:
+                break
+        else:
+            return known[1]
+    return _capture(func)
 
 
-def pack_exception(error):
-    return pack(error)
+def _capture(func):
+    name = _function_name(func)
+    reads = _reads(func)        # first: what changes while it is pickled is seen by the next capture
+    try:
+        data = _by_value(func)
+    except Exception as error:      # whatever a class of the user's raises while it is pickled
+        raise pickle.PicklingError(f"{name} cannot be sent to a worker: {_culprit(_used(func), 'it')} cannot be "
+                                   f"pickled: {error}") from error
+    function = function_of(data, name) if len(data) < LARGE else Function(pack(_Pickled(data)), name)
+    if reads is not None and type(function.payload) is bytes:
+        with _capture_lock:
+            if len(_captures) >= MAX_CAPTURES:
+                del _captures[next(iter(_captures))]
+            _captures[id(func)] = func, function, reads
+    return function
 
+
+class _Pickled:
+    """The pickle of a function with much data in it: beside the payload, where it is sent without a copy."""
+    def __init__(self, data): self.data = data
+    def __reduce__(self): return pickle.loads, (pickle.PickleBuffer(self.data),)
+
+
+def _function_name(func):
+    if isinstance(func, functools.partial):
+        return _function_name(func.func)
+    return getattr(func, "__qualname__", None) or type(func).__qualname__
+
+
+_CONSTANTS = {int, float, complex, bool, str, bytes, range, type(None), type(...), type(NotImplemented), types.CodeType}
+
+
+def _reads(func):
+    """[(read, a, b, value)]: func's pickle is right while each read(a, b) is value. None: part of it may change unseen.
+
+    Followed is all that goes by value. Names, docs and what a package imports later are not watched."""
+    reads, todo, seen = [(_registered_are, _registered(), None, True)], [func], set()
+    while todo:
+        obj = todo.pop()
+        if type(obj) in _CONSTANTS or id(obj) in seen:
+            continue
+        seen.add(id(obj))
+        if type(obj) in (tuple, frozenset):
+            todo += obj
+        elif type(obj) in (types.GenericAlias, types.UnionType):        # list[int], int | None in annotations
+            todo += getattr(obj, "__origin__", None), *obj.__args__
+        elif _named(obj) is obj or type(obj) is types.FunctionType and _is_wrapped(obj):
+            prefix, _, name = obj.__qualname__.rpartition(".")
+            owner = sys.modules[obj.__module__]
+            reads.append((vars(operator.attrgetter(prefix)(owner) if prefix else owner).get, name, _ABSENT, _named(obj)))
+        elif isinstance(obj, Parallel):
+            todo.append(obj.func)
+        elif type(obj) is types.FunctionType and not vars(obj):
+            todo += _function_reads(obj, reads)
+        elif not (isinstance(obj, types.ModuleType) and sys.modules.get(obj.__name__) is obj):
+            return None
+    return reads
+
+
+def _function_reads(func, reads):
+    """Adds to reads what the function itself consists of; the values it uses."""
+    reads += [(getattr, func, name, getattr(func, name)) for name in ("__code__", "__defaults__", "__kwdefaults__")]
+    reads.append((operator.eq, vars(func), {}, True))
+    kwonly = func.__code__.co_varnames[func.__code__.co_argcount:][:func.__code__.co_kwonlyargcount]
+    used = [(_contents, cell, _ABSENT) for cell in func.__closure__ or ()]
+    for namespace, names in ((func.__globals__, _global_names(func.__code__)), (func.__annotations__, func.__annotations__),
+                             (func.__kwdefaults__ or {}, kwonly)):
+        used += [(namespace.get, name, _ABSENT) for name in names]
+    values = [read(a, b) for read, a, b in used]
+    reads += [(*what, value) for what, value in zip(used, values)]
+    return [value for value in values if value is not _ABSENT] + [func.__defaults__]
+
+
+def _contents(cell, otherwise):
+    try:
+        return cell.cell_contents
+    except ValueError:      # not assigned yet
+        return otherwise
+
+
+@functools.lru_cache(MAX_CAPTURES)
+def _global_names(code):
+    """The names that cloudpickle sends with the code: those of its global instructions, nested functions included."""
+    names = {step.argval: None for step in dis.get_instructions(code) if step.opname.endswith("_GLOBAL")}
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            names.update(dict.fromkeys(_global_names(constant)))
+    return tuple(names)
+
+
+def _used(func):
+    """(name, value) of what may keep a function from being pickled, for the error."""
+    if isinstance(func, types.FunctionType):
+        for name, cell in zip(func.__code__.co_freevars, func.__closure__ or ()):
+            yield f"{name!r} of its closure", _contents(cell, None)
+        for name in _global_names(func.__code__):
+            yield f"its global {name!r}", func.__globals__.get(name)
+
+
+# ---- exceptions
 
 class RemoteError(ClupyError):
-    pass
+    """What a call raised, where that cannot be rebuilt here. type_name, message, traceback: texts of the original."""
+    def __init__(self, type_name, message, traceback=""):
+        super().__init__(type_name, message, traceback)
+        self.type_name, self.message, self.traceback = type_name, message, traceback
+
+    def __str__(self): return f"{self.type_name}: {self.message}"
+
+
+def pack_exception(error, skip_frames=0, where=""):
+    """The payload that unpack_exception takes. Cannot raise."""
+    try:
+        return pack(_links(error, skip_frames, where))
+    except BaseException as problem:        # at worst: no memory left, a class that breaks type()
+        why = f"{type(problem).__name__} while the exception was taken apart"
+        return pack([(None, why, type(error).__name__, "message not known", [], None, None, False)])
+
+
+def _links(error, skip_frames, where):
+    """The exceptions that hang together, as _Chain takes them: the first is error itself."""
+    chain = _chain(error)
+    positions = {id(error): i for i, error in enumerate(chain)}
+    links = []
+    for error in chain:
+        if isinstance(error, ModuleNotFoundError) and error.name in _missing_modules:
+            error.msg = _missing_modules[error.name]
+            error.args = error.msg,
+        frames = _frames(error.__traceback__)
+        if not links:
+            frames = [(f"<{where}>", "call", 1, 1, None, None, None)] * bool(where) + frames[skip_frames:]
+        links.append((*_pickled(error, positions), _type_name(type(error)), _message(error), _shortened(frames),
+                      positions.get(id(error.__cause__)), positions.get(id(error.__context__)),
+                      error.__suppress_context__))
+    return links
+
+
+def _chain(error):
+    """error and what it refers to as cause, context or member of a group, each once, at most MAX_CHAIN."""
+    chain, todo = {}, [error]
+    while todo and len(chain) < MAX_CHAIN:
+        error = todo.pop()
+        if error is not None and id(error) not in chain:
+            chain[id(error)] = error
+            todo += reversed(getattr(error, "exceptions", ()) if isinstance(error, BaseExceptionGroup) else ())
+            todo += error.__context__, error.__cause__
+    return list(chain.values())
+
+
+def _pickled(error, positions):
+    """(pickle, None), or (None, why there is none). An __init__ that does not take `args` again is left out of it."""
+    try:
+        faithful = _is_faithful(error)
+        return _dumps_link(error, positions, error if faithful else _WithoutInit(error)), None
+    except BaseException as problem:        # whatever the user's methods raise; RecursionError, MemoryError
+        return None, _line(problem)
+
+
+def _is_faithful(error):
+    """Whether its pickle would make the same: copy.copy does what unpickling does, without a class by value."""
+    try:
+        copied = copy.copy(error)
+        return type(copied) is type(error) and str(copied) == str(error)
+    except Exception:       # the __init__ wants other arguments
+        return False
+
+
+class _WithoutInit:
+    def __init__(self, error): self.error = error
+    def __reduce__(self): return _without_init, (type(self.error), self.error.args, vars(self.error))
+
+
+def _dumps_link(error, positions, obj):
+    def pickler(*arguments):
+        made = _link_pickler()(*arguments)
+        made.error, made.positions = error, positions
+        return made
+    return _dumps(pickler, obj)
+
+
+@functools.cache
+def _link_pickler():
+    class Pickler(_result_pickler()):
+        def persistent_id(self, part):
+            if isinstance(part, BaseException) and part is not self.error:
+                return self.positions.get(id(part))
+    return Pickler
+
+
+def _message(error):
+    try:
+        text = str(error)
+    except Exception:       # a __str__ of the user's
+        return "<no text: its __str__ fails>"
+    return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]}... ({len(text):,} characters)"
+
+
+def _frames(trace):
+    """The frames of a traceback as _traceback takes them."""
+    frames = []
+    while trace is not None:
+        code, line = trace.tb_frame.f_code, trace.tb_lineno or trace.tb_frame.f_code.co_firstlineno
+        first, last, column, last_column = (None,) * 4
+        if trace.tb_lasti >= 0:
+            first, last, column, last_column = next(itertools.islice(code.co_positions(), trace.tb_lasti // 2, None))
+        if first != line:
+            last, column, last_column = line, None, None
+        frames.append((code.co_filename, code.co_name, line, last, column, last_column, _text(trace.tb_frame, line)))
+        trace = trace.tb_next
+    return frames
+
+
+def _text(frame, line):
+    """The line of a module's file; None for code that came by value, the file of which only the client has."""
+    if "remote text" in frame.f_globals:        # of a nested call
+        return frame.f_globals["remote text"]
+    module = sys.modules.get(frame.f_globals.get("__name__"))
+    if module is None or vars(module) is not frame.f_globals:
+        return None
+    return linecache.getline(frame.f_code.co_filename, line, frame.f_globals).rstrip() or None
+
+
+def _shortened(frames):
+    if len(frames) <= MAX_FRAMES:
+        return frames
+    half = MAX_FRAMES // 2
+    return [*frames[:half], (f"<{len(frames) - MAX_FRAMES} frames left out>", "...", 1, 1, None, None, None), *frames[-half:]]
 
 
 def unpack_exception(payload):
-    return unpack(payload)
+    """The exception of a pack_exception, with its causes, contexts, group members, notes, and a traceback whose upper
+    part is the worker's: raised here, it prints as if the call had been made here. One that cannot be rebuilt is a
+    RemoteError with a note that says why. Any thread may call."""
+    chain = _Chain(unpack(payload))
+    for i in reversed(range(len(chain.links))):     # members before their group
+        chain.load(i)
+    for error, (*_, cause, context, suppress) in zip(chain.errors, chain.links):
+        error.__cause__ = None if cause is None else chain.errors[cause]
+        error.__context__ = None if context is None else chain.errors[context]
+        error.__suppress_context__ = suppress
+    return chain.errors[0]
+
+
+class _Chain:
+    """links: (pickle or None, why none, type name, message, frames, cause, context, suppress) of each exception, the
+    last three as in Python, but with positions in the list; other exceptions within a pickle are positions too."""
+    def __init__(self, links):
+        self.links = links
+        self.errors = [None] * len(links)
+
+    def load(self, i):
+        if self.errors[i] is None:
+            data, why, type_name, message, frames, *_ = self.links[i]
+            self.errors[i] = RemoteError(type_name, message)        # for those within that refer to it
+            trace = _traceback(frames)
+            try:
+                error = self._unpickled(data, why)
+            except Exception as problem:    # a constructor's, or a module is missing here
+                text = "".join(traceback.format_tb(trace))
+                error = RemoteError(type_name, message, f"Traceback (most recent call last):\n{text}{type_name}: {message}")
+                error.add_note(f"{type_name} cannot be rebuilt here: {_line(problem)}")
+            self.errors[i] = error.with_traceback(trace)
+        return self.errors[i]
+
+    def _unpickled(self, data, why):
+        if data is None:
+            raise pickle.UnpicklingError(why)
+        error = _LinkUnpickler(data, self.load).load()
+        if not isinstance(error, BaseException):
+            raise pickle.UnpicklingError(f"its pickle is a {type(error).__qualname__}")
+        return error
+
+
+class _LinkUnpickler(pickle.Unpickler):
+    def __init__(self, data, load):
+        super().__init__(io.BytesIO(data))
+        self.load_link = load
+
+    def persistent_load(self, position): return self.load_link(position)
+
+
+def _without_init(cls, args, attributes):
+    """An exception whose __init__ does not take its args: class E(Exception) with __init__(self, a, b)."""
+    error = cls.__new__(cls, *args)
+    error.args = args
+    error.__dict__.update(attributes)
+    return error
+
+
+def _line(error):
+    return "".join(traceback.format_exception_only(error))[:500].strip()
+
+
+def _traceback(frames):
+    """A traceback of (file, function, first and last line, first and last column, text or None), outermost first.
+
+    A frame cannot be made, but code that fails at any place can be compiled: the idea is Jinja2's. The text is given
+    for files that are the worker's: if this machine's file has another line there, the name gets " (remote)"."""
+    trace = None
+    for filename, name, line, last_line, column, last_column, text in reversed(frames):
+        linecache.checkcache(filename)      # as printing will do
+        if text is not None and linecache.getline(filename, line).rstrip() != text:
+            filename = filename.removesuffix(" (remote)") + " (remote)"
+            _remember_line(filename, line, text)
+        if last_line != line or column is None:     # the whole line, which Python then does not underline
+            whole = linecache.getline(filename, line).encode().rstrip()
+            column, last_column = column or len(whole) - len(whole.lstrip()), len(whole)
+        code = _failing(filename, name, line, column, max(column, last_column))
+        try:
+            eval(code, {"__builtins__": {}, "remote text": text})      # for the next process, if this one is a worker
+        except NameError as error:
+            inner = error.__traceback__.tb_next
+            trace = types.TracebackType(trace, inner.tb_frame, inner.tb_lasti, line)
+    return trace
+
+
+@functools.lru_cache(1024)
+def _failing(filename, name, line, column, last_column):
+    node = ast.Name("no such name", ast.Load(), lineno=line, end_lineno=line, col_offset=column, end_col_offset=last_column)
+    return compile(ast.Expression(node), filename, "eval").replace(co_name=name)
+
+
+def _remember_line(filename, line, text):
+    lines = list(linecache.getlines(filename))
+    lines += ["\n"] * (line - len(lines))
+    lines[line - 1] = text + "\n"
+    linecache.cache[filename] = 0, None, lines, filename        # None: checkcache() leaves it alone
+
+
+# ---- modules on demand
+
+CLUPY_MODULES = {"clupy", "clupy_master", "clupy_server"}      # every server has its own
 
 
 def own_modules():
-    return []
+    """The top-level modules of the user's project that are imported, or run by -m: a worker asks for them first."""
+    main = getattr(sys.modules["__main__"], "__spec__", None)
+    specs = {name: getattr(module, "__spec__", None) for name, module in list(sys.modules.items())}
+    top = {main.name.partition(".")[0]} if main is not None and _is_own(main.name, main) else set()
+    return frozenset(top | {name for name, spec in specs.items() if "." not in name and _is_own(name, spec)})
 
 
-def module_source(name, parent_path):
-    return None
+def module_source(name, parent_path=None):
+    """What a worker is told that lacks a module; parent_path is the __path__ of the package that it is in. One of
+         ("source", text, file name, __path__ or None)      it is the user's own
+         ("namespace", __path__)                            a folder without __init__.py
+         ("library", distribution, version)                 installed here, but not sent
+         ("refused", why)                                   own, but it has no source
+         ("no",)                                            unknown here, or the standard library's
+    Nothing is imported or run, not even the parent. It reads files; any thread may call, and it never raises."""
+    try:
+        return _module_source(name, parent_path)
+    except Exception as error:      # a finder or loader of the user's may raise anything
+        return "refused", f"module {name!r} cannot be read by its client: {_line(error)}"
+
+
+def _module_source(name, parent_path):
+    spec = _spec(name, parent_path)
+    if spec is None and name in sys.modules and sys.modules[name] is not None:
+        return "refused", (f"module {name!r} was made while its client ran, so that it has no source to send: call "
+                           f"cloudpickle.register_pickle_by_value(module) before the calls that use it")
+    if spec is None or name.partition(".")[0] in sys.stdlib_module_names | CLUPY_MODULES or not _places(spec):
+        return ("no",)
+    if not _is_own(name, spec):
+        return "library", *_distribution(name)
+    if not spec.has_location:
+        return "namespace", [place for place in _places(spec) if not _is_library(place)]
+    if hasattr(spec.loader, "get_source"):
+        text = spec.loader.get_source(spec.name)
+    else:                                           # pytest's
+        with io.open(spec.origin, "rb") as file:
+            text = importlib.util.decode_source(file.read())
+    if text is None:
+        return "refused", (f"module {name!r} is compiled ({spec.origin}), and only source is sent: add its project "
+                           f"under `libraries:` in clupy.client.dependency.yaml")
+    path = spec.submodule_search_locations
+    return "source", text, spec.origin, None if path is None else list(path)
+
+
+def _spec(name, parent_path):
+    """The module's spec or None. importlib.util.find_spec would run the parent."""
+    main = getattr(sys.modules["__main__"], "__spec__", None)
+    if main is not None and main.name == name:      # python -m package.script
+        return main
+    spec = getattr(sys.modules.get(name), "__spec__", None)
+    finders = [finder for finder in sys.meta_path if hasattr(finder, "find_spec")]
+    while spec is None and finders:
+        try:
+            spec = finders.pop(0).find_spec(name, parent_path)
+        except KeyError:        # a namespace package whose parent is not imported here
+            spec = _namespace(name, parent_path)
+    return spec
+
+
+def _namespace(name, parent_path):
+    found = [finder.find_spec(name) for place in parent_path or ()
+             if (finder := pkgutil.get_importer(place)) is not None]
+    spec = importlib.machinery.ModuleSpec(name, None, is_package=True)
+    spec.submodule_search_locations = [place for part in found if part is not None and part.loader is None
+                                       for place in part.submodule_search_locations]
+    return spec
+
+
+def _is_own(name, spec):
+    return (spec is not None and name.partition(".")[0] not in sys.stdlib_module_names | CLUPY_MODULES
+            and name not in _MAINS and not all(_is_library(place) for place in _places(spec)))
+
+
+def _places(spec):
+    return [spec.origin] if spec.has_location else list(spec.submodule_search_locations or ())
+
+
+@functools.lru_cache(10_000)
+def _is_library(path):
+    folders = _library_folders()
+    return os.path.abspath(path).startswith(folders) or os.path.realpath(path).startswith(folders)
+
+
+@functools.cache
+def _library_folders():
+    """Where installed modules are, by plain and by real path. An editable install is elsewhere: the user's own."""
+    folders = {sysconfig.get_path(kind) for kind in ("stdlib", "platstdlib", "purelib", "platlib")}
+    folders.update(site.getsitepackages(), [site.getusersitepackages()])
+    return tuple({os.path.join(form(folder), "") for folder in folders for form in (os.path.abspath, os.path.realpath)})
+
+
+def _distribution(name):
+    """(name to give to pip, installed version or None)."""
+    top = name.partition(".")[0]
+    names = metadata.packages_distributions().get(top)
+    return (names[0], metadata.version(names[0])) if names else (top, None)
+
+
+FETCHES = {"module": module_source}     # what a worker may ask its client for: each answers in a thread that may block
 
 
 # ==== Future =================================================================
@@ -1993,7 +2651,7 @@ class Engine:
 
     def take_nested(self, slot, calls, functions):
         for id, (payload, name) in functions.items():
-            slot.nested_functions[id] = Function.of(payload, name)
+            slot.nested_functions[id] = function_of(payload, name)
         for number, parent, function, arguments, timeout, retries, most in calls:
             function = slot.nested_functions[function]
             call = Future(self, function, arguments, timeout, retries, function.limit(most) if most else None)
@@ -2201,39 +2859,38 @@ class Parallel:
     """A function whose calls run in the cluster: calling it returns a Future at once.
 
     .func is the function itself."""
-    __slots__ = "func", "_options", "_function", "__weakref__"
 
     def __init__(self, func, most, timeout, retries):
         self.func = func
         self._options = most, timeout, retries
+        for name in ("__module__", "__name__", "__qualname__", "__doc__"):
+            setattr(self, name, getattr(func, name, None))
         # A function that its module does not know yet is being decorated: what it uses may be defined further down,
         # so it is captured when it is called.
-        defined = getattr(func, "__globals__", {}).get(getattr(func, "__name__", None)) is func
+        defined = getattr(func, "__globals__", {}).get(self.__name__) is func
         self._function = capture(func) if defined else None
 
     def __call__(self, *args, **kwargs):
         most, timeout, retries = self._options
         function = self._function or capture(self.func)
         engine = _engine or _current_engine()
-        return start(engine, function, args, kwargs, timeout, retries, function.limit(most) if most else None)
+        return start(engine, self.func, function, args, kwargs, timeout, retries, function.limit(most) if most else None)
 
     def __repr__(self):
-        return f"<parallel {getattr(self.func, '__qualname__', self.func)!s}>"
+        return f"<parallel {self.__qualname__ or self.func!r}>"
 
     def __get__(self, instance, owner=None):
         return self if instance is None else Parallel(self.func.__get__(instance, owner), *self._options)
 
-    def __getattr__(self, name):
-        if name.startswith("__") and name != "__doc__" and name != "__name__" and name != "__qualname__":
-            raise AttributeError(name)
-        return getattr(self.func, name)
+    @property
+    def __wrapped__(self):
+        return self.func
 
-    def __reduce__(self):                         # in two steps, as the function may refer to this very object
-        return Parallel.__new__, (Parallel,), (self.func, self._options)
-
-    def __setstate__(self, state):
-        self.func, self._options = state
-        self._function = None
+    def __reduce__(self):
+        """By name where a worker finds it under that; else in two steps, as the function may refer to this object."""
+        if _named(self) is self:
+            return self.__qualname__
+        return Parallel.__new__, (Parallel,), {**vars(self), "_function": None}
 
 
 def parallel(func=None, *, max=None, timeout=None, retries=2):
@@ -2255,7 +2912,7 @@ def parallel(func=None, *, max=None, timeout=None, retries=2):
     return Parallel(func, max, None if timeout is None else _duration(timeout), retries)
 
 
-def start(engine, function, args, kwargs, timeout, retries, limit):
+def start(engine, func, function, args, kwargs, timeout, retries, limit):
     """The Future of a new call; one whose arguments cannot be pickled has that for its outcome already."""
     if not kwargs:
         for value in args:
@@ -2267,7 +2924,7 @@ def start(engine, function, args, kwargs, timeout, retries, limit):
             return call
     call = Future(engine, function, None, timeout, retries, limit)
     try:
-        call._arguments = pack_arguments(function, args, kwargs)
+        call._arguments = pack_arguments(function.name, args, kwargs, func)
     except Exception as error:                    # one bad call among a hundred spoils one result
         conclude([(call, False, error)])
     else:
@@ -2395,8 +3052,8 @@ class Executor(concurrent.futures.Executor):
             raise RuntimeError("cannot submit a call after shutdown()")
         function = capture(fn)
         if self._setup:
-            function = function.after(self._setup)
-        return start(self._engine, function, args, kwargs, None, 2, self._limit)
+            function = function_of(function.payload, function.name, self._setup.payload)
+        return start(self._engine, fn, function, args, kwargs, None, 2, self._limit)
 
     def shutdown(self, wait=True, *, cancel_futures=False):
         self._shut = True
@@ -2461,12 +3118,12 @@ def run_packed(function, arguments):
         value = unpack(function)(*args, **kwargs)
         if inspect.iscoroutine(value):
             value = asyncio.run(value)
-        return True, value if type(value) in PLAIN else pack(value)
+        return True, value if type(value) in PLAIN else pack_result(value)
     except BaseException as error:                # the outcome of the call, whatever it is
         return False, pack_exception(error)
 
 
-def unpack_arguments(arguments):
+def unpack_arguments(arguments, unpack=unpack):
     """(args, kwargs) of a call's arguments: a tuple of plain values, or a payload."""
     if type(arguments) is tuple and not (arguments and type(arguments[-1]) is list):
         return arguments, {}

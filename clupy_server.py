@@ -25,7 +25,10 @@ import collections
 import concurrent.futures
 import faulthandler
 import fcntl
+import functools
+import importlib.machinery
 import json
+import linecache
 import logging
 import mmap
 import os
@@ -81,7 +84,7 @@ def work(arguments):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)
-    import cloudpickle                             # noqa: F401  warm: nearly every client needs it
+    note_client_classes()                          # imports cloudpickle, too, which nearly every client needs
     board = mmap.mmap(given["board"], mmap.PAGESIZE)
     channel = socket.socket(fileno=given["channel"])
     channel.send(b"r")
@@ -119,6 +122,9 @@ def receive_slot(channel):
     return sock, json.loads(data)
 
 
+Unopened = collections.namedtuple("Unopened", "payload setup")     # a function that has not been called yet
+
+
 class Worker:
     """The state of a worker process, from its slot's opening to its end.
 
@@ -128,7 +134,8 @@ class Worker:
         self.board, self.sock, self.server = board, sock, given["server"]
         self.pid = os.getpid()
         self.todo = collections.deque()            # items of `calls` that have not begun
-        self.functions = {}                        # {id: (payload, name, setup)} or the function itself, once used
+        self.functions = {}                        # {id: the function, or Unopened until its first call}
+        self.names = {}                            # {id: its name, for messages}
         self.set_up = {}                           # {payload of an initializer: None, or the exception it raised}
         self.current = 0                           # number of the call that runs
         self.results = collections.deque()         # (number, succeeded, value) that were not sent
@@ -185,30 +192,33 @@ class Worker:
         """(succeeded, value or payload); raises nothing."""
         try:
             func = self._function(function)
-            args, kwargs = clupy.unpack_arguments(arguments)
+            args, kwargs = unpack_arguments(arguments)
             value = func(*args, **kwargs)
             if type(value) in clupy.PLAIN:
                 return True, value
             if clupy.inspect.iscoroutine(value):
-                value = run_coroutine(value)
-            return True, value if type(value) in clupy.PLAIN else clupy.pack(value)
+                value = clupy.asyncio.run(value)
         except BaseException as error:             # the outcome of the call, whatever the user's code raised
-            return False, clupy.pack_exception(error)
+            return False, clupy.pack_exception(error, 1, f"{self.server} {self.pid}")
+        try:
+            return True, value if type(value) in clupy.PLAIN else clupy.pack_result(value, self.names[function])
+        except BaseException as error:             # what the user's own __reduce__ thinks of
+            return False, clupy.pack_exception(error.with_traceback(None))
 
     def _function(self, id):
         known = self.functions[id]
-        if type(known) is tuple:
-            payload, name, setup = known
+        if type(known) is Unopened:
+            payload, setup = known
             if setup is not None:
                 self._set_up(setup)
-            known = self.functions[id] = clupy.unpack(payload)
+            known = self.functions[id] = unpack_call(payload)
         return known
 
     def _set_up(self, setup):
         """Run an Executor's initializer, once in this worker."""
         if setup not in self.set_up:
             try:
-                clupy.unpack(setup)()
+                unpack_call(setup)()
                 self.set_up[setup] = None
             except BaseException as error:         # whatever it raised, it is why no call can run here
                 self.set_up[setup] = error
@@ -218,8 +228,10 @@ class Worker:
     def _learn(self, id, payload, name):
         if payload is None:
             self.functions.pop(id, None)
+            self.names.pop(id, None)
         else:
-            self.functions[id] = payload, *name
+            self.names[id], setup = name
+            self.functions[id] = Unopened(payload, setup)
 
     # -- writing, any thread
 
@@ -288,6 +300,7 @@ class Worker:
             self._wake.release()
 
     def on_opening(self, _, own_modules):
+        Finder(functools.partial(self.fetch, "module"), own_modules, self.server).install()
         self.send("opened", self.pid)
 
     def on_calls(self, _, items):
@@ -312,10 +325,6 @@ class Worker:
 
     def on_results(self, _, results):
         self.nested.take_results(results)
-
-
-def run_coroutine(coroutine):
-    return clupy.asyncio.run(coroutine)
 
 
 def flush_output():
@@ -387,6 +396,116 @@ class NestedCalls:
         os.close(self._worker.sock.fileno())
 
     close = cancel_all
+
+
+# ==== Worker: the client's classes and modules ===============================
+# The client's classes are only named in results (clupy._client_class).  A class that was made here, or came with the
+# result of a nested call, is one that the client does not know: it goes by value.
+
+_unpacking = threading.local()          # .call: whether this thread unpacks something of the client's
+
+
+def note_client_classes():
+    """Once, when a worker starts: wraps the function by which cloudpickle makes or finds a class that it unpickles."""
+    tracker = clupy._class_tracker()
+    lookup = tracker._lookup_class_or_track
+
+    def noting(tracker_id, cls):
+        cls = lookup(tracker_id, cls)
+        if getattr(_unpacking, "call", False):
+            clupy._client_classes.add(cls)
+        return cls
+    tracker._lookup_class_or_track = noting
+
+
+def unpack_arguments(arguments):
+    """(args, kwargs) of a call."""
+    return clupy.unpack_arguments(arguments, unpack_call)
+
+
+def unpack_call(payload):
+    """clupy.unpack for functions and arguments; nested calls' results are for clupy.unpack itself."""
+    before, _unpacking.call = getattr(_unpacking, "call", False), True
+    try:
+        return clupy.unpack(payload)
+    finally:
+        _unpacking.call = before
+
+
+class Finder:
+    """Imports the client's modules from it; stands twice on sys.meta_path: first for the client's own top-level modules,
+    so that another version installed here is not taken, last for all others.
+
+    fetch(name, parent's __path__) -> clupy.module_source's answer; it blocks, and any thread may call it. What it says
+    is kept for the life of the worker, "no" included: a module has one version per slot. Never asked: the standard
+    library, submodules of packages that did not come from the client, and for a child that the call forked, as the
+    socket is its parent's. A child started by multiprocessing's spawn has no Finder: it sees only what is installed."""
+
+    def __init__(self, fetch, own, server):
+        self.fetch, self.own, self.server = fetch, frozenset(own), server
+        self.pid = os.getpid()
+        self.answers = {}       # module name -> what the client said; any importing thread adds
+        self.packages = set()   # names of packages that came from the client; any importing thread adds
+
+    def __repr__(self): return f"<Finder {self.server} {len(self.answers)} modules asked for>"
+
+    def install(self):
+        sys.meta_path.insert(0, _OwnFirst(self))
+        sys.meta_path.append(self)
+
+    def find_spec(self, name, path=None, target=None):
+        """The module's spec from the client, or None. Never raises for a missing module: optional libraries are looked
+        for with importlib.util.find_spec; what the error says is noted in clupy._missing_modules."""
+        parent = name.rpartition(".")[0]
+        if os.getpid() != self.pid or parent and parent not in self.packages \
+                or name.partition(".")[0] in sys.stdlib_module_names | clupy.CLUPY_MODULES:
+            return None
+        if name not in self.answers:
+            self.answers[name] = self.fetch(name, path and list(path))
+        return getattr(self, "on_" + self.answers[name][0])(name, path, *self.answers[name][1:])
+
+    def on_source(self, name, path, text, filename, package_path):
+        linecache.cache[filename] = len(text), None, text.splitlines(keepends=True), filename   # for tracebacks
+        spec = importlib.machinery.ModuleSpec(name, _Loader(text, filename), origin=filename)
+        spec.has_location = True        # sets __file__
+        spec.submodule_search_locations = package_path
+        if package_path is not None:
+            self.packages.add(name)
+        return spec
+
+    def on_namespace(self, name, path, places):
+        here = importlib.machinery.PathFinder.find_spec(name, path)     # its libraries may be installed here
+        spec = importlib.machinery.ModuleSpec(name, None, is_package=True)
+        spec.submodule_search_locations = places + list(here.submodule_search_locations or () if here else ())
+        self.packages.add(name)
+        return spec
+
+    def on_library(self, name, path, distribution, version):
+        line = f"{distribution}=={version}" if version else distribution
+        clupy._missing_modules[name] = (
+            f"No module named {name!r} on {self.server}; the client has {distribution} {version or '(version not known)'}: "
+            f"add the line `- {line}` under `libraries:` in clupy.client.dependency.yaml")
+
+    def on_refused(self, name, path, why):
+        clupy._missing_modules[name] = f"No module named {name!r} on {self.server}: {why}"
+
+    def on_no(self, name, path):
+        return None
+
+
+class _OwnFirst:
+    def __init__(self, finder): self.finder = finder
+
+    def find_spec(self, name, path=None, target=None):
+        return self.finder.find_spec(name, path) if name.partition(".")[0] in self.finder.own else None
+
+
+class _Loader:
+    """Runs the client's text under the client's file name."""
+    def __init__(self, text, filename): self.text, self.filename = text, filename
+    def create_module(self, spec): return None
+    def exec_module(self, module): exec(compile(self.text, self.filename, "exec", dont_inherit=True), vars(module))
+    def get_source(self, name): return self.text        # for inspect and linecache
 
 
 # ==== Process: a worker as its server sees it ================================
@@ -802,7 +921,7 @@ class Server:
                 process.hand_over(slot, {
                     "key": slot_key(slot.session.connection.key, slot.number).hex(), "server": self.name,
                     "environ": clupy.services_environ(self.services)})
-            except OSError:
+            except ConnectionError:
                 continue                           # it died just now; it will be replaced
             self.waiting.remove(slot)
             slot.waiter.set_result(None)

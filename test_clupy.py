@@ -527,6 +527,7 @@ def test_workers_die_with_their_server_whatever_they_do(tmp_path, end):
         before = workers()
         cluster.servers[0].process.send_signal(end)
         if end == signal.SIGTERM:
+            until(lambda: "draining" in cluster.servers[0].log)
             cluster.servers[0].process.send_signal(end)
         until(lambda: not before & workers())
         clupy.close()
