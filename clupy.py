@@ -818,16 +818,16 @@ class MasterLink:
 # ==== Code and pickles ======================================================
 # A worker has neither the program's modules nor its __main__, so that what it is sent travels in three ways:
 #
-#      data                      pickle             a payload: bytes, or (bytes, [large buffers]) without a copy
+#      data                      pickle             a payload: bytes, or (bytes, [large buffers])
 #      __main__, lambda, local   cloudpickle        by value: the code and the globals that it uses
 #      the user's own modules    pickle, by name    the worker's Finder asks module_source() for their text
 #
-# Plain pickle is tried first since it is 6 times as fast, and its bytes tell when it is not enough: "__main__" is in
-# them. Back come results, in which the client's classes are only named (_client_class), and exceptions, taken apart
-# into a list (pack_exception), since a pickle loses cause, context and traceback.
+# Plain pickle is tried first since it is 6 times as fast, and its bytes tell when it is not enough:
+# "__main__" is in them. Back come results, in which the client's classes are only named (_client_class), and
+# exceptions, taken apart into a list (unpack_exception), since a pickle loses cause, context and traceback.
 
 PLAIN = frozenset((int, float, bool, type(None), str))     # types that travel in a message as they are
-MAX_CAPTURES = 256      # functions kept with their pickle: a closure made in every turn of a loop is a new function
+MAX_CAPTURES = 256      # functions kept with their pickle: a closure per turn of a loop is a new function
 MAX_CLASSES = 4096      # classes kept alive after they were sent, as a result may name them
 MAX_CHAIN = 2000        # exceptions of one failure that are sent: cause, context and group members
 MAX_FRAMES = 100        # of each exception: more are left out in the middle
@@ -851,16 +851,16 @@ def _pack(obj, by_value):
     buffers = _Buffers()
     try:
         data = pickle.dumps(obj, 5, buffer_callback=buffers)
-    except Exception:           # lambda, local class, lock ...: if by_value cannot either, its error is the one raised
+    except Exception:           # lambda, local class, lock ...: if by_value cannot either, it raises
         data = _MAIN
-    if data.find(_MAIN) >= 0 or _registered():      # `in` takes 0.3 us: it asks first whether _MAIN is a number
+    if data.find(_MAIN) >= 0 or _registered():      # `in` takes 0.2 us more: it asks first for a number
         buffers.clear()
         data = by_value(obj, buffers)
     return (data, list(buffers)) if buffers else data
 
 
 class _Buffers(list):
-    """A pickler's buffer_callback: takes large buffers out of the pickle, and copies those that may change."""
+    """A buffer_callback: takes large buffers out of the pickle, and copies those that may change."""
     def __call__(self, buffer):
         view = buffer.raw()
         if view.nbytes < LARGE:
@@ -877,7 +877,8 @@ def unpack(payload):
 
 
 def pack_arguments(function_name, args, kwargs, func=None):
-    """The payload of (args, kwargs). Raises PicklingError that names the argument, by func's parameter if given."""
+    """The payload of (args, kwargs). Raises PicklingError that names the argument at fault and its type; with
+    func also the parameter's name. Any thread may call."""
     for value in args:
         if type(value) in _RAW:
             args = tuple([_raw(value) for value in args])
@@ -887,7 +888,7 @@ def pack_arguments(function_name, args, kwargs, func=None):
     try:
         return _pack((args, kwargs), _by_value)
     except Exception as error:      # whatever a class of the user's raises while it is pickled
-        named = itertools.chain(_numbered(args, func), ((f"argument {name!r}", kwargs[name]) for name in kwargs))
+        named = [*_numbered(args, func), *((f"argument {name!r}", kwargs[name]) for name in kwargs)]
         raise pickle.PicklingError(f"{function_name} cannot be called: {_culprit(named, 'its arguments')} "
                                    f"cannot be pickled: {error}") from error
 
@@ -921,7 +922,8 @@ def _dumps(pickler, obj, buffer_callback=None):
 def _by_value_pickler():
     """The class, made late: cloudpickle takes 16 ms to import."""
     class Pickler(cloudpickle.Pickler):
-        dispatch_table = cloudpickle.Pickler.dispatch_table.new_child({functools._lru_cache_wrapper: _reduce_cached})
+        dispatch_table = cloudpickle.Pickler.dispatch_table.new_child(
+            {functools._lru_cache_wrapper: _reduce_cached})
 
         def reducer_override(self, obj):
             if type(obj) is types.FunctionType and _is_wrapped(obj):
@@ -941,7 +943,9 @@ def _keep(cls):
 def _named(obj):
     """What a worker finds under obj's module and name (obj itself, if it can go by name), or None."""
     module, name = getattr(obj, "__module__", None), getattr(obj, "__qualname__", None)
-    if not isinstance(name, str) or module in _MAINS or any(f"{module}.".startswith(f"{m}.") for m in _registered()):
+    if not isinstance(name, str) or module in _MAINS:
+        return None
+    if any(f"{module}.".startswith(f"{by_value}.") for by_value in _registered()):
         return None
     try:
         return operator.attrgetter(name)(sys.modules[module])
@@ -956,7 +960,7 @@ def _is_wrapped(func):
 
 
 def _reduce_cached(cached):
-    """functools.lru_cache and cache of a function that has no importable name: the worker begins with an empty cache."""
+    """lru_cache and cache of a function that cannot go by name: the worker begins with an empty cache."""
     if _named(cached) is cached:
         return cached.__qualname__
     return _make_cached, (cached.__wrapped__, cached.cache_parameters())
@@ -979,7 +983,7 @@ def _raw(value):
 
 
 def _bytearray(buffer):
-    return buffer if type(buffer) is bytearray else bytearray(buffer)   # what was received may become the argument
+    return buffer if type(buffer) is bytearray else bytearray(buffer)   # received memory becomes the argument
 
 
 def _numbered(args, func):
@@ -992,7 +996,7 @@ def _numbered(args, func):
 
 
 def _culprit(named_values, otherwise):
-    """The first of (name, value) that cannot be pickled, for an error: "argument 2 ('key'), a _thread.lock,"."""
+    """The first of (name, value) that cannot be pickled, as in "argument 2 ('key'), a _thread.lock,"."""
     for name, value in named_values:
         try:
             pack(value)
@@ -1002,19 +1006,21 @@ def _culprit(named_values, otherwise):
 
 
 def _type_name(cls):
-    return cls.__qualname__ if cls.__module__ in ("builtins", *_MAINS) else f"{cls.__module__}.{cls.__qualname__}"
+    module, name = cls.__module__, cls.__qualname__
+    return name if module in ("builtins", *_MAINS) else f"{module}.{name}"
 
 
-# A class that came from the client goes back as the id that cloudpickle's tracker gave it. By value, cloudpickle would
-# find the class by the same id and set all its attributes to copies. The tracker is private: _class_tracker checks.
+# A class that came from the client goes back as the id that cloudpickle's tracker gave it. By value,
+# cloudpickle would find the class by the same id and set all its attributes to copies. The tracker is
+# private, so it is checked.
 
 def _class_tracker():
     """cloudpickle's module with the tracker's three names. Raises ClupyError if they are gone."""
     module = importlib.import_module("cloudpickle.cloudpickle")
     for name in "_DYNAMIC_CLASS_TRACKER_BY_ID", "_get_or_create_tracker_id", "_lookup_class_or_track":
         if not hasattr(module, name):
-            raise ClupyError(f"cloudpickle {cloudpickle.__version__} has no {name}, by which CluPy finds the classes in "
-                             f"results: install cloudpickle 3.1")
+            raise ClupyError(f"cloudpickle {cloudpickle.__version__} has no {name}, by which CluPy finds "
+                             f"the classes in results: install cloudpickle 3.1")
     return module
 
 
@@ -1022,8 +1028,8 @@ def _client_class(tracker_id, name):
     """The class that went by value under this id. A worker's results name it so; pickles call this."""
     cls = _class_tracker()._DYNAMIC_CLASS_TRACKER_BY_ID.get(tracker_id)
     if cls is None:
-        raise pickle.UnpicklingError(f"a result has an object of class {name}, which this process never had or has "
-                                     f"dropped: keep the class, or define it in a module")
+        raise pickle.UnpicklingError(f"a result has an object of class {name}, which this process never "
+                                     f"had or has dropped: keep the class, or define it in a module")
     return cls
 
 
@@ -1035,8 +1041,8 @@ def pack_result(value, name="the call"):
     try:
         return pack(value, _result_by_value)
     except Exception as error:      # whatever a class of the user's raises while it is pickled
-        raise pickle.PicklingError(f"the result of {name}, a {_type_name(type(value))}, cannot be pickled: "
-                                   f"{error}") from error
+        raise pickle.PicklingError(f"the result of {name}, a {_type_name(type(value))}, cannot be "
+                                   f"pickled: {error}") from error
 
 
 def _result_by_value(obj, buffer_callback=None):
@@ -1048,7 +1054,8 @@ def _result_pickler():
     class Pickler(_by_value_pickler()):
         def reducer_override(self, obj):
             if isinstance(obj, type) and obj in _client_classes:
-                return _client_class, (_class_tracker()._get_or_create_tracker_id(obj), obj.__qualname__)
+                tracker_id = _class_tracker()._get_or_create_tracker_id(obj)
+                return _client_class, (tracker_id, obj.__qualname__)
             return super().reducer_override(obj)
     return Pickler
 
@@ -1092,10 +1099,10 @@ def function_of(payload, name, setup=None):
 
 
 def capture(func):
-    """The Function that func is now: the same object for the same pickle, so a changed global or closure is seen.
+    """The Function that func is now: a changed global or closure is seen; the same pickle is the same object.
 
-    Pickling takes 20 us; if all that the last pickle read is immutable and still the same object (_reads), it is
-    reused in 0.5 us. Raises PicklingError that names the global or closure at fault. Any thread may call."""
+    Pickling takes 40 us; if all that the last pickle read is immutable and still the same object (_reads), it
+    is reused in 0.6 us. Raises PicklingError that names what is at fault. Any thread may call."""
     known = _captures.get(id(func))
     if known is not None and known[0] is func:
         for read, a, b, value in known[2]:
@@ -1112,8 +1119,8 @@ def _capture(func):
     try:
         data = _by_value(func)
     except Exception as error:      # whatever a class of the user's raises while it is pickled
-        raise pickle.PicklingError(f"{name} cannot be sent to a worker: {_culprit(_used(func), 'it')} cannot be "
-                                   f"pickled: {error}") from error
+        raise pickle.PicklingError(f"{name} cannot be sent to a worker: {_culprit(_used(func), 'it')} cannot "
+                                   f"be pickled: {error}") from error
     function = function_of(data, name) if len(data) < LARGE else Function(pack(_Pickled(data)), name)
     if reads is not None and type(function.payload) is bytes:
         with _capture_lock:
@@ -1135,13 +1142,12 @@ def _function_name(func):
     return getattr(func, "__qualname__", None) or type(func).__qualname__
 
 
-_CONSTANTS = {int, float, complex, bool, str, bytes, range, type(None), type(...), type(NotImplemented), types.CodeType}
+_CONSTANTS = {int, float, complex, bool, str, bytes, range, type(None), type(...), type(NotImplemented)}
 
 
 def _reads(func):
-    """[(read, a, b, value)]: func's pickle is right while each read(a, b) is value. None: part of it may change unseen.
-
-    Followed is all that goes by value. Names, docs and what a package imports later are not watched."""
+    """[(read, a, b, value)]: func's pickle is right while each read(a, b) is value. None: part of it may
+    change unseen. All that goes by value is followed, but no names, docs, and later imports of packages."""
     reads, todo, seen = [(_registered_are, _registered(), None, True)], [func], set()
     while todo:
         obj = todo.pop()
@@ -1155,10 +1161,11 @@ def _reads(func):
         elif _named(obj) is obj or type(obj) is types.FunctionType and _is_wrapped(obj):
             prefix, _, name = obj.__qualname__.rpartition(".")
             owner = sys.modules[obj.__module__]
-            reads.append((vars(operator.attrgetter(prefix)(owner) if prefix else owner).get, name, _ABSENT, _named(obj)))
+            namespace = vars(operator.attrgetter(prefix)(owner) if prefix else owner)
+            reads.append((namespace.get, name, _ABSENT, _named(obj)))
         elif isinstance(obj, Parallel):
             todo.append(obj.func)
-        elif type(obj) is types.FunctionType and not vars(obj):
+        elif type(obj) is types.FunctionType:
             todo += _function_reads(obj, reads)
         elif not (isinstance(obj, types.ModuleType) and sys.modules.get(obj.__name__) is obj):
             return None
@@ -1167,12 +1174,14 @@ def _reads(func):
 
 def _function_reads(func, reads):
     """Adds to reads what the function itself consists of; the values it uses."""
-    reads += [(getattr, func, name, getattr(func, name)) for name in ("__code__", "__defaults__", "__kwdefaults__")]
-    reads.append((operator.eq, vars(func), {}, True))
+    for name in "__code__", "__defaults__", "__kwdefaults__":
+        reads.append((getattr, func, name, getattr(func, name)))
+    reads.append((operator.eq, vars(func), {}, True))       # attributes go by value, and are seldom used
     kwonly = func.__code__.co_varnames[func.__code__.co_argcount:][:func.__code__.co_kwonlyargcount]
     used = [(_contents, cell, _ABSENT) for cell in func.__closure__ or ()]
-    for namespace, names in ((func.__globals__, _global_names(func.__code__)), (func.__annotations__, func.__annotations__),
-                             (func.__kwdefaults__ or {}, kwonly)):
+    for namespace, names in ((func.__globals__, _global_names(func.__code__)),
+                             (func.__kwdefaults__ or {}, kwonly),
+                             (func.__annotations__, func.__annotations__)):
         used += [(namespace.get, name, _ABSENT) for name in names]
     values = [read(a, b) for read, a, b in used]
     reads += [(*what, value) for what, value in zip(used, values)]
@@ -1188,7 +1197,7 @@ def _contents(cell, otherwise):
 
 @functools.lru_cache(MAX_CAPTURES)
 def _global_names(code):
-    """The names that cloudpickle sends with the code: those of its global instructions, nested functions included."""
+    """The globals that cloudpickle sends with the code: named by it or by a function in it."""
     names = {step.argval: None for step in dis.get_instructions(code) if step.opname.endswith("_GLOBAL")}
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
@@ -1208,7 +1217,7 @@ def _used(func):
 # ---- exceptions
 
 class RemoteError(ClupyError):
-    """What a call raised, where that cannot be rebuilt here. type_name, message, traceback: texts of the original."""
+    """What a call raised, if that cannot be rebuilt here. type_name, message, traceback: its texts."""
     def __init__(self, type_name, message, traceback=""):
         super().__init__(type_name, message, traceback)
         self.type_name, self.message, self.traceback = type_name, message, traceback
@@ -1237,9 +1246,9 @@ def _links(error, skip_frames, where):
         frames = _frames(error.__traceback__)
         if not links:
             frames = [(f"<{where}>", "call", 1, 1, None, None, None)] * bool(where) + frames[skip_frames:]
-        links.append((*_pickled(error, positions), _type_name(type(error)), _message(error), _shortened(frames),
-                      positions.get(id(error.__cause__)), positions.get(id(error.__context__)),
-                      error.__suppress_context__))
+        links.append((*_pickled(error, positions), _type_name(type(error)), _message(error),
+                      _shortened(frames), positions.get(id(error.__cause__)),
+                      positions.get(id(error.__context__)), error.__suppress_context__))
     return links
 
 
@@ -1250,13 +1259,13 @@ def _chain(error):
         error = todo.pop()
         if error is not None and id(error) not in chain:
             chain[id(error)] = error
-            todo += reversed(getattr(error, "exceptions", ()) if isinstance(error, BaseExceptionGroup) else ())
+            todo += reversed(error.exceptions if isinstance(error, BaseExceptionGroup) else ())
             todo += error.__context__, error.__cause__
     return list(chain.values())
 
 
 def _pickled(error, positions):
-    """(pickle, None), or (None, why there is none). An __init__ that does not take `args` again is left out of it."""
+    """(pickle, None), or (None, why there is none). An __init__ that does not take `args` is left out."""
     try:
         faithful = _is_faithful(error)
         return _dumps_link(error, positions, error if faithful else _WithoutInit(error)), None
@@ -1265,7 +1274,7 @@ def _pickled(error, positions):
 
 
 def _is_faithful(error):
-    """Whether its pickle would make the same: copy.copy does what unpickling does, without a class by value."""
+    """Whether its pickle would make the same: copy.copy does what unpickling does, but makes no classes."""
     try:
         copied = copy.copy(error)
         return type(copied) is type(error) and str(copied) == str(error)
@@ -1307,19 +1316,21 @@ def _frames(trace):
     """The frames of a traceback as _traceback takes them."""
     frames = []
     while trace is not None:
-        code, line = trace.tb_frame.f_code, trace.tb_lineno or trace.tb_frame.f_code.co_firstlineno
+        code = trace.tb_frame.f_code
+        line, text = trace.tb_lineno or code.co_firstlineno, _text(trace.tb_frame, trace.tb_lineno)
         first, last, column, last_column = (None,) * 4
         if trace.tb_lasti >= 0:
-            first, last, column, last_column = next(itertools.islice(code.co_positions(), trace.tb_lasti // 2, None))
+            positions = itertools.islice(code.co_positions(), trace.tb_lasti // 2, None)
+            first, last, column, last_column = next(positions)
         if first != line:
             last, column, last_column = line, None, None
-        frames.append((code.co_filename, code.co_name, line, last, column, last_column, _text(trace.tb_frame, line)))
+        frames.append((code.co_filename, code.co_name, line, last, column, last_column, text))
         trace = trace.tb_next
     return frames
 
 
 def _text(frame, line):
-    """The line of a module's file; None for code that came by value, the file of which only the client has."""
+    """The line of a module's file; None for code that came by value: only the client has its file."""
     if "remote text" in frame.f_globals:        # of a nested call
         return frame.f_globals["remote text"]
     module = sys.modules.get(frame.f_globals.get("__name__"))
@@ -1332,13 +1343,14 @@ def _shortened(frames):
     if len(frames) <= MAX_FRAMES:
         return frames
     half = MAX_FRAMES // 2
-    return [*frames[:half], (f"<{len(frames) - MAX_FRAMES} frames left out>", "...", 1, 1, None, None, None), *frames[-half:]]
+    gap = f"<{len(frames) - 2 * half} frames left out>", "...", 1, 1, None, None, None
+    return [*frames[:half], gap, *frames[-half:]]
 
 
 def unpack_exception(payload):
-    """The exception of a pack_exception, with its causes, contexts, group members, notes, and a traceback whose upper
-    part is the worker's: raised here, it prints as if the call had been made here. One that cannot be rebuilt is a
-    RemoteError with a note that says why. Any thread may call."""
+    """The exception of a pack_exception, with its causes, contexts, group members, notes, and the worker's
+    traceback: raised here, it prints as if the call had run here. One that cannot be rebuilt, be it a cause,
+    is a RemoteError with a note that says why. Any thread may call."""
     chain = _Chain(unpack(payload))
     for i in reversed(range(len(chain.links))):     # members before their group
         chain.load(i)
@@ -1350,8 +1362,8 @@ def unpack_exception(payload):
 
 
 class _Chain:
-    """links: (pickle or None, why none, type name, message, frames, cause, context, suppress) of each exception, the
-    last three as in Python, but with positions in the list; other exceptions within a pickle are positions too."""
+    """links: (pickle or None, why none, type name, message, frames, cause, context, suppress) of each
+    exception. Cause and context are positions in the list, and so are other exceptions within a pickle."""
     def __init__(self, links):
         self.links = links
         self.errors = [None] * len(links)
@@ -1365,7 +1377,8 @@ class _Chain:
                 error = self._unpickled(data, why)
             except Exception as problem:    # a constructor's, or a module is missing here
                 text = "".join(traceback.format_tb(trace))
-                error = RemoteError(type_name, message, f"Traceback (most recent call last):\n{text}{type_name}: {message}")
+                text = f"Traceback (most recent call last):\n{text}{type_name}: {message}"
+                error = RemoteError(type_name, message, text)
                 error.add_note(f"{type_name} cannot be rebuilt here: {_line(problem)}")
             self.errors[i] = error.with_traceback(trace)
         return self.errors[i]
@@ -1400,10 +1413,11 @@ def _line(error):
 
 
 def _traceback(frames):
-    """A traceback of (file, function, first and last line, first and last column, text or None), outermost first.
+    """A traceback of frames: (file, function, first and last line, first and last column, text or None).
 
-    A frame cannot be made, but code that fails at any place can be compiled: the idea is Jinja2's. The text is given
-    for files that are the worker's: if this machine's file has another line there, the name gets " (remote)"."""
+    A frame cannot be made, but code that fails at any place can be compiled: the idea is Jinja2's. The text
+    is given for files that the worker has: if the file here has another line there, its name gets
+    " (remote)"."""
     trace = None
     for filename, name, line, last_line, column, last_column, text in reversed(frames):
         linecache.checkcache(filename)      # as printing will do
@@ -1415,7 +1429,7 @@ def _traceback(frames):
             column, last_column = column or len(whole) - len(whole.lstrip()), len(whole)
         code = _failing(filename, name, line, column, max(column, last_column))
         try:
-            eval(code, {"__builtins__": {}, "remote text": text})      # for the next process, if this one is a worker
+            eval(code, {"__builtins__": {}, "remote text": text})       # the text is for a worker's client
         except NameError as error:
             inner = error.__traceback__.tb_next
             trace = types.TracebackType(trace, inner.tb_frame, inner.tb_lasti, line)
@@ -1424,7 +1438,8 @@ def _traceback(frames):
 
 @functools.lru_cache(1024)
 def _failing(filename, name, line, column, last_column):
-    node = ast.Name("no such name", ast.Load(), lineno=line, end_lineno=line, col_offset=column, end_col_offset=last_column)
+    node = ast.Name("no such name", ast.Load(), lineno=line, end_lineno=line,
+                    col_offset=column, end_col_offset=last_column)
     return compile(ast.Expression(node), filename, "eval").replace(co_name=name)
 
 
@@ -1441,7 +1456,7 @@ CLUPY_MODULES = {"clupy", "clupy_master", "clupy_server"}      # every server ha
 
 
 def own_modules():
-    """The top-level modules of the user's project that are imported, or run by -m: a worker asks for them first."""
+    """The user's own top-level modules that are imported, or run by -m: a worker asks for these first."""
     main = getattr(sys.modules["__main__"], "__spec__", None)
     specs = {name: getattr(module, "__spec__", None) for name, module in list(sys.modules.items())}
     top = {main.name.partition(".")[0]} if main is not None and _is_own(main.name, main) else set()
@@ -1449,13 +1464,13 @@ def own_modules():
 
 
 def module_source(name, parent_path=None):
-    """What a worker is told that lacks a module; parent_path is the __path__ of the package that it is in. One of
+    """What a worker is told that lacks a module; parent_path: the __path__ of the package it is in. One of
          ("source", text, file name, __path__ or None)      it is the user's own
          ("namespace", __path__)                            a folder without __init__.py
          ("library", distribution, version)                 installed here, but not sent
          ("refused", why)                                   own, but it has no source
          ("no",)                                            unknown here, or the standard library's
-    Nothing is imported or run, not even the parent. It reads files; any thread may call, and it never raises."""
+    Nothing is imported or run, not even the parent. Reads files; any thread may call; never raises."""
     try:
         return _module_source(name, parent_path)
     except Exception as error:      # a finder or loader of the user's may raise anything
@@ -1465,8 +1480,8 @@ def module_source(name, parent_path=None):
 def _module_source(name, parent_path):
     spec = _spec(name, parent_path)
     if spec is None and name in sys.modules and sys.modules[name] is not None:
-        return "refused", (f"module {name!r} was made while its client ran, so that it has no source to send: call "
-                           f"cloudpickle.register_pickle_by_value(module) before the calls that use it")
+        return "refused", (f"module {name!r} was made while its client ran, so it has no source to send: "
+                           f"call cloudpickle.register_pickle_by_value(module) before the calls that use it")
     if spec is None or name.partition(".")[0] in sys.stdlib_module_names | CLUPY_MODULES or not _places(spec):
         return ("no",)
     if not _is_own(name, spec):
@@ -1479,8 +1494,8 @@ def _module_source(name, parent_path):
         with io.open(spec.origin, "rb") as file:
             text = importlib.util.decode_source(file.read())
     if text is None:
-        return "refused", (f"module {name!r} is compiled ({spec.origin}), and only source is sent: add its project "
-                           f"under `libraries:` in clupy.client.dependency.yaml")
+        return "refused", (f"module {name!r} is compiled ({spec.origin}), and only source is sent: add its "
+                           f"project under `libraries:` in clupy.client.dependency.yaml")
     path = spec.submodule_search_locations
     return "source", text, spec.origin, None if path is None else list(path)
 
@@ -1501,11 +1516,10 @@ def _spec(name, parent_path):
 
 
 def _namespace(name, parent_path):
-    found = [finder.find_spec(name) for place in parent_path or ()
-             if (finder := pkgutil.get_importer(place)) is not None]
+    finders = [finder for place in parent_path if (finder := pkgutil.get_importer(place)) is not None]
+    parts = [spec for spec in (finder.find_spec(name) for finder in finders) if spec is not None]
     spec = importlib.machinery.ModuleSpec(name, None, is_package=True)
-    spec.submodule_search_locations = [place for part in found if part is not None and part.loader is None
-                                       for place in part.submodule_search_locations]
+    spec.submodule_search_locations = [place for part in parts for place in part.submodule_search_locations]
     return spec
 
 
@@ -1518,7 +1532,6 @@ def _places(spec):
     return [spec.origin] if spec.has_location else list(spec.submodule_search_locations or ())
 
 
-@functools.lru_cache(10_000)
 def _is_library(path):
     folders = _library_folders()
     return os.path.abspath(path).startswith(folders) or os.path.realpath(path).startswith(folders)
@@ -1526,10 +1539,11 @@ def _is_library(path):
 
 @functools.cache
 def _library_folders():
-    """Where installed modules are, by plain and by real path. An editable install is elsewhere: the user's own."""
+    """Where installed modules are, by plain and by real path. An editable install is elsewhere: it is own."""
     folders = {sysconfig.get_path(kind) for kind in ("stdlib", "platstdlib", "purelib", "platlib")}
     folders.update(site.getsitepackages(), [site.getusersitepackages()])
-    return tuple({os.path.join(form(folder), "") for folder in folders for form in (os.path.abspath, os.path.realpath)})
+    return tuple({os.path.join(form(folder), "")
+                  for folder in folders for form in (os.path.abspath, os.path.realpath)})
 
 
 def _distribution(name):
@@ -1654,8 +1668,8 @@ class Future(concurrent.futures.Future):
         except BaseException as error:          # it may be anything that a user's __setstate__ raises
             if isinstance(error, KeyboardInterrupt):
                 raise
-            exception = RemoteError(f"the {'result' if succeeded else 'exception'} of {self._function.name} arrived, "
-                                    f"but cannot be unpickled here: {type(error).__name__}: {error}")
+            exception = RemoteError(type(error).__name__, f"{error} (the {'result' if succeeded else 'exception'} of "
+                                    f"{self._function.name} arrived, but cannot be unpickled here)")
             exception.__cause__ = error
         with self._condition:
             if self._packed is packed:

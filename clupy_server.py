@@ -52,6 +52,7 @@ BOARD = struct.Struct("=qd")       # number of the call begun last; its deadline
 IDLE = -1.0
 HOLD_TIME = 0.0002                 # results younger than this wait for more; more is fewer frames, and later results
 FLUSH_TICK = 20                    # milliseconds; after so long a call has left results behind that are not sent
+OUTPUT_TIME = 0.5                  # a dead worker's pipes are read so long at most, should an orphan hold them open
 GRACE_TIME = 1.0                   # a worker whose slot was closed may end by itself for so long
 WATCH_TIME = 0.05                  # deadlines are looked at so often, while slots are open
 STACK_TIME = 0.1                   # a worker that is to be killed writes its Python stack for so long
@@ -406,7 +407,7 @@ _unpacking = threading.local()          # .call: whether this thread unpacks som
 
 
 def note_client_classes():
-    """Once, when a worker starts: wraps the function by which cloudpickle makes or finds a class that it unpickles."""
+    """Once, when a worker starts: wraps the function by which cloudpickle makes or finds classes."""
     tracker = clupy._class_tracker()
     lookup = tracker._lookup_class_or_track
 
@@ -433,13 +434,14 @@ def unpack_call(payload):
 
 
 class Finder:
-    """Imports the client's modules from it; stands twice on sys.meta_path: first for the client's own top-level modules,
-    so that another version installed here is not taken, last for all others.
+    """Imports the client's modules from it; stands twice on sys.meta_path: first for the client's own
+    top-level modules, so that another version installed here is not taken, last for all others.
 
-    fetch(name, parent's __path__) -> clupy.module_source's answer; it blocks, and any thread may call it. What it says
-    is kept for the life of the worker, "no" included: a module has one version per slot. Never asked: the standard
-    library, submodules of packages that did not come from the client, and for a child that the call forked, as the
-    socket is its parent's. A child started by multiprocessing's spawn has no Finder: it sees only what is installed."""
+    fetch(name, parent's __path__) -> clupy.module_source's answer; it blocks, and any thread may call it.
+    What it says is kept for the life of the worker, "no" included: a module has one version per slot. Never
+    asked: for the standard library, for submodules of packages that did not come from the client, and in a
+    child that the call forked, as the socket is its parent's. A child of multiprocessing's spawn has no
+    Finder: it sees only what is installed."""
 
     def __init__(self, fetch, own, server):
         self.fetch, self.own, self.server = fetch, frozenset(own), server
@@ -454,8 +456,8 @@ class Finder:
         sys.meta_path.append(self)
 
     def find_spec(self, name, path=None, target=None):
-        """The module's spec from the client, or None. Never raises for a missing module: optional libraries are looked
-        for with importlib.util.find_spec; what the error says is noted in clupy._missing_modules."""
+        """The module's spec from the client, or None. Does not raise for a missing module, as optional
+        libraries are looked for with importlib.util.find_spec: _missing_modules has the error's text."""
         parent = name.rpartition(".")[0]
         if os.getpid() != self.pid or parent and parent not in self.packages \
                 or name.partition(".")[0] in sys.stdlib_module_names | clupy.CLUPY_MODULES:
@@ -465,7 +467,7 @@ class Finder:
         return getattr(self, "on_" + self.answers[name][0])(name, path, *self.answers[name][1:])
 
     def on_source(self, name, path, text, filename, package_path):
-        linecache.cache[filename] = len(text), None, text.splitlines(keepends=True), filename   # for tracebacks
+        linecache.cache[filename] = len(text), None, text.splitlines(keepends=True), filename
         spec = importlib.machinery.ModuleSpec(name, _Loader(text, filename), origin=filename)
         spec.has_location = True        # sets __file__
         spec.submodule_search_locations = package_path
@@ -483,8 +485,9 @@ class Finder:
     def on_library(self, name, path, distribution, version):
         line = f"{distribution}=={version}" if version else distribution
         clupy._missing_modules[name] = (
-            f"No module named {name!r} on {self.server}; the client has {distribution} {version or '(version not known)'}: "
-            f"add the line `- {line}` under `libraries:` in clupy.client.dependency.yaml")
+            f"No module named {name!r} on {self.server}; the client has {distribution} "
+            f"{version or 'of no version'}: add the line `- {line}` under `libraries:` "
+            f"in clupy.client.dependency.yaml")
 
     def on_refused(self, name, path, why):
         clupy._missing_modules[name] = f"No module named {name!r} on {self.server}: {why}"
@@ -497,14 +500,18 @@ class _OwnFirst:
     def __init__(self, finder): self.finder = finder
 
     def find_spec(self, name, path=None, target=None):
-        return self.finder.find_spec(name, path) if name.partition(".")[0] in self.finder.own else None
+        first = name.partition(".")[0] in self.finder.own or name.rpartition(".")[0] in self.finder.packages
+        return self.finder.find_spec(name, path) if first else None
 
 
 class _Loader:
     """Runs the client's text under the client's file name."""
     def __init__(self, text, filename): self.text, self.filename = text, filename
     def create_module(self, spec): return None
-    def exec_module(self, module): exec(compile(self.text, self.filename, "exec", dont_inherit=True), vars(module))
+
+    def exec_module(self, module):
+        exec(compile(self.text, self.filename, "exec", dont_inherit=True), vars(module))
+
     def get_source(self, name): return self.text        # for inspect and linecache
 
 
@@ -569,6 +576,7 @@ class Process:
             self.ready = False                     # it died; `_reap` will tell
         if self.ready:
             self.server.assign()
+            self.server.replenish()                # it may not be needed any more
 
     def hand_over(self, slot, given):
         """Give the worker the slot's socket. Raises OSError if it is dead."""
@@ -687,8 +695,8 @@ class Process:
         self.server.ended(self)
 
     async def last_output(self):
-        """Read what the pipes still hold; an orphan that keeps them open costs GRACE_TIME."""
-        deadline = time.monotonic() + GRACE_TIME
+        """Read what the pipes still hold; an orphan that keeps them open costs OUTPUT_TIME."""
+        deadline = time.monotonic() + OUTPUT_TIME
         while self.pipes and time.monotonic() < deadline:
             await asyncio.sleep(0.002)
         for fd in list(self.pipes):
@@ -935,6 +943,9 @@ class Server:
         nested = self.open_slots(nested=True) + sum(slot.nested for slot in self.waiting)
         target = self.slots + min(nested, self.settings.max_nested)
         alive = sum(not process.dead.done() for process in self.processes.values())
+        idle = [process for process in self.processes.values() if process.ready and not process.why]
+        for process in idle[:max(0, alive - target)]:
+            process.end("not needed")
         for _ in range(target - alive):
             try:
                 process = Process(self)
@@ -986,7 +997,8 @@ class Server:
                 slot.sock.shutdown(socket.SHUT_WR)
             except OSError:
                 pass                               # the client closed it first
-            begun, deadline = process.begun()
+            begun, _ = process.begun()
+            self._give_base(slot)
         del self.processes[process.pid]
         self.replenish()
         self.assign()
@@ -998,6 +1010,14 @@ class Server:
                 "code": code, "peak": peak, "limit": self.settings.memory_limit, "lines": list(process.last_lines),
                 "stack": process.stack.decode(errors="replace")})
             await self._drain_socket(slot.sock)
+
+    def _give_base(self, slot):
+        """A slot ended: if it was no nested one, a nested one of its client takes its place among the slots."""
+        if not slot.nested:
+            for other in slot.session.slots.values():
+                if other.nested and other.process:
+                    other.nested = False
+                    return
 
     async def _drain_socket(self, sock):
         """Close the socket once the client has: closing one with unread input would lose what is still under way."""

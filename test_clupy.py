@@ -27,6 +27,7 @@ import clupy_master
 PATIENCE = 30                                     # seconds until a condition counts as never met
 SECRET = "a secret that only the tests know"
 HERE = os.path.dirname(os.path.abspath(__file__))
+MARK = f"TEST_RUN={os.getpid()}"                  # in the environment of every process that this run starts
 
 
 # ==== What the stories are told with =========================================
@@ -43,22 +44,19 @@ def until(condition, patience=PATIENCE):
 
 
 def processes():
-    """{pid: (parent, group, command)} of every process that is not a zombie."""
+    """{pid: command} of every process of this test run that is not a zombie, but for this one."""
     found = {}
     for name in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError):
-            with open(f"/proc/{name}/stat") as file:
-                fields = file.read().rpartition(")")[2].split()
-            with open(f"/proc/{name}/cmdline") as file:
-                command = file.read().replace("\0", " ")
-            if fields[0] != "Z":
-                found[int(name)] = int(fields[1]), int(fields[2]), command
+            with open(f"/proc/{name}/environ") as environ, open(f"/proc/{name}/cmdline") as command:
+                if MARK in environ.read().split("\0") and int(name) != os.getpid():
+                    found[int(name)] = command.read().replace("\0", " ")
     return found
 
 
 def workers():
-    """The pids of all workers on this machine."""
-    return {pid for pid, (_, _, command) in processes().items() if "from clupy_server import work" in command}
+    """The pids of all workers of this test run."""
+    return {pid for pid, command in processes().items() if "from clupy_server import work" in command}
 
 
 def environ(**more):
@@ -159,13 +157,12 @@ def free_port():
 
 def left_behind():
     """What a test must not leave: children, threads, descriptors, temporary files."""
-    children = {pid for pid, (parent, _, _) in processes().items() if parent == os.getpid()}
     names = {thread.name for thread in threading.enumerate() if not thread.name.startswith("clupy-job")}
     descriptors = {}
     for name in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):
             descriptors[name] = os.readlink(f"/proc/self/fd/{name}").split(":")[0]
-    return children | workers(), names, sum(kind in ("socket", "pipe", "anon_inode") for kind in descriptors.values())
+    return processes(), names, sum(kind in ("socket", "pipe", "anon_inode") for kind in descriptors.values())
 
 
 @pytest.fixture(autouse=True)
@@ -174,6 +171,7 @@ def nothing_is_left(tmp_path, monkeypatch):
     for name in [name for name in os.environ if name.startswith("CLUPY_") and name != "CLUPY_TEST_SERVICES"]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("CLUPY_SECRET", SECRET)
+    monkeypatch.setenv(*MARK.split("="))
     monkeypatch.setenv("CLUPY_PORT", str(free_port()))      # so that no master of the machine's user is found
     monkeypatch.setenv("PYTHONPATH", HERE)
     monkeypatch.chdir(tmp_path)
@@ -687,6 +685,465 @@ def test_draining_and_unreachable_servers_are_in_no_share():
     servers = {"s1": server_row(2, draining=True), "s2": server_row(2), "s3": server_row(2)}
     shares = clupy_master.shares(servers, {"c": row(9, unreachable=["s3"], s1=2)}, 100.0)
     assert shares == {"c": {"s2": 2}}
+
+
+# ==== Ways to die, and what the call, its neighbours and the cluster make of them =============
+
+def die(how):
+    """End this process in one of the ways in which processes end."""
+    import ctypes
+    import faulthandler
+    import resource
+    if how == "kill -9":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif how == "SIGSEGV":
+        ctypes.string_at(0)
+    elif how == "abort":
+        os.abort()
+    elif how.startswith("os._exit"):
+        os._exit(int(how.split()[1]))
+    elif how == "sys.exit":
+        sys.exit(3)
+    elif how == "SIGTERM blocked":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif how == "recursion":
+        def deeper(n):
+            return deeper(n + 1) + 1
+        deeper(0)
+    elif how == "fork":
+        if os.fork() == 0:
+            os._exit(7)
+        os.wait()
+    elif how == "forked child returns":
+        if os.fork():
+            os.wait()
+    elif how == "orphan holds the pipes":
+        if os.fork() == 0:
+            os.setsid()
+            time.sleep(3)
+        os._exit(5)
+    elif how == "descriptors closed":
+        os.closerange(3, 1000)
+    elif how == "stdout None":
+        sys.stdout = sys.stderr = None
+    elif how == "thread left behind":
+        threading.Thread(target=time.sleep, args=(60,)).start()
+    elif how == "multiprocessing":
+        import multiprocessing
+        with multiprocessing.get_context("spawn").Pool(2) as pool:
+            return pool.map(abs, [-1, -2])
+    elif how == "memory":
+        resource.getrlimit(resource.RLIMIT_DATA)
+        return len(bytearray(1 << 40))
+    assert faulthandler
+    return "lived"
+
+
+WAYS_TO_DIE = {
+    "kill -9": (clupy.WorkerDied, "signal 9"),
+    "SIGSEGV": (clupy.WorkerDied, "signal 11"),
+    "abort": (clupy.WorkerDied, "signal 6"),
+    "os._exit 0": (clupy.WorkerDied, "exit code 0"),
+    "os._exit 3": (clupy.WorkerDied, "exit code 3"),
+    "SIGTERM blocked": (clupy.WorkerDied, "signal 9"),
+    "orphan holds the pipes": (clupy.WorkerDied, "exit code 5"),
+    "descriptors closed": (clupy.WorkerDied, ""),
+    "sys.exit": (SystemExit, "3"),
+    "recursion": (RecursionError, "recursion"),
+    "memory": (MemoryError, ""),
+    "fork": None,
+    "forked child returns": None,
+    "stdout None": None,
+    "thread left behind": None,
+    "multiprocessing": None,
+}
+
+
+@pytest.mark.parametrize("how", WAYS_TO_DIE)
+def test_a_call_that_dies_hurts_only_itself(how):
+    clupy.connect(slots=2)
+    neighbours = [clupy.parallel(sleepy)(0.01, n) for n in range(20)]
+    doomed = clupy.parallel(die, retries=1)(how)
+    neighbours += [clupy.parallel(sleepy)(0.01, n) for n in range(20, 40)]
+    if WAYS_TO_DIE[how]:
+        kind, words = WAYS_TO_DIE[how]
+        with pytest.raises(kind) as caught:
+            doomed.result(PATIENCE)
+        assert words in str(caught.value)
+        if kind is clupy.WorkerDied:
+            assert "die, try 2 of 2" in str(caught.value) and socket.gethostname() in str(caught.value)
+    else:
+        assert doomed.result(PATIENCE) == ([1, 2] if how == "multiprocessing" else "lived")
+    assert clupy.wait_all(neighbours, time_out=PATIENCE)
+    assert [f.value for f in neighbours] == list(range(40))
+    again = [clupy.parallel(sleepy_pid)(0.2) for _ in range(2)]
+    assert len({f.result(PATIENCE) for f in again}) == 2
+
+
+def test_the_last_words_of_a_worker_are_in_the_error():
+    def speak_and_die():
+        print("these were the last words", file=sys.stderr)
+        os.abort()
+    with pytest.raises(clupy.WorkerDied, match="these were the last words") as caught:
+        clupy.parallel(speak_and_die, retries=0)().result(PATIENCE)
+    assert "speak_and_die" in str(caught.value) and "GB" in str(caught.value)
+
+
+def count_starts(path, seconds=0.0, die_before=0):
+    """Note the start, live for some seconds, and die if this is not the last start wanted."""
+    with open(path, "a") as file:
+        file.write("x")
+    time.sleep(seconds)
+    if os.path.getsize(path) <= die_before:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return os.path.getsize(path)
+
+
+@pytest.mark.parametrize("retries, starts", [(0, 1), (1, 2), (3, 4)])
+def test_a_call_is_started_at_most_once_more_than_retries(tmp_path, retries, starts):
+    with pytest.raises(clupy.WorkerDied, match=f"try {starts} of {starts}"):
+        clupy.parallel(count_starts, retries=retries)(str(tmp_path / "x"), 0, 99).result(PATIENCE)
+    assert (tmp_path / "x").stat().st_size == starts
+
+
+def test_a_call_that_dies_twice_succeeds_at_its_third_start(tmp_path):
+    assert clupy.parallel(count_starts)(str(tmp_path / "x"), 0, 2).result(PATIENCE) == 3
+
+
+def test_neighbours_in_a_dead_workers_queue_are_not_charged(tmp_path):
+    def quick(path):
+        with open(path, "a") as file:
+            file.write("x")
+    clupy.connect(slots=1)
+    assert clupy.wait_all([clupy.parallel(quick)(str(tmp_path / "warm")) for _ in range(50)], PATIENCE)
+    doomed = clupy.parallel(die)("kill -9")
+    neighbours = [clupy.parallel(quick, retries=1)(str(tmp_path / f"n{n}")) for n in range(30)]
+    with pytest.raises(clupy.WorkerDied, match="try 3 of 3"):
+        doomed.result(PATIENCE)
+    assert clupy.wait_all(neighbours, PATIENCE) and all(f.successful for f in neighbours)
+    assert {(tmp_path / f"n{n}").stat().st_size for n in range(30)} == {1}
+
+
+def test_who_is_charged_when_a_worker_dies():
+    assert clupy.had_begun([4, 5, 6, 7], 5) == [True, True, False, False]
+    assert clupy.had_begun([4, 5], 3) == [False, False]           # its result had arrived already
+    assert clupy.had_begun([4, 5], None) == [True, True]          # nobody knows
+
+
+# ---- Cancel and time-out
+
+def busy(how, path=None):
+    if path:
+        with open(path, "a") as file:
+            file.write("x")
+    if how == "sleep":
+        time.sleep(60)
+    elif how == "loop":
+        while True:
+            pass
+    elif how == "c":                              # keeps the GIL
+        import re
+        re.match(r"(a+)+$", "a" * 60 + "b")
+
+
+@pytest.mark.parametrize("how", ["sleep", "loop", "c"])
+def test_a_running_call_can_be_cancelled_and_its_slot_is_back(how):
+    clupy.connect(slots=1)
+    future = clupy.parallel(busy)(how)
+    waiting = clupy.parallel(square)(3)
+    until(future.running)
+    time.sleep(0.2)
+    begun = time.monotonic()
+    assert future.cancel() and future.cancelled() and future.completed and not future.successful
+    with pytest.raises(concurrent.futures.CancelledError):
+        future.result()
+    assert waiting.result(PATIENCE) == 9 and time.monotonic() - begun < 10
+
+
+def test_a_waiting_call_that_is_cancelled_never_starts(tmp_path):
+    clupy.connect(slots=1)
+    first = clupy.parallel(sleepy)(0.5, 1)
+    second = clupy.parallel(count_starts)(str(tmp_path / "x"))
+    assert second.cancel() and first.result(PATIENCE) == 1
+    assert clupy.parallel(square)(2).result(PATIENCE) == 4 and not (tmp_path / "x").exists()
+
+
+def test_cancelling_kills_exactly_that_call(tmp_path):
+    clupy.connect(slots=2)
+    path = str(tmp_path / "x")
+    calls = [clupy.parallel(count_starts)(f"{path}{n}", 0.3) for n in range(8)]
+    until(calls[0].running)
+    assert calls[0].cancel()
+    assert clupy.wait_all(calls, PATIENCE)
+    assert [c.successful for c in calls] == [False] + [True] * 7 and {c.value for c in calls[1:]} == {1}
+
+
+@pytest.mark.parametrize("how", ["sleep", "loop", "c"])
+def test_a_call_that_is_over_its_time_is_killed_and_says_where_it_was(how, tmp_path):
+    future = clupy.parallel(busy, timeout="300ms")(how, str(tmp_path / "x"))
+    neighbours = [clupy.parallel(sleepy, retries=0)(0.02, n) for n in range(20)]
+    with pytest.raises(clupy.CallTimeout, match="busy ran longer than its timeout of 0.3 s") as caught:
+        future.result(PATIENCE)
+    assert "in busy" in str(caught.value) and isinstance(caught.value, TimeoutError)
+    assert clupy.wait_all(neighbours, PATIENCE) and [f.value for f in neighbours] == list(range(20))
+    assert (tmp_path / "x").stat().st_size == 1
+
+
+def test_a_memory_limit_gives_memory_errors_and_the_node_lives():
+    clupy.connect(slots=1, memory_limit="600MB")
+    with pytest.raises(MemoryError):
+        clupy.parallel(lambda: len(bytearray(1 << 30)))().result(PATIENCE)
+    assert clupy.parallel(square)(3).result(PATIENCE) == 9
+
+
+# ---- Calls inside calls
+
+def fibonacci(n):
+    if n < 2:
+        return n
+    a, b = clupy.parallel(fibonacci)(n - 1), clupy.parallel(fibonacci)(n - 2)
+    return a.result() + b.result()
+
+
+def depth(n):
+    return 0 if n == 0 else 1 + clupy.parallel(depth)(n - 1).result()
+
+
+@clupy.parallel
+def decorated(n):
+    return 1 if n == 0 else n * decorated(n - 1).result()
+
+
+def test_calls_inside_calls_never_deadlock_even_with_one_slot():
+    clupy.connect(slots=1)
+    assert clupy.parallel(fibonacci)(5).result(PATIENCE) == 5
+    assert decorated(5).result(PATIENCE) == 120
+
+
+def test_recursion_of_depth_30_on_one_slot():
+    clupy.connect(slots=1)
+    assert clupy.parallel(depth)(30).result(90) == 30
+    until(lambda: len(workers()) == 1)
+
+
+def test_a_cancelled_parents_children_are_cancelled(tmp_path):
+    def parent(path):
+        def child(path):
+            with open(path, "w"):
+                time.sleep(60)
+        clupy.parallel(child)(path).result()
+    clupy.connect(slots=1)
+    future = clupy.parallel(parent)(str(tmp_path / "child"))
+    until((tmp_path / "child").exists)
+    pids = workers()
+    assert len(pids) == 2 and future.cancel()
+    until(lambda: not pids & workers())
+
+
+def test_a_nested_call_may_fail_die_or_be_bounded():
+    def outer():
+        with pytest.raises(ValueError, match="inside"):
+            clupy.parallel(fails)("inside").result()
+        with pytest.raises(clupy.WorkerDied):
+            clupy.parallel(os._exit, retries=0)(3).result()
+        return [f.result() for f in [clupy.parallel(square, max=1)(n) for n in range(5)]]
+    assert clupy.parallel(outer)().result(PATIENCE) == [0, 1, 4, 9, 16]
+
+
+# ---- Output
+
+def test_what_calls_print_appears_with_server_and_pid_and_in_order(tmp_path):
+    done = run_script(tmp_path / "client", """
+        import clupy, logging, os, sys, warnings
+        def speak(n):
+            print("line", n)
+            print("error", n, file=sys.stderr)
+            os.write(1, b"from C %d\\n" % n)
+            warnings.warn("warned %d" % n)
+            logging.warning("logged %d", n)
+            return os.getpid()
+        pid = clupy.parallel(speak)(1).result(30)
+        clupy.close()
+        print("pid", pid)
+        """)
+    pid = done.stdout.split()[-1]
+    mark = f"[{socket.gethostname()} {pid}]"
+    assert [line for line in done.stdout.splitlines() if mark in line] == [f"{mark} line 1", f"{mark} from C 1"]
+    for words in ("error 1", "warned 1", "logged 1"):
+        assert any(line.startswith(mark) and words in line for line in done.stderr.splitlines())
+
+
+def test_output_can_be_switched_off(tmp_path):
+    done = run_script(tmp_path, "import clupy\nclupy.parallel(print)('loud').result(30)\nclupy.close()", CLUPY_OUTPUT="off")
+    assert "loud" not in done.stdout + done.stderr
+
+
+def test_a_flood_of_output_stops_nobody_and_says_how_much_was_not_shown(tmp_path):
+    done = run_script(tmp_path, """
+        import clupy
+        def flood():
+            for n in range(1_000_000):
+                print("x" * 99)
+            return "done"
+        print(clupy.parallel(flood)().result(60))
+        clupy.close()
+        """)
+    assert "done" in done.stdout and len(done.stdout) < 120_000_000
+    shown = sum("x" * 99 in line for line in done.stdout.splitlines())
+    dropped = [int(line.split("... ")[1].split()[0]) for line in (done.stdout + done.stderr).splitlines() if "not shown" in line]
+    assert shown + sum(dropped) == 1_000_000
+
+
+# ---- Leaving, forking, Ctrl-C
+
+@pytest.mark.parametrize("end", ["", "raise SystemExit(3)", "raise ValueError('x')", "os.kill(os.getpid(), 2)", "os._exit(0)",
+                                 "import signal; os.kill(os.getpid(), 9)"])
+def test_leaving_the_program_never_hangs_and_leaves_nothing(tmp_path, end):
+    before = workers()
+    done = run_script(tmp_path, f"""
+        import clupy, os, time
+        futures = [clupy.parallel(time.sleep)(60) for _ in range(10)]
+        while not futures[0].running():
+            time.sleep(0.01)
+        {end}
+        """, check=False, timeout=20)
+    until(lambda: workers() <= before, 10)
+    assert len(done.stderr.splitlines()) <= (6 if "x" in end or "2" in end else 1), done.stderr
+
+
+def test_ctrl_c_in_a_wait_ends_the_calls_and_the_prompt_is_back(tmp_path):
+    script = """
+        import clupy, os, time
+        futures = [clupy.parallel(time.sleep)(60) for _ in range(10)]
+        while not futures[0].running():
+            time.sleep(0.01)
+        print("ready", flush=True)
+        try:
+            clupy.wait_all(futures)
+        except KeyboardInterrupt:
+            print("interrupted")
+        print(all(f.wait(5) for f in futures), {f.cancelled() for f in futures})
+        print(clupy.parallel(pow)(2, 5).result(30))
+        """
+    (tmp_path / "s.py").write_text(textwrap.dedent(script))
+    with Program(tmp_path / "client", tmp_path / "s.py") as program:
+        until(lambda: "ready" in program.out.read_text())
+        program.process.send_signal(signal.SIGINT)
+        assert program.process.wait(PATIENCE) == 0, program.log
+        assert program.out.read_text().split("\n")[1:4] == ["interrupted", "True {True}", "32"]
+
+
+def test_a_forked_child_gets_an_engine_of_its_own(tmp_path):
+    done = run_script(tmp_path, """
+        import clupy, os, warnings
+        warnings.simplefilter("ignore")
+        def pid():
+            return os.getpid()
+        first = clupy.parallel(pid)().result(30)
+        pending = clupy.parallel(__import__("time").sleep)(0.5)
+        child = os.fork()
+        if child == 0:
+            assert isinstance(pending.exception(5), clupy.Closed)
+            assert clupy.parallel(pid)().result(30) != first
+            clupy.close()
+            os._exit(42)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 42
+        assert pending.result(30) is None
+        assert clupy.parallel(pid)().result(30)
+        """)
+    assert not done.stderr
+
+
+def test_many_threads_may_make_calls_at_once():
+    def many(n):
+        results = [clupy.parallel(square)(n * i) for i in range(200)]
+        return clupy.wait_all(results, PATIENCE) and [r.value for r in results] == [(n * i) ** 2 for i in range(200)]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(many, range(8)))
+
+
+# ---- Who is stopped, and who is gone
+
+def test_a_stopped_client_master_or_server_is_not_dead(tmp_path):
+    with Cluster(tmp_path) as cluster:
+        clupy.connect(cluster.address)
+        future = clupy.parallel(sleepy)(14, "done")
+        until(future.running)
+        for program in (cluster.master, cluster.servers[0]):
+            program.process.send_signal(signal.SIGSTOP)
+        time.sleep(12)
+        for program in (cluster.master, cluster.servers[0]):
+            program.process.send_signal(signal.SIGCONT)
+        assert future.result(PATIENCE) == "done"
+        assert clupy.parallel(square)(3).result(PATIENCE) == 9
+
+
+def test_calls_go_on_without_a_master_and_with_the_next_one(tmp_path):
+    with Cluster(tmp_path) as cluster:
+        clupy.connect(cluster.address)
+        results = [clupy.parallel(sleepy)(0.05, n) for n in range(60)]
+        until(lambda: results[5].completed)
+        cluster.master.process.kill()
+        cluster.master.process.wait()
+        assert clupy.wait_all(results, PATIENCE) and [r.value for r in results] == list(range(60))
+        cluster.start_master(cluster.address)
+        until(lambda: len(cluster.status()["servers"]) == 1 and len(cluster.status()["clients"]) == 1)
+        assert clupy.parallel(square)(3).result(PATIENCE) == 9
+
+
+def test_without_master_and_slots_calls_fail_after_patience(tmp_path):
+    with Cluster(tmp_path) as cluster:
+        clupy.connect(cluster.address, patience="2s")
+        assert clupy.parallel(square)(3).result(PATIENCE) == 9
+        for program in (cluster.master, *cluster.servers):
+            program.process.kill()
+        with pytest.raises(clupy.MasterUnreachable, match="is `python -m clupy master` running"):
+            clupy.parallel(square)(4).result(PATIENCE)
+    with pytest.raises(clupy.MasterUnreachable):
+        clupy.close()
+        clupy.connect(cluster.address, patience=1)
+
+
+def test_all_servers_gone_and_one_back_later(tmp_path):
+    with Cluster(tmp_path) as cluster:
+        clupy.connect(cluster.address)
+        assert clupy.parallel(square)(3).result(PATIENCE) == 9
+        cluster.servers[0].process.kill()
+        future = clupy.parallel(square)(4)
+        assert not future.wait(2)
+        cluster.add_server()
+        assert future.result(PATIENCE) == 16
+
+
+def test_a_killed_client_leaves_nothing_behind(tmp_path):
+    with Cluster(tmp_path) as cluster:
+        text = "import clupy, time\nfs = [clupy.parallel(time.sleep)(60) for _ in range(4)]\ntime.sleep(60)"
+        with Program(tmp_path / "client", "-c", text, CLUPY_MASTER=cluster.address) as client:
+            until(lambda: any(row["used"] == 2 for row in cluster.status()["servers"].values()))
+            before = workers()
+            client.process.kill()
+            until(lambda: not before & workers(), 10)
+            until(lambda: not cluster.status()["clients"])
+
+
+# ---- Other engines
+
+@pytest.mark.parametrize("kind", [concurrent.futures.ThreadPoolExecutor, concurrent.futures.ProcessPoolExecutor])
+def test_calls_can_run_on_another_executor_and_are_pickled_all_the_same(kind):
+    with kind(2) as executor:
+        clupy.connect(executor=executor)
+        numbers = [1, 2, 3]
+        assert clupy.parallel(lambda n: n + 1)(1).result(PATIENCE) == 2
+        assert clupy.parallel(list)(numbers).result(PATIENCE) is not numbers
+        with pytest.raises(ValueError, match="on purpose"):
+            clupy.parallel(fails)("on purpose").result(PATIENCE)
+        assert "lock" in str(clupy.parallel(square)(threading.Lock()).failure)
+        assert list(clupy.map(square, range(10))) == [n * n for n in range(10)]
+        with clupy.Executor() as mine:
+            assert mine.submit(square, 4).result(PATIENCE) == 16
+        clupy.close()
 
 
 # ==== The wire: bytes by hand ================================================
