@@ -43,8 +43,10 @@ if __name__ == "__main__":                    # `python -m clupy`: run the modul
 import atexit
 import collections
 import concurrent.futures
+import contextlib
 import copy
 import functools
+import hashlib
 import hmac
 import importlib
 import io
@@ -59,6 +61,7 @@ import queue
 import random
 import re
 import selectors
+import signal
 import socket
 import stat
 import struct
@@ -67,6 +70,7 @@ import threading
 import time
 import traceback
 import types
+import warnings
 import weakref
 from concurrent.futures import CancelledError
 
@@ -81,9 +85,10 @@ class _Lazy:
         return getattr(importlib.import_module(self._name), attribute)
 
 
-_LAZY = "argparse ast asyncio cloudpickle difflib dis importlib.metadata inspect pkgutil site ssl subprocess sysconfig yaml"
-(argparse, ast, asyncio, cloudpickle, difflib, dis, metadata, inspect, pkgutil, site, ssl, subprocess, sysconfig,
- yaml) = (_Lazy(name) for name in _LAZY.split())
+_LAZY = ("argparse ast asyncio cloudpickle difflib dis importlib.metadata inspect pathlib pkgutil platform shlex shutil site ssl "
+         "subprocess sysconfig tempfile urllib.parse yaml")
+(argparse, ast, asyncio, cloudpickle, difflib, dis, metadata, inspect, pathlib, pkgutil, platform, shlex, shutil, site, ssl,
+ subprocess, sysconfig, tempfile, urls, yaml) = (_Lazy(name) for name in _LAZY.split())
 
 __version__ = "0.1.0"
 
@@ -103,7 +108,7 @@ RETRY_TIME = 10.0                 # an unreachable server is tried again after i
 SILENCE_TIME = 60.0               # a server from which nothing came for so long, while a call is out, is lost
 ALIVE_TIME = 10.0                 # a server says so often that it is alive
 CLOSE_TIME = 5.0                  # closing waits for the last lines of output no longer
-MAX_CONTROL = 64 << 20            # bytes of one frame on control and master connections
+MAX_CONTROL = 1 << 31             # bytes of one frame on control and master connections: wheels travel there, too
 MAX_FRAME = 1 << 40               # bytes of one frame on a slot; checked before memory is spent
 MAX_BUFFERS = 1 << 20             # out-of-band buffers of one frame
 CHUNK = 256 << 10                 # bytes read at once; more is memory for every slot, less is system calls
@@ -150,6 +155,20 @@ class CallTimeout(ClupyError, TimeoutError):
 
 class Closed(ClupyError, RuntimeError):
     """The client was closed before the call had an outcome."""
+
+
+class DependencyError(ClupyError):
+    """Libraries could not be resolved or installed. The text ends with pip's own last lines; `lines` has them
+    alone."""
+    def __init__(self, what, lines=()):
+        super().__init__(what, tuple(lines))            # its very arguments: so it survives a pickle
+        self.lines = tuple(lines)
+
+    def __str__(self): return "\n  ".join((self.args[0], *self.lines))
+
+
+class LibraryMismatch(ClupyError, UserWarning):
+    """This client's versions differ from the cluster's: a warning, or raised with `library_check: error`."""
 
 
 class Unavailable(ClupyError, ConnectionError):
@@ -224,7 +243,7 @@ def _addresses(value):
 
 
 SETTINGS = {   # key: (roles that have it, how it is read, default)
-    "listen": ("master server", _address, None),
+    "listen": ("master server", _address, None),                # None: every address; a master: PORT, a server: a free one
     "master": ("server client", _addresses, None),
     "port": ("server client", _count, PORT),                    # the master's, where its address names none
     "secret_file": ("master server client", _text, "~/.clupy/secret"),
@@ -236,6 +255,12 @@ SETTINGS = {   # key: (roles that have it, how it is read, default)
     "drain_time": ("server", _duration, 60.0),
     "memory_limit": ("server client", _size, None),             # bytes of one worker
     "output": ("client", _switch, True),
+    "environments_dir": ("server client", _text, None),         # None: below the user's cache folder
+    "environments_kept": ("server client", _count, 10),         # complete ones per machine; those in use stay in any case
+    "sync_interval": ("master server client", _duration, 60.0),
+    # What a client does about libraries that differ.  Not off, because arguments and results travel as pickles, and
+    # what one version of cloudpickle or numpy wrote, another may fail to read, or read wrongly.
+    "library_check": ("client", _level, "warn"),
     "patience": ("master server client", _duration, 60.0),
     "redis": ("master client", _text, None),
     "zookeeper": ("master client", _text, None),
@@ -380,18 +405,23 @@ def find_secret(settings, create=False):
 #                            state {load, draining, environments, ...}
 # client -> master  client   id, python, wanted, unreachable, environment  share       back-off; `patience` without slots
 # master -> client  share    {server: (address, n)}, services              -           stands until replaced
-# master -> server  cluster  services, clients to relieve                  -           the last one stands
+# master -> server  cluster  services, silent clients, hash of libraries   -           the last one stands
+# any -> master     libraries  hash, or None for the cluster's             libraries   again with the next statement
+# server -> master  wheel    sha256                                        wheel       pip says that it is not there
+# client -> master  resolve  libraries, pip options, {sha256: wheel}       resolved    again after reconnecting
 # any -> master     status   -                                             tables      an error text
 # anyone -> dialer  refused  error type, text                              -           the connection is closed
-# client -> server  hello    client, python, environment, output           welcome     told to the master, again later
-# server -> client  welcome  session, name of the server                   -
+# client -> server  hello    client, python, libraries (None: the          welcome     told to the master, again later
+#                            cluster's), output
+# server -> client  welcome  session, name of the server, {its versions}   -
 # client -> server  close    number                                        ended       control lost: all are closed
 # client -> server  kill     number, call                                  ended, late the future has its outcome already
 # server -> client  ended    number, a dict: pid, begun, why, reason, peak, lines, stack      1 s after the slot's end
 # server -> client  late     number, call: it is over, or has not begun    -           asked again while it is out
 # server -> client  output   pid, stream, text, dropped lines              seen        over UNSEEN_OUTPUT: dropped
 # client -> server  seen     bytes                                         -
-# server -> client  notice   text: draining, alive, ...                    -
+# server -> client  notice   what, text: draining, alive, renew (the cluster's libraries changed: give slots back),
+#                            building (a line of pip's), broken (why)      -
 # client -> worker  opening  the client's own top-level modules            opened      the slot ends
 # worker -> client  opened   pid                                           -
 # client -> worker  calls    [(number, function id, arguments, time-out), results     the slot's end and `ended`
@@ -727,7 +757,12 @@ class Listener:
                 continue
             task = asyncio.create_task(self._welcome(sock, f"{address[0]}:{address[1]}"))
             self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            task.add_done_callback(self._done)
+
+    def _done(self, task):
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception():
+            log.error("a connection to %s:%s failed", *self.address, exc_info=task.exception())
 
     async def _welcome(self, sock, peer):
         try:
@@ -813,6 +848,354 @@ class MasterLink:
     def close(self):
         if self.connection:
             self.connection.close()
+
+
+# ==== Libraries: lists, exact versions, pip ==================================
+# A list of libraries is written down once, resolved once, and installed the same everywhere:
+#
+#   clupy.*.dependency.yaml --read_dependencies--> Dependencies   what somebody asks for: "numpy>=2", "./mine"
+#        the machine that has the file --packed--> Dependencies   and wheels; nothing in it is a path any more
+#                            the master --resolve--> Resolution   Pins: what pip made of it, to the last digit
+#                 each server --Environments.build--> Environment  a folder that has exactly that
+#
+# A file or folder under `libraries:` is on one machine only, so it travels as a wheel: built there once, then
+# named by its file name and hash (`mine @ wheel:mine-1.0-py3-none-any.whl#sha256=...`) and shipped to who
+# asks for the hash. Folders in `pip_options:` (`--find-links`) do not travel: they must be there on the
+# master and on every server.
+
+PIP_LINES = 20              # of pip's last lines in an error: it explains itself at its end, seldom longer
+LONGEST_BACK_OFF = 600.0    # seconds, at most, from the network's return to the next try
+PICKLED = "cloudpickle", "numpy"        # therefore the first in every list of differences
+
+
+def digest(*parts): return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+class Dependencies(collections.namedtuple("Dependencies", "libraries pip_options", defaults=((), ()))):
+    """What a dependency file asks for: two tuples of text. `hash` tells lists apart, in whatever order they
+    are."""
+    __slots__ = ()
+
+    @property
+    def hash(self): return digest(sorted(self.libraries), self.pip_options)
+
+    def merged(self, other):
+        """Both lists as one: a client's with the master's, which come first."""
+        libraries = tuple(dict.fromkeys(self.libraries + other.libraries))
+        options = other.pip_options if other.pip_options != self.pip_options else ()
+        return Dependencies(libraries, self.pip_options + options)
+
+
+class Pin(collections.namedtuple("Pin", "name version url sha256", defaults=("", ""))):
+    """One library exactly.
+    name     canonical: "scikit-learn"
+    version  "1.5.2"
+    url      "" if the index has it; "https://..."; "git+https://...@commit"; or, shipped by the master,
+             "wheel:a-1.0-py3-none-any.whl"
+    sha256   of the file that the master's pip chose, "" for git. For the index it only tells a library that
+             was built anew under its old version: servers, maybe of other platforms, do not check it."""
+    __slots__ = ()
+
+    @property
+    def requirement(self):
+        """The line for pip; a "wheel:" in it must be `placed` before."""
+        if not self.url:
+            return f"{self.name}=={self.version}"
+        return f"{self.name} @ {self.url}" + (f"#sha256={self.sha256}" if self.sha256 else "")
+
+
+class Resolution(collections.namedtuple("Resolution", "pins pip_options", defaults=((), ()))):
+    """The exact list for one Dependencies: a sorted tuple of Pins, and how pip is to be told to find them.
+    `hash` names it in the whole cluster (what a server makes of it is named by `environment_id`). No pins:
+    the server's own Python."""
+    __slots__ = ()
+
+    @property
+    def hash(self): return digest(self.pins)
+
+    @property
+    def shipped(self): return [pin for pin in self.pins if pin.url.startswith("wheel:")]
+
+
+def canonical(name):
+    """The name all spellings of a library have in common (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+# ---- dependency files
+
+# A line of the list: `name[extras] @ where[extras] ; marker`, of which all but `where` is optional.
+_LINE = re.compile(r"(?:[\w.-]+\s*(?P<extras>\[[^]]*\])?\s*@\s*)?"
+                   r"(?P<where>[^;\[]+?)\s*(?P<more_extras>\[[^]]*\])?\s*(?P<marker>;.*)?")
+_ARCHIVES = ".whl", ".tar.gz", ".tar.bz2", ".tar.xz", ".tgz", ".zip"
+_PATH_OPTIONS = "-f", "--find-links", "-c", "--constraint", "--cert", "--client-cert"
+# Options that say what to install, or into what: the list says the one, CluPy the other.
+_REFUSED_OPTIONS = {"-r", "--requirement", "-e", "--editable", "-t", "--target", "--prefix", "--root",
+                    "--user", "--python", "--dry-run", "--report"}
+
+
+def read_dependencies(path):
+    """The Dependencies that the file at path asks for, none if it is absent. Paths in it are relative to the
+    file, and absolute in what is returned. Raises ConfigurationError. What is read depends on the file alone:
+    one who changed a local library that it names touches the file."""
+    try:
+        text = pathlib.Path(path).read_text("utf-8")
+        content = yaml.safe_load(text) or {}
+    except FileNotFoundError:
+        return Dependencies()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{path} cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigurationError(f"{path} is not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigurationError(f"{path}: expected libraries: and pip_options:, found {content!r:.60}")
+    for key in content:
+        if key not in Dependencies._fields:
+            nearest = difflib.get_close_matches(str(key), Dependencies._fields, 1, 0) or Dependencies._fields
+            raise ConfigurationError(f"{path}: unknown key {key!r}; did you mean {nearest[0]!r}?")
+    folder = pathlib.Path(path).absolute().parent
+    lines = (re.sub(r"(^|\s+)#.*", "", line).strip() for line in _texts(path, content, "libraries"))
+    libraries = tuple(_absolute_line(path, line, folder) for line in lines if line)
+    return Dependencies(libraries, _absolute_options(path, _texts(path, content, "pip_options"), folder))
+
+
+def _texts(path, content, key):
+    texts = content.get(key) or []
+    if not isinstance(texts, list):
+        raise ConfigurationError(f"{path}: {key} must be a list, one entry a line, not {texts!r:.60}")
+    for text in texts:
+        if not isinstance(text, str):
+            raise ConfigurationError(f"{path}: {key}: {text!r:.60} is not text; put it in quotes")
+    return texts
+
+
+def _absolute_line(path, line, folder):
+    """line, in which a file or folder of this machine is in its one form: `/absolute/path[extras] ;
+    marker`."""
+    if line.startswith("-"):
+        raise ConfigurationError(f"{path}: libraries: {line!r} is an option; those for pip go under "
+                                 "pip_options, and a local folder is named without -e")
+    match = _LINE.fullmatch(line)
+    where = match["where"] if match else ""
+    if where.startswith("file:"):
+        where = urls.unquote(urls.urlsplit(where).path)
+    elif "://" in where or not ("/" in where or where.endswith(_ARCHIVES)):
+        return line
+    where = pathlib.Path(folder, pathlib.Path(where).expanduser()).resolve()
+    if not where.exists():
+        raise ConfigurationError(f"{path}: libraries: {line!r}: there is no {where}")
+    return f"{where}{match['extras'] or match['more_extras'] or ''} {match['marker'] or ''}".strip()
+
+
+def _absolute_options(path, texts, folder):
+    """The options one by one ("--find-links wheels" is two), with paths made absolute."""
+    def absolute(value): return value if "://" in value else str(pathlib.Path(folder, pathlib.Path(value).expanduser()))
+
+    options = []
+    for option in [word for text in texts for word in shlex.split(text)]:
+        name, equals, value = option.partition("=")
+        if name in _REFUSED_OPTIONS:
+            raise ConfigurationError(f"{path}: pip_options: {name} is CluPy's own to decide; leave it out")
+        if options and options[-1] in _PATH_OPTIONS:
+            option = absolute(option)
+        elif equals and name in _PATH_OPTIONS:
+            option = f"{name}={absolute(value)}"
+        options.append(option)
+    return tuple(options)
+
+
+# ---- running pip
+
+class _Output:
+    """The protocol of a subprocess (duck-typed: naming asyncio's base class would import it): each line goes
+    to progress and the last ones are kept. `ended` is done when the process is, and all it wrote was read or
+    a second has passed since (something that it left behind may hold the pipe for ever)."""
+    def __init__(self, loop, progress):
+        self.loop, self.progress, self.ended = loop, progress, loop.create_future()
+        self.lines, self.rest = collections.deque(maxlen=PIP_LINES), b""
+
+    def connection_made(self, transport): self.transport = transport
+
+    def pipe_data_received(self, _, data):
+        *lines, self.rest = (self.rest[-65536:] + data).split(b"\n")     # bounded, should no newline come
+        for line in lines:
+            self.line(line.decode(errors="replace").rstrip())
+
+    def line(self, line):
+        if line:
+            self.lines.append(line)
+            self.progress(line)
+
+    def pipe_connection_lost(self, _, error): self.line(self.rest.decode(errors="replace").rstrip())
+
+    def process_exited(self): self.loop.call_later(1.0, self.transport.close)
+
+    def connection_lost(self, error): self.ended.done() or self.ended.set_result(None)
+
+
+async def run_command(command, what, progress=None, keep=()):
+    """Run command to its end. progress(line) is called in the loop for each line it prints, keep are
+    descriptors that it inherits. Raises DependencyError, `what` and the last lines, if it fails. Cancelling
+    kills it and all its children."""
+    loop = asyncio.get_running_loop()
+    transport, output = await loop.subprocess_exec(
+        lambda: _Output(loop, progress or (lambda line: None)), *command, stdin=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.STDOUT, env=pip_environ(os.environ), start_new_session=True, pass_fds=keep)
+    try:
+        await asyncio.shield(output.ended)
+    except BaseException:
+        with contextlib.suppress(ProcessLookupError):       # it ended in this very moment
+            os.killpg(transport.get_pid(), signal.SIGKILL)
+        await output.ended
+        raise
+    finally:
+        transport.close()
+    if code := transport.get_returncode():
+        end = f"exit code {code}" if code > 0 else f"killed by signal {-code}"
+        raise DependencyError(f"{what}: {end}", output.lines)
+
+
+async def pip(arguments, what, progress=None, keep=()):
+    """Run this Python's pip: see `run_command`."""
+    try:
+        await run_command([sys.executable, "-P", "-m", "pip", *arguments], what, progress, keep)
+    except DependencyError as error:
+        if error.lines and error.lines[-1].endswith("No module named pip"):
+            raise DependencyError(f"{what}: {sys.executable} has no pip: get it by `python -m ensurepip` "
+                                  "or the system's package python3-pip") from error
+        raise
+
+
+# Where pip looks (PIP_INDEX_URL ...) is the user's own business; what it installs, and where to, is not.
+_PIP_DROPPED = {"PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PIP_REQUIREMENT", "PIP_EDITABLE", "PIP_PYTHON",
+                "PIP_REPORT", "PIP_DRY_RUN", "PIP_QUIET", "PIP_VERBOSE"}
+_PIP_SET = {"PIP_USER": "0", "PIP_REQUIRE_VIRTUALENV": "0",     # pip.conf may say otherwise
+            "PIP_BREAK_SYSTEM_PACKAGES": "1",       # which we never do, but some pips refuse even a dry run
+            "PIP_NO_INPUT": "1", "PIP_PROGRESS_BAR": "off", "PIP_NO_COLOR": "1", "PYTHONUNBUFFERED": "1",
+            "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_ROOT_USER_ACTION": "ignore"}
+
+
+def pip_environ(environ):
+    """environ without what would make pip see or change other libraries than it is told to."""
+    kept = {key: value for key, value in environ.items()
+            if not key.startswith("PYTHON") and key not in _PIP_DROPPED}
+    # By the epoch a folder that did not change gives the same wheel to the byte, and so the same environment.
+    return {"SOURCE_DATE_EPOCH": "315532800"} | kept | _PIP_SET
+
+
+def next_try(failures, now, interval=60.0):
+    """When to try again after so many failures in a row, the last one now: 1, 2, 4 ... intervals later, up to
+    LONGEST_BACK_OFF. Seconds of whatever clock now is from. Pure."""
+    return now + min(interval * 2 ** min(failures - 1, 30), LONGEST_BACK_OFF)
+
+
+# ---- wheels that travel
+
+_WHEEL = re.compile(r"wheel:(?P<file>[\w.+!-]+\.whl)#sha256=(?P<sha256>[0-9a-f]{64})")    # no slash in a name
+
+
+async def packed(dependencies, progress=None):
+    """(dependencies without local paths, {sha256: bytes} of the wheels that stand for them). Builds those
+    that are not wheels yet with this machine's pip: it raises DependencyError if that fails, and OSError if a
+    file cannot be read."""
+    libraries, wheels = [], {}
+    for line in dependencies.libraries:
+        match = _LINE.fullmatch(line)
+        if match and os.path.isabs(match["where"]):
+            file, data = await _wheel(match["where"], dependencies.pip_options, progress)
+            sha256 = hashlib.sha256(data).hexdigest()
+            wheels[sha256] = data
+            name = file.partition("-")[0] + (match["more_extras"] or "")
+            line = f"{name} @ wheel:{file}#sha256={sha256} {match['marker'] or ''}".strip()
+        libraries.append(line)
+    return dependencies._replace(libraries=tuple(libraries)), wheels
+
+
+async def _wheel(path, pip_options, progress):
+    """(file name, bytes) of the wheel at path, or made of the source folder or archive there."""
+    if path.endswith(".whl"):
+        return os.path.basename(path), await asyncio.to_thread(pathlib.Path(path).read_bytes)
+    with tempfile.TemporaryDirectory(prefix="clupy-") as folder:
+        await pip(["wheel", "--no-deps", "--wheel-dir", folder, *pip_options, path],
+                  f"no wheel can be built of {path}", progress)
+        wheel, = pathlib.Path(folder).glob("*.whl")
+        return wheel.name, wheel.read_bytes()
+
+
+def placed(lines, wheels, folder):
+    """lines with every "wheel:" turned into the URL of a file below folder, written there from wheels:
+    {sha256: bytes}. Raises DependencyError if one is not among them, OSError if it cannot be written. pip
+    compares the hash."""
+    def place(match):
+        if match["sha256"] not in wheels:
+            raise DependencyError(f"the wheel {match['file']} was not shipped")
+        path = pathlib.Path(folder, match["sha256"], match["file"]).absolute()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(wheels[match["sha256"]])
+        return f"{path.as_uri()}#sha256={match['sha256']}"
+    return [_WHEEL.sub(place, line) for line in lines]
+
+
+# ---- here and in the cluster
+
+def installed(name):
+    """The version of a library in this interpreter, None without it."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def differences(pins, own=Dependencies(), installed=installed):       # noqa: B008  it is immutable
+    """[(library, version here, version in the cluster)], those that travel as pickles first. A library that
+    is missing here is no difference, what comes from it cannot travel either; unless the client's own list
+    names it: then it is here None. installed: a function from name to version or None."""
+    named = {canonical(re.match(r"[\w.-]*", line)[0]) for line in own.libraries}
+    found = [(pin.name, installed(pin.name), pin.version) for pin in pins]
+    return sorted(((name, here, cluster) for name, here, cluster in found
+                   if here != cluster and (here is not None or name in named)),
+                  key=lambda difference: (difference[0] not in PICKLED, difference[0]))
+
+
+def check_libraries(pins, own=Dependencies(), library_check="warn", stacklevel=2):     # noqa: B008
+    """Warn with LibraryMismatch, or raise it, if this client's libraries differ from pins. "off" does not
+    even look."""
+    found = differences(pins, own) if library_check != "off" else []
+    if not found:
+        return
+    lines = [f"{name}: {here or 'not installed'} here, {there} in the cluster" for name, here, there in found]
+    advice = "libraries differ from the cluster's: install its versions, or change its list, or library_check"
+    mismatch = LibraryMismatch("\n  ".join([advice, *lines]))
+    if library_check == "error":
+        raise mismatch
+    warnings.warn(mismatch, stacklevel=stacklevel)
+
+
+def libraries_text(servers, installed=installed):
+    """What `python -m clupy libraries` prints. servers: [(address, id of its environment, pins, fault or
+    "")]; those with the same environment share a table."""
+    groups, faults = {}, []
+    for address, environment, pins, fault in servers:
+        groups.setdefault((environment, tuple(pins)), []).append(address)
+        faults += [f"{address}: {fault}"] if fault else []
+    lines = []
+    for (environment, pins), addresses in groups.items():
+        lines.append(f"environment {environment} on {', '.join(addresses)}" if pins else
+                     f"the server's own Python on {', '.join(addresses)}")
+        width = max((len(pin.name) for pin in pins), default=0)
+        for pin in pins:
+            here = installed(pin.name)
+            note = "" if here == pin.version else f"   here: {here or 'not installed'}"
+            lines.append(f"  {pin.name:{width}}  {pin.version}{note}")
+    return "\n".join(lines + faults)
+
+
+def show_progress(line, stream=None):
+    """Show line on standard error in place of the one before, if that is a terminal; "" takes it away."""
+    stream = sys.stderr if stream is None else stream
+    if stream.isatty():
+        stream.write("\r\x1b[K" + line[:shutil.get_terminal_size().columns - 1])
+        stream.flush()
 
 
 # ==== Code and pickles ======================================================
@@ -1934,6 +2317,7 @@ class Slot:
 
     def on_opened(self, _, pid):
         self.pid = pid
+        self.engine.broken.pop(self.link.id, None)
         self.engine.fill(self)
 
     def on_results(self, _, results, seconds):
@@ -1976,7 +2360,10 @@ class ServerLink:
             self.engine.link_lost(self)
             return
         self.connection, self.key = connection, connection.key
-        connection.send("hello", self.engine.id, PYTHON, self.engine.environment, self.engine.settings.output)
+        libraries = self.engine.libraries
+        connection.send("hello", self.engine.id, PYTHON,
+                        libraries and ([tuple(pin) for pin in libraries.pins], libraries.pip_options),
+                        self.engine.settings.output)
         try:
             await connection.serve(self)
         finally:
@@ -1987,8 +2374,11 @@ class ServerLink:
         if self.connection:
             self.connection.send(*message)
 
-    def on_welcome(self, _, session, name):
+    def on_welcome(self, _, session, name, versions):
         self.session, self.name = session, name
+        if versions["python"] != "%d.%d.%d" % sys.version_info[:3]:
+            log.info("server %s runs Python %s, this client %s", name, versions["python"], sys.version.split()[0])
+        self.engine.check_server(versions)
         self.engine.balance()
 
     def on_refused(self, _, kind, text):
@@ -2010,11 +2400,23 @@ class ServerLink:
         self.heard = time.monotonic()
         self.engine.show(connection, self.name, pid, stream, text, dropped)
 
-    def on_notice(self, _, what):
+    def on_notice(self, _, what, text):
         self.heard = time.monotonic()
         if what == "draining":
             self.draining = True
             self.engine.balance()
+        elif what == "renew":
+            self.engine.renew(self)
+        elif what == "building":
+            self.engine.show_building(self, text)
+        elif what == "broken":
+            self.engine.libraries_broken(self, text)
+
+
+def resolution_of(found):
+    """The Resolution of a message's (pins, pip options)."""
+    pins, pip_options = found
+    return Resolution(tuple(Pin(*pin) for pin in pins), tuple(pip_options))
 
 
 def refusal(kind, text):
@@ -2026,11 +2428,14 @@ def refusal(kind, text):
 class Engine:
     """One client. `submit`, `cancel`, `cancel_all` and `close` may be called by any thread, all else by its loop."""
 
-    def __init__(self, settings, secret=None):
+    def __init__(self, settings, secret=None, dependencies=Dependencies()):       # noqa: B008  it is immutable
         self.id = os.urandom(8).hex()
         self.settings = settings
         self.secret = secret                      # None: an embedded cluster makes its own
-        self.environment = None
+        self.dependencies = dependencies          # this client's own list
+        self.libraries = None                     # Resolution of it and the master's; None: the cluster's
+        self.resolving = False                    # no slots are wanted until the master has resolved the list
+        self.broken = {}                          # {server name: why our libraries cannot be built there}
         self.pid = os.getpid()
         self._inbox = collections.deque()         # calls from any thread, not yet seen by the loop
         self._awake = False                       # the loop will look at the inbox
@@ -2184,7 +2589,49 @@ class Engine:
         return master.address
 
     def master_joined(self, connection):
+        if self.dependencies.libraries:
+            self.resolving = self.libraries is None
+            task = self.loop.create_task(self._send_list(connection))
+            task.add_done_callback(self._list_sent)
+        if self.settings.library_check != "off" and not self.embedded:
+            connection.send("libraries", None)
         self._state()
+
+    async def _send_list(self, connection):
+        own, wheels = await packed(self.dependencies, self._show_progress)
+        connection.send("resolve", own.libraries, own.pip_options, wheels)
+
+    def _list_sent(self, task):
+        if not task.cancelled() and task.exception():
+            self.fail_all(task.exception())
+
+    def on_resolved(self, _, found, error):
+        show_progress("")
+        if error:
+            self.fail_all(DependencyError(*error))
+        else:
+            self.libraries, self.resolving = resolution_of(found), False
+            self._state()
+
+    def on_libraries(self, _, _hash, found):
+        if found is not None:
+            self._check(resolution_of(found).pins)
+
+    def _check(self, pins):
+        """Compare the cluster's libraries with this client's, in a thread, since it reads files."""
+        threads.run(self._check_in_thread, pins)
+
+    def _check_in_thread(self, pins):
+        try:
+            check_libraries(pins, self.dependencies, self.settings.library_check)
+        except LibraryMismatch as error:
+            self._soon(self.fail_all, error)
+
+    def on_notice(self, _, what, text):
+        self._show_progress(text)
+
+    def _show_progress(self, line):
+        show_progress(f"clupy: {line}")
 
     def master_lost(self):
         """Calls that have slots go on; `_judge` looks after the others."""
@@ -2199,10 +2646,13 @@ class Engine:
         self._stated = now
         if self._master and self._master.connection:
             unreachable = [link.id for link in self._links.values() if link.failed_at is not None]
-            self._master.connection.send("client", self.id, PYTHON, most, unreachable, self.environment)
+            self._master.connection.send("client", self.id, PYTHON, most, unreachable,
+                                         self.libraries and self.libraries.hash)
 
     def _count_wanted(self):
         """How many slots the unfinished calls could use now."""
+        if self.resolving:
+            return 0
         limited = sum(min(limit.pending, limit.most or limit.pending) for limit in self._limits)
         suspended = sum(slot.suspended for slot in self._slots())
         return self._unlimited.pending + limited - suspended
@@ -2333,6 +2783,27 @@ class Engine:
             self.slot_ending(slot)
             return
         slot.send("opening", own_modules())
+
+    def check_server(self, versions):
+        """cloudpickle is in no list as a rule, but everything travels by it."""
+        if self.settings.library_check != "off" and not self.embedded and versions.get("cloudpickle"):
+            self._check([Pin("cloudpickle", versions["cloudpickle"])])
+
+    def renew(self, link):
+        """The cluster's libraries changed: slots with the old ones go back after the calls under way."""
+        for slot in list(link.slots.values()):
+            self._leave(slot)
+        self.balance()
+
+    def show_building(self, link, line):
+        self._show_progress(f"{link.name}: {line}")
+
+    def libraries_broken(self, link, why):
+        """Our libraries cannot be built there: use other servers; where there is none, the calls must hear of it."""
+        self.broken[link.id] = why
+        link.connection.close()
+        if not any(other.session for other in self._links.values() if other.id not in self.broken):
+            self._fail_waiting(DependencyError(why.partition("\n")[0], why.split("\n")[1:]))
 
     def _leave(self, slot):
         """Give the slot back after the call that runs in it."""
@@ -2849,15 +3320,16 @@ def close():
 
 
 def _make_engine(settings):
-    if settings.master:
-        return Engine(settings, find_secret(settings))
+    own = read_dependencies("clupy.client.dependency.yaml")
     try:
-        return Engine(settings, find_secret(settings))
+        secret = find_secret(settings)
     except SecretError as error:
-        if "secret_file" in settings.given or os.path.exists(os.path.expanduser(settings.secret_file)):
+        path = os.path.expanduser(settings.secret_file)
+        if settings.master or "secret_file" in settings.given or os.path.exists(path):
             raise
         log.debug("%s; so no master of ours runs on this machine", error)
-        return Engine(settings)
+        secret = None
+    return Engine(settings, secret, own)
 
 
 def _current_engine():
@@ -2955,11 +3427,8 @@ def wait_all(results, time_out=None, progress=False):
     shown = -1
     try:
         for index, future in enumerate(results):
-            while True:
-                left = None if deadline is None else deadline - time.monotonic()
-                if future._wait(min(left, 0.5) if progress and left else 0.5 if progress else left, handlers=True):
-                    break
-                if left is not None and left <= 0.5:
+            while not future._wait(_next_look(deadline, progress), handlers=True):
+                if deadline is not None and time.monotonic() >= deadline:
                     return False
                 shown = _show_progress(results, index, shown)
             if progress and index == len(results) - 1:
@@ -2968,6 +3437,12 @@ def wait_all(results, time_out=None, progress=False):
     finally:
         if shown >= 0:
             print(file=sys.stderr)
+
+
+def _next_look(deadline, progress):
+    """Seconds to wait at once: up to the deadline, but in steps where progress is to be shown."""
+    left = None if deadline is None else max(0.0, deadline - time.monotonic())
+    return left if not progress else 0.5 if left is None else min(0.5, left)
 
 
 def _show_progress(results, index, shown):
@@ -3182,14 +3657,17 @@ def main(argv=None):
     status = commands.add_parser("status", help="show the cluster's servers and clients")
     status.add_argument("--master", metavar="HOST:PORT", help="the master (default: localhost)")
     status.add_argument("--json", action="store_true", help="for scripts")
-    for command in (master, serve, status):
+    libraries = commands.add_parser("libraries", help="show the cluster's libraries, and how those here differ")
+    libraries.add_argument("--master", metavar="HOST:PORT", help="the master (default: localhost)")
+    for command in (master, serve, status, libraries):
         command.add_argument("--config", metavar="FILE", help="a YAML file instead of clupy.<role>.yaml here")
 
     arguments = vars(parser.parse_args(argv))
     command = arguments.pop("command")
     logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s", level=logging.INFO)
     try:
-        return {"master": _command_master, "serve": _command_serve, "status": _command_status}[command](arguments)
+        return {"master": _command_master, "serve": _command_serve, "status": _command_status,
+                "libraries": _command_libraries}[command](arguments)
     except ClupyError as error:
         print(f"clupy {command}: {error}", file=sys.stderr)
         return 1
@@ -3216,6 +3694,17 @@ def _command_status(arguments):
     print(json.dumps(tables, indent=2) if as_json else status_text(tables))
 
 
+def _command_libraries(arguments):
+    settings = read_settings("client", arguments.pop("config"), **arguments)
+    tables = asyncio.run(_ask_master(settings, "status"))
+    pins = [Pin(*pin) for pin in tables["libraries"]]
+    print(libraries_text([
+        (f"{row['name']} ({row['address']})", row["environment"] or "", pins if row["environment"] == tables["environment"] else [],
+         "; ".join(row["faults"])) for row in tables["servers"].values()]))
+    for fault in tables["faults"]:
+        print(f"master: {fault}")
+
+
 async def _ask_master(settings, *question):
     """The leading master's answer to one question."""
     secret, errors = find_secret(settings), []
@@ -3240,12 +3729,16 @@ def status_text(tables):
     master = tables["master"]
     lines = [f"master {master['address']}  Python {master['python']}  CluPy {master['version']}  "
              f"up {master['uptime']:.0f} s", ""]
-    lines += _table(("SERVER", "ADDRESS", "SLOTS", "USED", "LOAD", "PYTHON", "STATE"),
+    lines += _table(("SERVER", "ADDRESS", "SLOTS", "USED", "LOAD", "PYTHON", "ENVIRONMENT", "STATE"),
                     [(row["name"], row["address"], row["slots"], row["used"], f"{row['load']:.1f}", row["python"],
-                      "draining" if row["draining"] else "ready") for row in tables["servers"].values()])
+                      row["environment"] or "own", "draining" if row["draining"] else "ready") for row in tables["servers"].values()])
     lines += [""] + _table(("CLIENT", "ADDRESS", "WANTED", "SLOTS", "HEARD"),
                            [(id[:6], row["address"], row["wanted"], row["share"], f"{row['silent']:.0f} s ago")
                             for id, row in tables["clients"].items()])
+    faults = [(f"server {row['name']}", fault) for row in tables["servers"].values() for fault in row["faults"]]
+    faults += [("master", fault) for fault in tables["faults"]]
+    for where, fault in faults:
+        lines += ["", f"fault at {where}: {fault}"]
     return "\n".join(lines)
 
 

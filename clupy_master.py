@@ -17,19 +17,25 @@ share that is out of date, or that two masters gave at once, does no harm.
 """
 
 import asyncio
+import json
 import logging
+import os
 import platform
+import tempfile
 import time
+import urllib.parse
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import clupy
-from clupy import PORT, PYTHON, TO_MASTER, Connection, Listener, ProtocolError, VersionMismatch
+from clupy import (PORT, PYTHON, TO_MASTER, ClupyError, Connection, Dependencies, DependencyError, Listener, Pin,
+                   ProtocolError, Resolution, VersionMismatch, canonical, next_try, packed, pip, placed, read_dependencies)
 
 log = logging.getLogger("clupy.master")
 
 TURN_TIME = 1.0            # a slot that others wait for passes on after so long; less moves workers about, more waits
 SILENT_CLIENT = 300.0      # a client that stated nothing for so long loses idle slots that others want
-LOST_TIME = 10.0           # statements that stay away for so long end a client whose connection is still there
+FILE_TIME = 1.0            # the dependency file is looked at so often
 
 
 # ==== Tables =================================================================
@@ -128,21 +134,136 @@ def fair_amounts(wanted, capacity, clients, now):
     return amounts
 
 
+# ==== Libraries: exact versions ==============================================
+# pip decides once, here, what a list means; everybody else installs just that. A client's
+# list is resolved together with the master's. What was decided stands until the list changes, whatever the
+# index has by then:
+#
+#   master's list ------------------+--> Resolutions.of --> pip install --dry-run --report --> Resolution
+#   client's "resolve", its wheels -+         |
+#                                             +-- remembered by hash; a refusal until the back-off is over
+
+RESOLVED_KEPT = 200         # lists remembered, with the wheels that came with them
+RESOLVERS = 2               # pips at a time: one that hangs on the network must not keep all clients waiting
+
+
+async def resolve(dependencies, wheels={}, progress=None):
+    """The Resolution of dependencies that are `packed`, with their wheels {sha256: bytes}. Raises
+    DependencyError with pip's last lines. Cancelling kills pip. Nothing is installed; an empty list does not
+    even run pip."""
+    if not dependencies.libraries:
+        return Resolution((), dependencies.pip_options)
+    what = "pip cannot resolve " + ", ".join(dependencies.libraries)[:200]
+    try:
+        with tempfile.TemporaryDirectory(prefix="clupy-") as folder:
+            lines = await asyncio.to_thread(placed, dependencies.libraries, wheels, folder)
+            requirements, report = Path(folder, "requirements.txt"), Path(folder, "report.json")
+            requirements.write_text("\n".join(lines), "utf-8")      # a file has no limit
+            await pip(["install", "--dry-run", "--ignore-installed", "--report", str(report),
+                       *dependencies.pip_options, "-r", str(requirements)], what, progress)
+            found = json.loads(report.read_text("utf-8"))["install"]
+    except OSError as error:
+        raise DependencyError(f"{what}: {error}") from error
+    return Resolution(tuple(sorted(_pin(item, folder) for item in found)), dependencies.pip_options)
+
+
+def _pin(item, folder):
+    """The Pin for one entry of pip's report; the wheels in folder are those that were shipped."""
+    name, version = canonical(item["metadata"]["name"]), item["metadata"]["version"]
+    origin = item["download_info"]
+    url, vcs = origin["url"], origin.get("vcs_info")
+    sha256 = origin.get("archive_info", {}).get("hashes", {}).get("sha256", "")
+    if not item["is_direct"]:
+        return Pin(name, version, "", sha256)
+    if url.startswith(Path(folder).as_uri()):
+        *_, sha256, file = urllib.parse.unquote(url).split("/")
+        return Pin(name, version, f"wheel:{file}", sha256)
+    if vcs:
+        url = f"{vcs['vcs']}+{url}@{vcs['commit_id']}"
+    if "subdirectory" in origin:        # a URL has one fragment, and it says this rather than the hash
+        return Pin(name, version, f"{url}#subdirectory={origin['subdirectory']}")
+    return Pin(name, version, url, sha256)
+
+
+class Resolutions:
+    """What pip made of each list that was asked for: one pip per list, whoever asks, and its answer for all.
+    A refusal is the answer until `next_try`; then who asks next starts pip again. Used in one loop only."""
+    def __init__(self, clock=time.monotonic):
+        self._clock = clock
+        self._answers = {}          # {"3f2a...": _Answer}, the one asked for last at the end
+        self._turn = asyncio.Semaphore(RESOLVERS)
+
+    def __repr__(self):
+        running = sum(not answer.task.done() for answer in self._answers.values())
+        return f"<Resolutions {len(self._answers)}{f', {running} under way' if running else ''}>"
+
+    async def of(self, dependencies, wheels={}, progress=None):
+        """The Resolution of dependencies: see `resolve`. progress is told if this call is the one that starts
+        pip. Who is cancelled here stops waiting; pip goes on for the others, and for the next time."""
+        answer = self._answers.pop(dependencies.hash, None)
+        if answer is None or answer.is_stale(self._clock()):
+            answer = _Answer(self._resolve(dependencies, wheels, progress), wheels, answer, self._clock)
+        self._answers[dependencies.hash] = answer
+        for key in [key for key, old in self._answers.items() if old.task.done()][:-RESOLVED_KEPT]:
+            del self._answers[key]
+        return await asyncio.shield(answer.task)
+
+    async def _resolve(self, dependencies, wheels, progress):
+        async with self._turn:
+            return await resolve(dependencies, wheels, progress)
+
+    def wheel_of(self, pin):
+        """The bytes of a shipped Pin, for a server that asks; None if they are forgotten."""
+        return next((answer.wheels[pin.sha256] for answer in self._answers.values()
+                     if pin.sha256 in answer.wheels), None)
+
+    async def close(self):
+        """Kill the pips that run."""
+        tasks = [answer.task for answer in self._answers.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class _Answer:
+    """One list's: the task that has the answer or is finding it, and after failures when to try again."""
+    def __init__(self, coroutine, wheels, before, clock):
+        self.wheels = wheels
+        self.failures, self.again = (before.failures if before else 0), None
+        self.task = asyncio.ensure_future(coroutine)
+        self.task.add_done_callback(lambda task: self._done(clock()))
+
+    def _done(self, now):
+        if not self.task.cancelled() and self.task.exception() is not None:
+            self.failures += 1
+            self.again = next_try(self.failures, now)
+
+    def is_stale(self, now): return self.task.cancelled() or self.again is not None and now >= self.again
+
+
 # ==== Master =================================================================
 
 class Master:
     """Owns the two tables; for the loop that made it.  `listen` of its settings is where it is, once made."""
 
-    def __init__(self, settings, secret):
+    def __init__(self, settings, secret, dependencies=None):
         self.settings, self.secret = settings, secret
         self.servers = {}              # {server id: ServerRow}; changed by on_server and by the end of its connection
         self.clients = {}              # {client id: ClientRow}; likewise, and `share` by _decide
         self.started = time.time()
+        self.dependencies = dependencies           # path of the master's dependency file; None: there is none
+        self.resolutions = Resolutions()
+        self.wheels = {}               # {sha256: bytes} of the local libraries in the master's list
+        self.list = Dependencies()     # the master's, packed
+        self.libraries = None if dependencies else Resolution()    # what it was resolved to last; None: not yet
+        self.known = {Resolution().hash: Resolution()}             # {hash: Resolution} that servers may ask for
+        self.fault = ""                # why the list could not be resolved
         self._decision = None          # the timer of the next _decide
         self._decided = 0.0
         self._names = {}               # {Connection: ("server" or "client", id)}
         self._listener = Listener(settings.listen or ("", PORT), self._greet)
         self.address = self._listener.address
+        self._tasks = {asyncio.create_task(self._keep_resolved())} if dependencies else set()
         log.info("master listens on %s:%s", *self.address)
 
     def __repr__(self):
@@ -150,6 +271,11 @@ class Master:
 
     async def close(self):
         await self._listener.close()
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        await self.resolutions.close()
         for connection in list(self._names):
             connection.close()
         if self._decision:
@@ -191,7 +317,7 @@ class Master:
         known = self.servers.get(id)
         self.servers[id] = ServerRow((host, port), slots, held, state, connection)
         self._names[connection] = "server", id
-        connection.send("cluster", self._services(), self._silent_clients())
+        self._send_cluster(self.servers[id])
         if known is None or (known.slots, known.usable) != (slots, self.servers[id].usable):
             self._change()
 
@@ -215,6 +341,29 @@ class Master:
         else:
             self._send_share(row)
 
+    def on_libraries(self, connection, hash):
+        """A server's or client's question for an exact list; None stands for the cluster's."""
+        found = self.libraries if hash is None else self.known.get(hash)
+        connection.send("libraries", hash, found and ([tuple(pin) for pin in found.pins], found.pip_options))
+
+    def on_wheel(self, connection, sha256):
+        connection.send("wheel", sha256, self.wheels.get(sha256) or self.resolutions.wheel_of(Pin("", "", "", sha256)))
+
+    def on_resolve(self, connection, libraries, pip_options, wheels):
+        self._spawn(self._resolve_for(connection, Dependencies(tuple(libraries), tuple(pip_options)), wheels))
+
+    async def _resolve_for(self, connection, own, wheels):
+        """A client's list, together with the master's."""
+        try:
+            found = await self.resolutions.of(self.list.merged(own), {**self.wheels, **wheels},
+                                              lambda line: connection.send("notice", "resolving", line))
+        except DependencyError as error:
+            log.warning("the libraries of %s cannot be resolved: %s", connection.peer, error)
+            connection.send("resolved", None, error.args)
+        else:
+            self.known[found.hash] = found
+            connection.send("resolved", ([tuple(pin) for pin in found.pins], found.pip_options), None)
+
     def on_status(self, connection):
         connection.send("tables", self.tables())
 
@@ -224,6 +373,9 @@ class Master:
         return {
             "master": {"address": "%s:%s" % self.address, "python": platform.python_version(),
                        "version": clupy.__version__, "uptime": time.time() - self.started},
+            "libraries": [tuple(pin) for pin in self.libraries.pins] if self.libraries else [],
+            "environment": self.libraries.hash if self.libraries and self.libraries.pins else None,
+            "faults": [self.fault] if self.fault else [],
             "servers": {id: {"address": f"{row.address[0] or 'the master'}:{row.address[1]}", "slots": row.slots,
                              "used": sum(row.held.values()), **row.state} for id, row in self.servers.items()},
             "clients": {id: {"address": row.peer, "wanted": row.wanted, "share": sum(row.share.values()),
@@ -241,6 +393,42 @@ class Master:
     def _note_patch(self, connection, version):
         if version and version != platform.python_version():
             log.info("%s runs Python %s, this master %s", connection.peer, version, platform.python_version())
+
+    # -- libraries
+
+    def _spawn(self, coroutine):
+        task = asyncio.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _keep_resolved(self):
+        """Resolve the master's list, and again when its file changes or a failure is old enough."""
+        seen, failures, again = "nothing", 0, 0.0
+        while True:
+            now = time.monotonic()
+            changed = seen != (seen := _file_state(self.dependencies))
+            if changed or self.fault and now >= again:
+                try:
+                    own, wheels = await packed(read_dependencies(self.dependencies))
+                    found = await self.resolutions.of(own, wheels)
+                except (ClupyError, OSError) as error:
+                    failures = 1 if changed else failures + 1
+                    again = next_try(failures, time.monotonic(), self.settings.sync_interval)
+                    self.fault = str(error)
+                    log.error("the libraries of %s stay as they were: %s", self.dependencies, error)
+                    self.libraries = self.libraries or Resolution()
+                else:
+                    self.list, self.wheels, self.libraries, self.fault = own, wheels, found, ""
+                    self.known[found.hash] = found
+                    log.info("libraries: %s", ", ".join(f"{pin.name} {pin.version}" for pin in found.pins) or "none")
+                for row in self.servers.values():
+                    self._send_cluster(row)
+                self._change()
+            await asyncio.sleep(FILE_TIME)
+
+    def _send_cluster(self, row):
+        if self.libraries is not None:
+            row.connection.send("cluster", self._services(), self._silent_clients(), self.libraries.hash)
 
     # -- decisions
 
@@ -261,7 +449,7 @@ class Master:
     def _decide(self):
         self._decision = None
         self._decided = now = time.monotonic()
-        if not self.servers:
+        if not self.servers or self.libraries is None:
             for row in self.clients.values():      # nothing known yet, or nobody there: keep what is open
                 self._send_share(row)
             return
@@ -285,9 +473,18 @@ class Master:
         row.connection.send("share", share, self._services())
 
 
+def _file_state(path):
+    """What changes when a file is changed; None without it."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return status.st_mtime_ns, status.st_size, status.st_ino
+
+
 async def run(settings, secret):
     """Be a master until cancelled."""
-    master = Master(settings, secret)
+    master = Master(settings, secret, os.path.abspath("clupy.master.dependency.yaml"))
     try:
         await asyncio.get_running_loop().create_future()
     finally:

@@ -23,6 +23,7 @@ GIL, and kills one call and no other: it stops the worker, reads the board, and 
 
 import collections
 import concurrent.futures
+import contextlib
 import faulthandler
 import fcntl
 import functools
@@ -38,13 +39,13 @@ import signal
 import socket
 import struct
 import sys
-import tempfile
 import threading
 import time
 
 import clupy
-from clupy import CONTROL, PYTHON, SLOT, ClupyError, ProtocolError, VersionMismatch
-from clupy import asyncio, dispatch, encode, proof, slot_head, slot_key, subprocess, tune   # imported at first use
+from clupy import (CONTROL, PYTHON, SLOT, ClupyError, DependencyError, Pin, ProtocolError, Resolution, VersionMismatch,
+                   dispatch, encode, next_try, pip, placed, proof, run_command, slot_head, slot_key, tune)
+from clupy import asyncio, pathlib, platform, shutil, site, subprocess, sysconfig, tempfile     # imported at first use
 
 log = logging.getLogger("clupy.server")
 
@@ -515,13 +516,198 @@ class _Loader:
     def get_source(self, name): return self.text        # for inspect and linecache
 
 
+# ==== Libraries: environments ================================================
+# An environment is a virtual environment that has exactly the libraries of one Resolution.
+# It is never changed, only replaced: built beside the live ones, at its final place (its scripts have
+# absolute paths in them), and it exists once its last file does. The server's own Python is never touched,
+# and its libraries follow behind:
+#
+#   folder/lock                  held by the one builder of this machine, and by its pip
+#   folder/3f2a.../bin/python    what workers run
+#   folder/3f2a.../lib/...       the Pins, as pip installed them; zz-server.pth leads on to the server's own
+#   folder/3f2a.../clupy.json    written last; without it the folder is remains, swept by the next builder.
+#                                Who uses the environment has a shared lock on it; its time is the last use's
+#   folder/trash-...             on its way out
+#
+# Locks are flock's: they end with the last process that has the descriptor. The builder's pip inherits its
+# lock, so the pip of a server that was killed cannot write into what the next builder builds.
+
+LOCK_POLL = 0.2             # seconds between looks at another's lock: a wait inside flock cannot be cancelled
+
+
+def default_environments_dir():
+    """In the user's cache folder: losing it costs time only."""
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache", "clupy", "environments")
+
+
+def server_paths():
+    """The folders in which the server's own libraries are, which its environments lead on to: PYTHONPATH,
+    site-packages, the user's site-packages."""
+    given = [os.path.abspath(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    user = [site.getusersitepackages()] if site.ENABLE_USER_SITE else []
+    return [path for path in given + site.getsitepackages() + user if os.path.isdir(path)]
+
+
+def environment_id(pins, python=None, system=None):
+    """The name of the environment of these Pins for this Python, or that: text that tells interpreters and
+    what they have from each other, and systems on which a wheel may differ."""
+    python = python or f"{sys.implementation.cache_tag} {sys.version} {sys._base_executable} {server_paths()}"
+    return clupy.digest(sorted(pins), python, system or f"{sysconfig.get_platform()} {platform.libc_ver()}")
+
+
+def worker_environment(path, environ):
+    """(python, variables) to start a worker with in the environment at path, or in the server's own Python
+    for None. PYTHONPATH would come before the environment: what it names comes behind, by `server_paths`."""
+    if path is None:
+        return sys.executable, dict(environ)
+    kept = {key: value for key, value in environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
+    search = os.pathsep.join(filter(None, [str(pathlib.Path(path, "bin")), environ.get("PATH")]))
+    return str(pathlib.Path(path, "bin", "python")), kept | {"VIRTUAL_ENV": str(path), "PATH": search}
+
+
+def _touch(descriptor):
+    now = time.time_ns()
+    os.utime(descriptor, ns=(now, now))     # finer than the kernel's own idea of now, which has ties
+
+
+class Environment:
+    """A complete environment that is in use, and so stays, until `close`. From Environments."""
+    def __init__(self, path, descriptor): self.path, self._descriptor = path, descriptor
+
+    def __repr__(self): return f"<Environment {self.id}{' closed' if self._descriptor is None else ''}>"
+
+    @property
+    def id(self): return self.path.name
+
+    def close(self):
+        """The use is over, and its time noted. A second call does nothing."""
+        if self._descriptor is not None:
+            _touch(self._descriptor)
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def __enter__(self): return self
+
+    def __exit__(self, *_): self.close()
+
+
+class Environments:
+    """The environments in a folder, which servers of one machine may share. At most `kept` complete ones
+    remain after a build, unless more are in use. Used in any loop; the folder is the only state."""
+    def __init__(self, folder=None, kept=10):
+        self.folder, self.kept = pathlib.Path(folder or default_environments_dir()).absolute(), kept
+
+    def __repr__(self): return f"<Environments {self.folder}: {', '.join(self.complete()) or 'none'}>"
+
+    def complete(self):
+        """The ids of those that are complete, the most recently used first."""
+        times = {}
+        for marker in self.folder.glob("*/clupy.json"):
+            with contextlib.suppress(FileNotFoundError):        # somebody removes it just now
+                times[marker.parent.name] = marker.stat().st_mtime_ns
+        return sorted(times, key=times.get, reverse=True)
+
+    def use(self, environment_id):
+        """The Environment of that id, in use from now on, or None if it is not there."""
+        marker = self.folder / environment_id / "clupy.json"
+        with contextlib.ExitStack() as undo:
+            try:
+                descriptor = os.open(marker, os.O_RDWR)
+                undo.callback(os.close, descriptor)
+                fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                if not os.path.samestat(os.fstat(descriptor), os.stat(marker)):
+                    return None                                 # removed between the lines above
+            except (FileNotFoundError, BlockingIOError):        # not there, or being removed
+                return None
+            _touch(descriptor)
+            undo.pop_all()
+        return Environment(marker.parent, descriptor)
+
+    async def build(self, resolution, wheels={}, progress=lambda line: None):
+        """The Environment for a Resolution with pins, in use: the one that is there, or built now, after
+        whoever else builds on this machine. wheels: {sha256: bytes} of `resolution.shipped`. Raises
+        DependencyError. Afterwards, also if cancelled, there is all of it or nothing."""
+        name = environment_id(resolution.pins)
+        if environment := self.use(name):
+            return environment
+        try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with open(self.folder / "lock", "a") as lock:       # closed, and pip ended: unlocked
+                await self._acquire(lock, progress)
+                if environment := self.use(name):
+                    return environment
+                for entry in list(self.folder.iterdir()):
+                    if entry.is_dir() and not (entry / "clupy.json").exists():
+                        await self._discard(entry)
+                await self._install(self.folder / name, resolution, wheels, progress, lock.fileno())
+                environment = self.use(name)
+                for unused in self.complete()[self.kept:]:
+                    await self._remove(unused)
+                return environment
+        except OSError as error:
+            raise DependencyError(f"environment {name} cannot be built in {self.folder}: {error}") from error
+
+    async def _acquire(self, lock, progress):
+        waits = False
+        while True:
+            try:
+                return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if not waits:
+                    progress("waiting for another environment to be built on this machine")
+                waits = True
+            await asyncio.sleep(LOCK_POLL)
+
+    async def _install(self, path, resolution, wheels, progress, lock):
+        what = f"environment {path.name} cannot be built"
+        try:
+            venv = [sys.executable, "-P", "-m", "venv", "--without-pip", "--symlinks", str(path)]
+            await run_command(venv, what, keep=(lock,))
+            pins = [pin.requirement for pin in resolution.pins]
+            lines = await asyncio.to_thread(placed, pins, wheels, path / "wheels")
+            requirements = path / "requirements.txt"
+            requirements.write_text("\n".join(lines), "utf-8")
+            # Not --no-deps: a server of another platform may need a library that the master's does not.
+            await pip(["--python", str(path / "bin" / "python"), "install", *resolution.pip_options,
+                       "-r", str(requirements)], what, progress, keep=(lock,))
+            await asyncio.to_thread(shutil.rmtree, path / "wheels", ignore_errors=True)     # absent, mostly
+            # After pip, which would take the server's libraries for its own. ascii: of any locale.
+            pathlib.Path(sysconfig.get_path("purelib", "venv", {"base": str(path)}), "zz-server.pth").write_text(
+                "".join(f"import site; site.addsitedir({folder!a})\n" for folder in server_paths()))
+            await asyncio.to_thread(os.sync)    # a power cut must not leave the marker without the rest
+            marker = path / "clupy.json.new"
+            marker.write_text(json.dumps({"libraries": pins}, indent=1))
+            marker.rename(path / "clupy.json")
+        except BaseException:
+            await self._discard(path)
+            raise
+
+    async def _remove(self, environment_id):
+        """Remove an environment, unless it is in use."""
+        path = self.folder / environment_id
+        marker = path / "clupy.json"
+        with contextlib.suppress(FileNotFoundError, BlockingIOError), open(marker, "r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            marker.unlink()
+            await self._discard(path)
+
+    async def _discard(self, path):
+        """Take path away at once, then free its space. What cannot be removed, the next builder tries
+        again."""
+        trash = self.folder / f"trash-{os.urandom(8).hex()}"
+        with contextlib.suppress(FileNotFoundError):
+            path.rename(trash)
+        await asyncio.to_thread(shutil.rmtree, trash, ignore_errors=True)
+
+
 # ==== Process: a worker as its server sees it ================================
 
 class Process:
     """One worker process: its pipes, its board, its end.  For the server's loop alone."""
 
-    def __init__(self, server, environment=None):
-        self.server, self.environment = server, environment
+    def __init__(self, server, libraries):
+        self.server = server
+        self.libraries = libraries                 # Libraries, the environment of which it runs in
         self.ready = False                         # warm, and waits for a slot
         self.slot = None                           # SlotRow it serves, or did
         self.why = None                            # why the server ended it; None: it ended by itself
@@ -545,11 +731,12 @@ class Process:
         arguments = json.dumps({"channel": theirs.fileno(), "lifeline": lifeline, "stack": stack[1], "board": board,
                                 "memory_limit": self.server.settings.memory_limit})
         boot = BOOT.format(folder=os.path.dirname(os.path.abspath(__file__)), arguments=arguments)
+        self.environment = self.libraries.hold()   # Environment, in use until this worker is dead; None: our own Python
+        python, environ = worker_environment(self.environment and self.environment.path, self.server.worker_environ())
         try:
-            # posix_spawn and vfork are what subprocess uses; asyncio's own watches children from the main thread
             self.popen = subprocess.Popen(
-                [sys.executable, "-P", "-c", boot], stdin=subprocess.DEVNULL, stdout=out[1], stderr=err[1],
-                pass_fds=inherited, start_new_session=True, env=self.server.worker_environ())
+                [python, "-P", "-c", boot], stdin=subprocess.DEVNULL, stdout=out[1], stderr=err[1],
+                pass_fds=inherited, start_new_session=True, env=environ)
         finally:
             theirs.close()
             for fd in (lifeline, out[1], err[1], stack[1], board):
@@ -691,6 +878,8 @@ class Process:
             self.pidfd = None
         os.close(self.lifeline)
         self.lifeline = None
+        if self.environment:
+            self.environment.close()
         self.dead.set_result((self.popen.returncode, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)))
         self.server.ended(self)
 
@@ -748,7 +937,7 @@ class Session:
         self.server, self.connection = server, connection
         self.id = os.urandom(clupy.SESSION_SIZE)
         self.client = "?"
-        self.environment = None
+        self.libraries = None                      # Libraries of its workers; None: the cluster's, whatever they are
         self.output = True                         # whether the client wants to see what its calls print
         self.slots = {}                            # {number: SlotRow} open or waiting
         self.numbers = set()                       # every number that was used: each opens one slot, once
@@ -764,10 +953,13 @@ class Session:
                 f"the client runs Python {python[0]}.{python[1]}, the server {self.server.name} runs Python "
                 f"{PYTHON[0]}.{PYTHON[1]}; they must be the same, since bytecode travels"))
             return
-        self.client, self.environment, self.output = client, environment, output
-        connection.send("welcome", self.id, self.server.name)
+        self.client, self.output = client, output
+        if environment is not None:
+            pins, pip_options = environment
+            self.libraries = self.server.libraries_of(Resolution(tuple(Pin(*pin) for pin in pins), tuple(pip_options)))
+        connection.send("welcome", self.id, self.server.name, self.server.versions)
         if self.server.draining:
-            connection.send("notice", "draining")
+            connection.send("notice", "draining", "")
 
     def on_close(self, _, number):
         slot = self.slots.get(number)
@@ -806,6 +998,47 @@ class Session:
         self.connection.send("output", pid, stream, text, dropped)
 
 
+class Libraries:
+    """One resolution on this server: not built yet, being built, ready, or at fault."""
+
+    def __init__(self, server, resolution):
+        self.server, self.resolution = server, resolution
+        self.environment = None                    # Environment, in use for as long as somebody may want it
+        self.ready = not resolution.pins           # nothing to install: the server's own Python
+        self.building = None                       # the task that does
+        self.fault = ""                            # why it could not be built, with pip's last lines
+        self.failures, self.again = 0, 0.0         # in a row; when to try again, monotonic
+
+    def __repr__(self):
+        return f"<Libraries {self.resolution.hash} {'ready' if self.ready else self.fault or 'not built'}>"
+
+    def hold(self):
+        """The environment, once more in use: for one worker. None: the server's own Python."""
+        return self.environment and self.server.environments.use(self.environment.id)
+
+    async def build(self):
+        try:
+            wheels = {}
+            for pin in self.resolution.shipped:
+                data = await self.server.ask("wheel", pin.sha256)
+                if data is not None:
+                    wheels[pin.sha256] = data
+            self.environment = await self.server.environments.build(
+                self.resolution, wheels, lambda line: self.server.notice(self, line))
+            self.ready, self.fault, self.failures = True, "", 0
+        except DependencyError as error:
+            self.failures += 1
+            self.again = next_try(self.failures, time.monotonic(), self.server.settings.sync_interval)
+            self.fault = str(error)
+        finally:
+            self.building = None
+        self.server.libraries_changed(self)
+
+    def close(self):
+        if self.environment:
+            self.environment.close()
+
+
 class Server:
     """Starts, watches, kills and replaces the workers of one node, and alone counts its slots.  For its loop alone."""
 
@@ -822,6 +1055,12 @@ class Server:
         self.failed = asyncio.get_running_loop().create_future()     # an error after which it makes no sense to go on
         self.link = clupy.MasterLink([(host, port or settings.port) for host, port in settings.master or [("localhost", None)]],
                                      secret, settings)
+        self.environments = Environments(settings.environments_dir, settings.environments_kept)
+        self.known = {}                            # {hash of a resolution: Libraries}
+        self.default = Libraries(self, Resolution())       # the cluster's, as far as they are built
+        self.wanted = None                         # hash of the cluster's newest; None until the master has spoken
+        self.versions = {"python": "%d.%d.%d" % sys.version_info[:3], "cloudpickle": clupy.installed("cloudpickle")}
+        self._questions = {}                       # {(kind, key): future of the master's answer}
         self._tasks = set()
         self._stating = None
         self._closing = False
@@ -836,6 +1075,7 @@ class Server:
         self.replenish()
         self.spawn(self._stay_with_master())
         self.spawn(self._watch())
+        self.spawn(self._keep_in_step())
 
     def spawn(self, coroutine):
         """Run a coroutine as a task of this server, ended with it."""
@@ -918,13 +1158,16 @@ class Server:
         """Give free workers to the slots that wait, first come first served."""
         free = [process for process in self.processes.values() if process.ready and not process.why]
         for slot in list(self.waiting):
-            if not free:
-                break
+            libraries = self._libraries_for(slot)
+            fitting = [process for process in free if process.libraries is libraries]
+            if not fitting:
+                continue
             if slot.nested and self.open_slots(nested=True) >= self.settings.max_nested:
                 continue
             if not slot.nested and self.open_slots(nested=False) >= self.slots:
                 continue
-            process = free.pop()
+            process = fitting[0]
+            free.remove(process)
             try:
                 process.hand_over(slot, {
                     "key": slot_key(slot.session.connection.key, slot.number).hex(), "server": self.name,
@@ -937,18 +1180,25 @@ class Server:
             self.state_soon()
 
     def replenish(self):
-        """Have a worker for every slot, and for the nested ones that are open or waited for."""
+        """Have a worker for every slot, and for the nested ones that are open or waited for: first in the environments
+        that are waited for, then, warm, in the cluster's."""
         if self._closing:
             return
         nested = self.open_slots(nested=True) + sum(slot.nested for slot in self.waiting)
         target = self.slots + min(nested, self.settings.max_nested)
-        alive = sum(not process.dead.done() for process in self.processes.values())
-        idle = [process for process in self.processes.values() if process.ready and not process.why]
-        for process in idle[:max(0, alive - target)]:
-            process.end("not needed")
-        for _ in range(target - alive):
+        alive = [process for process in self.processes.values() if not process.dead.done() and not process.why]
+        spare = [process for process in alive if not process.slot]
+        needed = [libraries for slot in self.waiting if (libraries := self._libraries_for(slot))]
+        needed = needed[:target - len(alive) + len(spare)]
+        needed += [self.default] * (target - len(alive) + len(spare) - len(needed))
+        for process in spare:                      # what is there already, and what is not needed any more
+            if process.libraries in needed:
+                needed.remove(process.libraries)
+            else:
+                process.end("not needed")
+        for libraries in needed:
             try:
-                process = Process(self)
+                process = Process(self, libraries)
             except OSError as error:
                 log.error("cannot start a worker: %s", error)
                 asyncio.get_running_loop().call_later(1.0, self.replenish)
@@ -1019,6 +1269,89 @@ class Server:
                     other.nested = False
                     return
 
+    # -- libraries
+
+    def libraries_of(self, resolution):
+        """The Libraries of a resolution; building them begins now if they are not there."""
+        libraries = self.known.get(resolution.hash)
+        if libraries is None:
+            libraries = self.known[resolution.hash] = Libraries(self, resolution)
+        if libraries.building is None and not libraries.ready and time.monotonic() >= libraries.again:
+            libraries.building = asyncio.get_running_loop().create_task(libraries.build())
+        return libraries
+
+    def _libraries_for(self, slot):
+        """The Libraries for a slot that waits, or None until they are built."""
+        if slot.session.libraries is None:
+            return self.default if self.wanted is not None else None
+        return slot.session.libraries if slot.session.libraries.ready else None
+
+    def libraries_changed(self, libraries):
+        """A build has ended, well or not."""
+        if libraries.fault:
+            log.error("%s", libraries.fault)
+            for session in self.sessions.values():
+                if session.libraries is libraries:
+                    session.connection.send("notice", "broken", libraries.fault)
+        self.replenish()
+        self.assign()
+        self.state_soon()
+
+    def notice(self, libraries, line):
+        """A line of what pip says, for the clients that wait for these libraries."""
+        for session in self.sessions.values():
+            if session.libraries is libraries or session.libraries is None and libraries.resolution.hash == self.wanted:
+                session.connection.send("notice", "building", line)
+
+    async def _keep_in_step(self):
+        while True:
+            await asyncio.sleep(self.settings.sync_interval)
+            await self._synchronize()
+
+    async def _synchronize(self):
+        """Have the environment that the master wants, and switch to it once it is complete."""
+        wanted = self.wanted
+        if wanted is None:
+            return
+        if wanted not in self.known:
+            answer = Resolution() if wanted == Resolution().hash else await self.ask("libraries", wanted)
+            if answer is None:                     # the list has changed again: the next statement names the newer one
+                return
+            self.known[wanted] = Libraries(self, answer)
+        libraries = self.libraries_of(self.known[wanted].resolution)
+        if libraries.building:
+            await asyncio.shield(libraries.building)
+        if libraries.ready and self.wanted == wanted and self.default is not libraries:
+            log.info("the cluster's libraries are now %s", libraries)
+            self.default = libraries
+            for session in self.sessions.values():
+                if session.libraries is None:      # its slots are given back after the calls under way
+                    session.connection.send("notice", "renew", "")
+        self.replenish()
+        self.assign()
+        self.state_soon()
+
+    async def ask(self, kind, key):
+        """The master's answer to a question; None if it does not know, or is lost before it answers."""
+        if not self.link.connection:
+            return None
+        question = self._questions.get((kind, key))
+        if question is None:
+            question = self._questions[kind, key] = asyncio.get_running_loop().create_future()
+            self.link.connection.send(kind, key)
+        return await asyncio.shield(question)
+
+    def _answer(self, kind, key, answer):
+        question = self._questions.pop((kind, key), None)
+        if question and not question.done():
+            question.set_result(answer)
+
+    def on_libraries(self, _, hash, found):
+        self._answer("libraries", hash, found and Resolution(tuple(Pin(*pin) for pin in found[0]), tuple(found[1])))
+
+    def on_wheel(self, _, sha256, data):
+        self._answer("wheel", sha256, data)
+
     async def _drain_socket(self, sock):
         """Close the socket once the client has: closing one with unread input would lose what is still under way."""
         sock.setblocking(False)
@@ -1046,7 +1379,7 @@ class Server:
             if now - said > clupy.ALIVE_TIME:
                 said = now
                 for session in self.sessions.values():
-                    session.connection.send("notice", "alive")
+                    session.connection.send("notice", "alive", "")
 
     async def _time_out(self, process, number):
         if not await process.kill_call(number, "timeout"):
@@ -1062,6 +1395,8 @@ class Server:
         self._repeat()
 
     def master_lost(self):
+        for kind, key in list(self._questions):
+            self._answer(kind, key, None)
         if not self._closing:
             log.warning("no master: %s", self.link.why_lost)
 
@@ -1083,11 +1418,15 @@ class Server:
         host, port = self.address
         host = None if host in ("0.0.0.0", "::", "") else host
         self.link.connection.send("server", self.id, (host, port), PYTHON, self.slots, dict(held), {
-            "name": self.name, "python": "%d.%d.%d" % sys.version_info[:3], "load": os.getloadavg()[0],
-            "draining": self.draining})
+            "name": self.name, "load": os.getloadavg()[0], "draining": self.draining, **self.versions,
+            "environment": self.default.resolution.hash if self.default.resolution.pins else None,
+            "faults": [libraries.fault for libraries in self.known.values() if libraries.fault]})
 
-    def on_cluster(self, _, services, silent):
+    def on_cluster(self, _, services, silent, libraries):
         self.services = services
+        if libraries != self.wanted:
+            self.wanted = libraries
+            self.spawn(self._synchronize())
         for session in self.sessions.values():
             if session.client in silent:           # it is stopped or hangs: its idle slots are of use to others
                 for slot in session.slots.values():
@@ -1106,7 +1445,7 @@ class Server:
         log.info("draining: %s slots are open; for %g s at most", self.open_slots(), self.settings.drain_time)
         self._state()
         for session in self.sessions.values():
-            session.connection.send("notice", "draining")
+            session.connection.send("notice", "draining", "")
         deadline = time.monotonic() + self.settings.drain_time
         while self.open_slots() and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
@@ -1123,10 +1462,13 @@ class Server:
             await asyncio.sleep(0.002)
         for session in list(self.sessions.values()):
             session.connection.close()
-        for task in list(self._tasks):
+        rest = self._tasks | {libraries.building for libraries in self.known.values() if libraries.building}
+        for task in rest:
             task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
+        if rest:
+            await asyncio.wait(rest)
+        for libraries in self.known.values():
+            libraries.close()
 
 
 def describe_exit(code):
