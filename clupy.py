@@ -45,6 +45,7 @@ import collections
 import concurrent.futures
 import contextlib
 import copy
+import errno
 import functools
 import hashlib
 import hmac
@@ -54,10 +55,10 @@ import itertools
 import json
 import linecache
 import logging
+import math
 import operator
 import os
 import pickle
-import queue
 import random
 import re
 import selectors
@@ -72,7 +73,9 @@ import traceback
 import types
 import warnings
 import weakref
+from collections.abc import MutableMapping
 from concurrent.futures import CancelledError
+from queue import Empty, SimpleQueue
 
 
 class _Lazy:
@@ -85,10 +88,12 @@ class _Lazy:
         return getattr(importlib.import_module(self._name), attribute)
 
 
-_LAZY = ("argparse ast asyncio cloudpickle difflib dis importlib.metadata inspect pathlib pkgutil platform shlex shutil site ssl "
-         "subprocess sysconfig tempfile urllib.parse yaml")
-(argparse, ast, asyncio, cloudpickle, difflib, dis, metadata, inspect, pathlib, pkgutil, platform, shlex, shutil, site, ssl,
- subprocess, sysconfig, tempfile, urls, yaml) = (_Lazy(name) for name in _LAZY.split())
+(argparse, ast, asyncio, cloudpickle, difflib, dis, fcntl, fnmatch, metadata, inspect, kazoo, kazoo_errors, kazoo_retry,
+ kazoo_states, kazoo_threads, mmap, pathlib, pkgutil, platform, redis, redis_backoff, redis_connection, redis_retry, shlex,
+ shutil, site, ssl, subprocess, sysconfig, tempfile, urls, uuid, yaml) = [_Lazy(name) for name in (
+     "argparse ast asyncio cloudpickle difflib dis fcntl fnmatch importlib.metadata inspect kazoo.client kazoo.exceptions "
+     "kazoo.retry kazoo.protocol.states kazoo.handlers.threading mmap pathlib pkgutil platform redis redis.backoff "
+     "redis.connection redis.retry shlex shutil site ssl subprocess sysconfig tempfile urllib.parse uuid yaml").split()]
 
 __version__ = "0.1.0"
 
@@ -280,20 +285,23 @@ class Settings:
         return f"Settings({', '.join(f'{key}={masked(getattr(self, key))!r}' for key in sorted(self.given))})"
 
 
-def services_environ(services):
-    """What the master says of Redis and ZooKeeper, as the environment variables that a called function reads."""
-    return {f"CLUPY_{key.upper()}": str(value) for key, value in services.items() if value is not None}
-
-
 def default_settings(role, **values):
     """The Settings of a role without any file or variable: the defaults, and those of `values` that it has."""
     known = {key: values.get(key, default) for key, (roles, _, default) in SETTINGS.items() if role in roles.split()}
     return Settings(known, ())
 
 
+_ADDRESS = re.compile(r"""
+    (rediss?://) (?:[^/?#@]*@)? ((?:\w[\w.-]*|\[[\da-fA-F:.]+\])? (?::\d+)? (?:/\d*)?) (?:\?[^@]*)?
+    | (unix:///[^?@]*) (?:\?[^@]*)? | ([\w.:,-]*)""", re.VERBOSE)     # groups: what a message may show
+
+
 def masked(value):
-    """The value without the password of a URL: fit for a log."""
-    return re.sub(r"(://[^:@/]*:)[^@]*@", r"\1***@", value) if isinstance(value, str) else value
+    """The value as messages may show it: without the password of an address, or what might be one."""
+    if not isinstance(value, str) or "@" not in value and "://" not in value:
+        return value
+    match = _ADDRESS.fullmatch(value)
+    return "".join(filter(None, match.groups())) if match else "(not shown, it may hold a password)"
 
 
 def read_settings(role, file=None, **arguments):
@@ -431,6 +439,7 @@ def find_secret(settings, create=False):
 # worker -> client  returned [numbers]                                     -
 # worker -> client  fetch    request, what (module or Ref), its name, ...  fetched     the slot ends
 # client -> worker  fetched  request, answer                               -
+# worker -> client  serve    name, buffers of a Ref shared in a call       -
 # worker -> client  nested   [(number, parent, function id, arguments, time-out, retries, max)],
 #                            {function id: (payload, name)}                results     the slot's end
 # worker -> client  forget   [numbers of nested calls]                     -
@@ -1700,7 +1709,7 @@ def _frames(trace):
     frames = []
     while trace is not None:
         code = trace.tb_frame.f_code
-        line, text = trace.tb_lineno or code.co_firstlineno, _text(trace.tb_frame, trace.tb_lineno)
+        line, text = trace.tb_lineno or code.co_firstlineno, _line_text(trace.tb_frame, trace.tb_lineno)
         first, last, column, last_column = (None,) * 4
         if trace.tb_lasti >= 0:
             positions = itertools.islice(code.co_positions(), trace.tb_lasti // 2, None)
@@ -1712,7 +1721,7 @@ def _frames(trace):
     return frames
 
 
-def _text(frame, line):
+def _line_text(frame, line):
     """The line of a module's file; None for code that came by value: only the client has its file."""
     if "remote text" in frame.f_globals:        # of a nested call
         return frame.f_globals["remote text"]
@@ -2187,7 +2196,7 @@ class Threads:
     """Runs jobs in daemon threads, one more whenever all are busy, so that a job may block as long as it likes."""
 
     def __init__(self):
-        self._jobs = queue.SimpleQueue()
+        self._jobs = SimpleQueue()
         self._lock = threading.Lock()
         self._idle = 0                 # threads that wait, less jobs that are theirs already
 
@@ -2203,7 +2212,7 @@ class Threads:
         while True:
             try:
                 job, args = self._jobs.get(timeout=10)
-            except queue.Empty:
+            except Empty:
                 with self._lock:
                     if self._jobs.empty():
                         self._idle -= 1
@@ -2331,6 +2340,9 @@ class Slot:
 
     def on_forget(self, _, numbers):
         self.engine.forget_nested(self, numbers)
+
+    def on_serve(self, _, name, buffers):
+        _serve(name, [bytes(buffer) for buffer in buffers])
 
     def on_fetch(self, _, request, what, *fields):
         threads.run(self.engine.answer_fetch, self, request, what, fields)
@@ -2495,6 +2507,12 @@ class Engine:
         """At least so many slots, if this is an embedded cluster."""
         self._soon(self._grow, slots)
 
+    def services(self, patience):
+        """What the master says of Redis and ZooKeeper; {} if this cluster is embedded, or nothing is heard in time."""
+        if not self.joined.wait(patience):
+            raise self.unreachable()
+        return {} if self.embedded else self._services
+
     def settle(self, limit):
         """Wait until no call of this limit is unfinished."""
         asyncio.run_coroutine_threadsafe(self._pumped(), self.loop).result()
@@ -2580,10 +2598,12 @@ class Engine:
         from clupy_master import Master
         from clupy_server import Server
         self.secret = os.urandom(32).hex().encode()
-        own = vars(self.settings)
+        services = _merged_services(self.settings, {})             # the workers' are this process's
+        own = {**vars(self.settings), **{key: getattr(services, key) for key in SERVICE_KEYS}}
         master = Master(default_settings("master", **own, listen=("127.0.0.1", 0)), self.secret)
         server = Server(default_settings("server", **{**own, "master": [master.address]}, listen=("127.0.0.1", 0)),
                         self.secret)
+        master.given = sorted(services.given)
         self.embedded = master, server
         await server.start()
         return master.address
@@ -2713,7 +2733,9 @@ class Engine:
 
     def on_share(self, connection, share, services):
         self._share = {id: ((host or self._master.host, port), slots) for id, ((host, port), slots) in share.items()}
-        self._services = services
+        if services != self._services:
+            self._services = services
+            forget_services()
         self.joined.set()
         self.balance()
 
@@ -3178,7 +3200,7 @@ class Engine:
 
     def show(self, connection, server, pid, stream, text, dropped):
         if self._printer is None:
-            self._printer = queue.SimpleQueue()
+            self._printer = SimpleQueue()
             threading.Thread(target=self._print, args=(self._printer,), name="clupy-output", daemon=True).start()
         self._printer.put((connection, server, pid, stream, text, dropped))
 
@@ -3317,6 +3339,8 @@ def close():
         engine, _engine = _engine, None
     if engine is not None:
         engine.close()
+    close_services()
+    forget_services()
 
 
 def _make_engine(settings):
@@ -3637,6 +3661,1278 @@ def _after_fork():
 
 
 os.register_at_fork(after_in_child=_after_fork)
+
+
+# ==== Services ================================================================
+# This process's connections to Redis and ZooKeeper: made on first use, by any thread, forgotten in a forked
+# child, closed at the end. Two rules for a server that is away:
+# - one that never answered this process is a mistake in the configuration, and told within FIRST_CONTACT
+#   seconds; one that did answer is waited for as long as the setting `patience` says. Then: `Unavailable`.
+# - what may be done twice is repeated (_retried), what may not is sent once and reported (_once). redis-py's
+#   own retries make no such difference: an `incr` that lost three answers counted four (redis/redis-py#261).
+
+FIRST_CONTACT = 5.0     # seconds; less would refuse a server that is starting, more hides a typing error
+
+_redis_clients = {}     # address -> redis.Redis; guarded by _clients_lock, as the next
+_zookeeper_clients = {}   # addresses -> KazooClient
+_clients_lock = threading.RLock()
+_reached = set()        # addresses that answered this process at least once
+
+
+# Where they are: what this process was told (configure, connect, CLUPY_* variables, clupy.client.yaml), else what the
+# master says, else this machine.
+
+SERVICE_KEYS = ("redis", "zookeeper", "prefix", "ttl", "session", "patience")
+_LOCAL = {"redis": "redis://localhost:6379/0", "zookeeper": "localhost:2181"}
+_configured = {}        # what configure() was given
+_known_services = None  # Settings, until something of it changes; in a worker: what its server says
+
+
+def configure(**settings):
+    """Set redis, zookeeper, prefix, ttl, session or patience for this process, over all other places.
+
+    Raises ConfigurationError. Any thread; clients that are in use already stay as they are."""
+    for key in settings:
+        if key not in SERVICE_KEYS:
+            raise ConfigurationError(f"configure() takes {', '.join(SERVICE_KEYS)}, not {key!r}")
+    read_settings("client", **settings)
+    _configured.update(settings)
+    forget_services()
+
+
+def forget_services():
+    """What is known of Redis and ZooKeeper may have changed: look again when it is next needed."""
+    global _known_services
+    if not isinstance(_known_services, _FixedSettings):
+        _known_services = None
+
+
+class _FixedSettings(Settings):
+    """A worker's: what its server said when the slot was opened."""
+
+
+def use_services(services):
+    """In a worker: the cluster's services, as its server says."""
+    global _known_services
+    given = services.pop("given")
+    _known_services = _FixedSettings({**{key: SETTINGS[key][2] for key in SERVICE_KEYS}, **services}, given)
+
+
+def _settings():
+    global _known_services
+    if _known_services is None:
+        _known_services = _find_services()
+    return _known_services
+
+
+def _find_services():
+    engine = _engine if isinstance(_engine, Engine) else None
+    own = read_settings("client", **_configured) if engine is None or _configured else engine.settings
+    if engine is None and own.master:
+        engine = _current_engine()
+    return _merged_services(own, engine.services(own.patience) if engine else {})
+
+
+def _merged_services(own, theirs):
+    """Settings of a client's own and of what the master says, {} where there is none that could."""
+    values = {key: getattr(own, key) for key in SERVICE_KEYS}
+    values.update({key: value for key, value in theirs.items() if key not in own.given and key in SERVICE_KEYS})
+    given = set(own.given) | set(theirs.get("given", ()))
+    if not theirs:
+        values.update({key: value for key, value in _LOCAL.items() if key not in given})
+    return Settings(values, given)
+
+
+def close_services():
+    """Ends this process's connections, which frees its locks at once; the next use connects anew."""
+    with _clients_lock:
+        stores, keepers = list(_redis_clients.values()), list(_zookeeper_clients.values())
+        _redis_clients.clear()
+        _zookeeper_clients.clear()
+    for client in stores:
+        client.close()
+    for client in keepers:
+        _close_zookeeper(client)
+
+
+def _close_zookeeper(client):
+    with contextlib.suppress(kazoo_errors.WriterNotClosedException):   # its thread, a daemon, is in connect()
+        client.stop()
+        client.close()
+
+
+def _forget_clients():
+    """In a forked child: the connections are the parent's, and kazoo would hang (python-zk/kazoo#519)."""
+    global _clients_lock
+    _clients_lock = threading.RLock()
+    _redis_clients.clear()
+    _zookeeper_clients.clear()
+
+
+atexit.register(close_services)
+os.register_at_fork(after_in_child=_forget_clients)
+
+_START = {"redis": {"Darwin": "brew install redis; redis-server",
+                    "Linux": "apt-get install redis-server; redis-server",
+                    "": "docker run -p 6379:6379 redis:7"},
+          "zookeeper": {"Darwin": "brew install zookeeper; zkServer start",
+                        "Linux": "apt-get install zookeeperd",
+                        "": "docker run -p 2181:2181 zookeeper:3.9"}}
+
+
+def _unavailable(service, reason):
+    """The Unavailable that says which setting and address are meant, what happened, and what to do."""
+    title, address = {"redis": "Redis", "zookeeper": "ZooKeeper"}[service], getattr(_settings(), service)
+    where = f"{title} at {masked(address)}" if address else f"no {title} is configured"
+    start = _START[service].get(platform.system(), _START[service][""])
+    return Unavailable(f"{where}: {reason}. Its address is the setting `{service}` or "
+                       f"CLUPY_{service.upper()}; to start a server on this system: {start}")
+
+
+def _redis():
+    """This process's Redis client. Commands go through _retried or _once: it repeats nothing itself."""
+    url = _settings().redis
+    if not url:
+        raise _unavailable("redis", "data needs one")
+    with _clients_lock:
+        if url not in _redis_clients:
+            _redis_clients[url] = _redis_client(url)
+        return _redis_clients[url]
+
+
+def _redis_client(url):
+    try:
+        if not _ADDRESS.fullmatch(url):
+            raise ValueError("no address")
+        pool = redis.ConnectionPool.from_url(
+            url, protocol=2, socket_timeout=FIRST_CONTACT, socket_connect_timeout=FIRST_CONTACT,
+            socket_keepalive=True, command_packer=_redis_packer())
+        pool.connection_kwargs.update(  # whatever the address says: pickles are bytes, and _once means once
+            decode_responses=False, retry=redis_retry.Retry(redis_backoff.NoBackoff(), 0))
+        pool.make_connection()          # connects nothing, but refuses options it does not know
+    except (ValueError, TypeError, redis.RedisError) as error:
+        reason = f"not an address ({type(error).__name__}), expected redis://:password@host:6379/0"
+        raise _unavailable("redis", reason) from None
+    return redis.Redis(connection_pool=pool)
+
+
+def _redis_packer():
+    """redis-py's packer that sends memoryviews as they are, 3 to 5 times faster than hiredis's, which copies
+    them twice; undocumented, hence None, redis-py's choice, where it is missing."""
+    try:
+        encode = redis_connection.Encoder("utf-8", "strict", False).encode
+        return redis_connection.PythonRespSerializer(6000, encode)
+    except AttributeError:
+        return None
+
+
+def _retried(command, name=None):
+    """command(client)'s result; repeated while Redis is away, so it must not matter how often it is done."""
+    client, url = _redis(), _settings().redis
+    deadline = None if url in _reached else time.monotonic() + FIRST_CONTACT
+    for attempt in itertools.count():
+        try:
+            result = command(client)
+            _reached.add(url)
+            return result
+        except redis.RedisError as error:
+            failure = _redis_failure(error, name)
+            if failure is error:
+                raise
+            if not isinstance(failure, Unavailable) or isinstance(error, _refusals()):
+                raise failure from error
+            deadline = deadline or time.monotonic() + _settings().patience
+            if time.monotonic() >= deadline:
+                raise failure from error
+        time.sleep(min(0.01 * 2 ** attempt, 0.5))
+
+
+def _once(command, name):
+    """command(client)'s result; sent at most once, so a lost answer is an Unavailable that says so."""
+    def connect(client):
+        client.connection_pool.release(client.connection_pool.get_connection())
+
+    _retried(connect)                   # a live one in the pool: a restart in between costs nobody an error
+    try:
+        return command(_redis())
+    except redis.RedisError as error:
+        failure = _redis_failure(error, name)
+        if failure is error:
+            raise
+        if isinstance(failure, Unavailable) and not isinstance(error, _refusals()):
+            failure = _unavailable("redis", f"the answer to a change of {name!r} was lost ({error}); it may "
+                                            "have been made or not, look before you repeat it")
+        raise failure from error
+
+
+def _refusals():
+    """What waiting does not cure: a wrong password, or a user that may not."""
+    return redis.AuthenticationError, redis.exceptions.AuthorizationError, redis.exceptions.NoPermissionError
+
+
+def _redis_failure(error, name):
+    """What to raise for an error of redis-py."""
+    if isinstance(error, _refusals()):
+        return _unavailable("redis", f"password or rights are missing ({error}), expected "
+                                     "redis://:password@host:6379/0 or redis://user:password@...")
+    if isinstance(error, (redis.ConnectionError, redis.TimeoutError)):
+        return _unavailable("redis", str(error).rstrip("."))
+    if "WRONGTYPE" in str(error):
+        return TypeError(f"{name!r} is the name of {_kind(name)}, which does not know this operation")
+    return error
+
+
+def _kind(name):
+    kinds = {b"hash": "a value or file (clupy.get, clupy.open)", b"list": "a queue (clupy.queue)",
+             b"string": "a counter (clupy.counter)"}
+    return kinds.get(_retried(lambda client: client.type(_key(name))), "something else")
+
+
+def _zookeeper():
+    """This process's ZooKeeper client, connected; a new one if the last was given up."""
+    hosts = _settings().zookeeper
+    if not hosts:
+        raise _unavailable("zookeeper", "locks and the like need one")
+    with _clients_lock:
+        client = _zookeeper_clients.get(hosts)
+        if client is None or _is_over(client):
+            if client is not None:
+                _close_zookeeper(client)
+            client = _zookeeper_clients[hosts] = _zookeeper_client(hosts)
+        return client
+
+
+def _zookeeper_client(hosts):
+    settings, quiet = _settings(), logging.getLogger("clupy.zookeeper")
+    quiet.setLevel(logging.ERROR)       # kazoo warns of each lost connection, which is what patience is for
+    # Without a deadline every request to a server that is away blocks for ever, whatever its own time-out.
+    again = kazoo_retry.KazooRetry(max_tries=-1, delay=0.05, backoff=1.5, max_delay=0.5,
+                                   deadline=settings.patience)
+    try:
+        client = kazoo.KazooClient(hosts, timeout=settings.session, connection_retry=again, logger=quiet)
+    except (ValueError, kazoo_errors.KazooException):
+        client = None
+    if client is None or client.chroot or not client.hosts:
+        raise _unavailable("zookeeper", "not a list of addresses; expected host:2181,host:2181")
+    try:
+        if not client.start_async().wait(FIRST_CONTACT):
+            raise _unavailable("zookeeper", f"no answer within {FIRST_CONTACT:g} s")
+    except BaseException:
+        # aside, as it waits for a connect() under way
+        threading.Thread(target=_close_zookeeper, args=(client,), daemon=True).start()
+        raise
+    return client
+
+
+def _is_over(client):
+    """Whether a client waited for a server longer than its patience, or was closed: its session is lost."""
+    return client.client_state in (kazoo_states.KeeperState.CLOSED, kazoo_states.KeeperState.AUTH_FAILED)
+
+
+# ==== Data ====================================================================
+# Values, files, counters and queues that any process of the cluster reaches by name, in Redis.
+#
+#     put("x", array) -> pickle 5 -> head | buffer | buffer     a hash "clupy:data:x":
+#                                    cut in pieces of 1 MiB     h: kind, ttl, sizes, token; 0, 1, ...: pieces
+#
+# Pieces: Redis takes no string over 512 MB, and no copy of the whole is made on either side. Every read asks
+# for the header along with pieces, and Redis answers one command at a time: so a token that changes tells
+# that a value was replaced between two of them. Values and files are hashes, queues lists, counters strings:
+# so Redis itself refuses a queue's command on a value. Refs are values of another prefix, kept once more on
+# each machine that uses them.
+
+PIECE = 1 << 20         # bytes; half or twice that is no faster
+WINDOW = 4              # pieces per command; more do not fit a processor's cache, 64 take twice as long
+LONGEST_ITEM = 512 << 20   # bytes of a string of Redis: one item of a queue, one message
+
+_MISSING = object()
+_served = {}            # name -> buffers of a Ref that this process shared without Redis; kept until it ends
+_refs = weakref.WeakSet()   # this process's Refs, so that resolve() knows when there is none
+_serve = _served.__setitem__    # a worker sets these: a client serves what its calls share without Redis,
+_fetch = None                   # callable(name) -> the buffers of a Ref that the client serves, or None
+FETCHES["ref"] = lambda name: name in _served and [pickle.PickleBuffer(part) for part in _served[name]] or None
+
+
+def put(name, value, ttl=None):
+    """Keeps `value` under `name` for the whole cluster, at one stroke instead of whatever had that name.
+
+    value: anything pickle or cloudpickle takes, of any size. ttl: seconds since the last access after which
+    it is gone; None: the setting `ttl`, 0: never. Raises Unavailable."""
+    _store(_key(name), "value", _parts_of(value), _ttl(ttl))
+
+
+def get(name, default=_MISSING):
+    """The value put under `name`; of a file: its bytes. Without one: `default`, or KeyError if there is none.
+
+    Never half of an old and half of a new value. Unpickling runs code: whoever writes to this Redis is
+    trusted."""
+    found = _load(_key(name), name, _memory)
+    if found is None:
+        if default is _MISSING:
+            raise KeyError(name)
+        return default
+    kind, _, buffers = found
+    return b"".join(buffers) if kind == "file" else pickle.loads(buffers[0], buffers=buffers[1:])
+
+
+def delete(*names):
+    """How many of the names were there; they are gone then, be they values, files, counters or queues."""
+    stored = [_key(name) for name in names]
+    return _retried(lambda client: client.unlink(*stored)) if stored else 0
+
+
+def exists(name):
+    """Whether there is a value, file, counter or queue of that name. An empty queue does not exist."""
+    return bool(_retried(lambda client: client.exists(_key(name))))
+
+
+def keys(pattern="*"):
+    """All names that match, in order; pattern as in fnmatch: * ? [abc]."""
+    return _names(pattern, None)
+
+
+def _names(pattern, redis_type):
+    start = _prefix("data")
+    match = re.sub(rb"([*?\[\]\\])", rb"\\\1", start) + b"*"
+    found = _retried(lambda client: set(client.scan_iter(match, count=1000, _type=redis_type)))
+    names = (key[len(start):].decode("utf-8", "surrogatepass") for key in found)
+    return sorted(name for name in names if fnmatch.fnmatchcase(name, pattern))
+
+
+class _Shared(MutableMapping):
+    """Values and files as a mapping. `shared["x"] += 1` is not atomic: that is what counter() is for."""
+    def __getitem__(self, name): return get(name)
+    def __setitem__(self, name, value): put(name, value)
+    def __contains__(self, name): return exists(name)
+    def __iter__(self): return iter(_names("*", "hash"))
+    def __len__(self): return len(_names("*", "hash"))
+    def __repr__(self): return "clupy.shared"
+
+    def __delitem__(self, name):
+        if not delete(name):
+            raise KeyError(name)
+
+
+shared = _Shared()
+
+
+def _key(name, kind="data"):
+    """The key in Redis of a name, which may have any characters."""
+    if not isinstance(name, str):
+        raise TypeError(f"a name must be a str, not {type(name).__name__}: {name!r}")
+    if not name:
+        raise ValueError("a name must not be empty")
+    return _prefix(kind) + name.encode("utf-8", "surrogatepass")
+
+
+def _prefix(kind):
+    return f"{_settings().prefix}:{kind}:".encode()
+
+
+def _ttl(ttl):
+    """Milliseconds, 0 for ever."""
+    seconds = _settings().ttl if ttl is None else ttl
+    if not 0 <= seconds < math.inf:
+        raise ValueError(f"ttl must be seconds, or 0 for ever, not {ttl!r}")
+    return math.ceil(1000 * seconds)
+
+
+def _parts_of(value, inline=False):
+    """[pickle, buffer, ...]: by plain pickle where that will do, by cloudpickle where __main__ or a lambda is
+    in it."""
+    buffers = []
+
+    def aside(buffer):                  # True: keep it inside the pickle
+        raw = buffer.raw()
+        return raw.nbytes < LARGE or buffers.append(raw)
+
+    callback = None if inline else aside
+    try:
+        head = pickle.dumps(value, 5, buffer_callback=callback)
+        by_value = b"__main__" in head
+    except Exception:                   # of any type; cloudpickle can do it, or has the better error
+        by_value = True
+    if by_value:
+        buffers.clear()
+        head = cloudpickle.dumps(value, 5, buffer_callback=callback)
+    return [head, *buffers]
+
+
+def _item(value):
+    """value as one string of Redis, as queues and topics need it."""
+    [head] = _parts_of(value, inline=True)
+    if len(head) > LONGEST_ITEM:
+        raise ValueError(f"an item of {len(head):,} bytes, over 512 MB: put() the value and send its name")
+    return head
+
+
+def _pieces(buffers):
+    """The buffers' bytes in order, as views of at most PIECE bytes."""
+    for buffer in buffers:
+        view = memoryview(buffer)
+        yield from (view[start:start + PIECE] for start in range(0, len(view), PIECE))
+
+
+def _expire(client, key, ttl):
+    return client.pexpire(key, ttl) if ttl else client.persist(key)
+
+
+def _header(kind, ttl, sizes):
+    return pickle.dumps((kind, ttl, sizes, os.urandom(8)))
+
+
+def _store(key, kind, buffers, ttl):
+    """Writes everything beside the old value, then renames: a transaction would be refused over 1 GB, as the
+    server's client-query-buffer-limit counts it. What a crash in the middle leaves beside is gone in an
+    hour."""
+    beside = _key(uuid.uuid4().hex, "new")
+    header = _header(kind, ttl, [len(buffer) for buffer in buffers])
+
+    def command(client):
+        with client.pipeline(transaction=False) as pipe:
+            pipe.hset(beside, "h", header)
+            pipe.pexpire(beside, 3_600_000)
+            for number, piece in enumerate(_pieces(buffers)):
+                pipe.hset(beside, str(number), piece)
+            pipe.rename(beside, key)
+            _expire(pipe, key, ttl)
+            pipe.execute()
+
+    _retried(command)
+
+
+def _load(key, name, allocate):
+    """(kind, ttl, buffers) stored under key, or None; refreshes the time to live.
+
+    allocate(sizes) -> writable buffers of these sizes; called again if the value was replaced while it was
+    read."""
+    window = WINDOW
+    while True:
+        header, *pieces = _window(key, name, 0, window)
+        if header is None:
+            return None
+        kind, ttl, sizes, _ = pickle.loads(header)
+        buffers = allocate(sizes)
+        targets = list(_pieces(buffers))
+        for start in range(0, max(len(targets), 1), window):
+            now, *pieces = (header, *pieces) if start == 0 else _window(key, name, start, window)
+            if now != header:
+                break                   # replaced: once more, all of it in one command
+            for target, piece in zip(targets[start:start + window], pieces):
+                target[:] = piece
+        else:
+            if ttl:
+                _retried(lambda client: client.pexpire(key, ttl))
+            return kind, ttl, buffers
+        window = max(len(targets), WINDOW)
+
+
+def _window(key, name, start, count):
+    return _retried(lambda client: client.hmget(key, "h", *range(start, start + count)), name)
+
+
+def _memory(sizes):
+    return [_huge(size) if size >= PIECE else bytearray(size) for size in sizes]
+
+
+def _huge(size):
+    """Fresh memory that is not cleared first, in huge pages where there are any: half as fast again as a
+    bytearray."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return bytearray(size)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
+
+
+def open(name, mode="r", encoding="utf-8", newline=None):
+    """A file kept in Redis, for whatever takes an open file: csv, pandas, numpy. Modes r w a, with b for
+    bytes.
+
+    Read whole when opened, so seekable and never mixed from two versions. A written one appears, whole, when
+    it is closed, and not at all when its with-block raises; what "a" wrote is added at one stroke then, also
+    by many processes at once. FileNotFoundError, TypeError (name of something else), Unavailable."""
+    kind, binary = mode[:1], mode[1:] == "b"
+    if kind not in ("r", "w", "a") or mode[1:] not in ("", "t", "b"):
+        raise ValueError(f"mode must be r, w or a, with b for bytes, not {mode!r}")
+    file = _read_file(name) if kind == "r" else _WrittenFile(name, append=kind == "a")
+    return file if binary else _TextFile(file, encoding, newline=newline)
+
+
+def _read_file(name):
+    file = None
+
+    def allocate(sizes):                # inside the file itself: no further copy
+        nonlocal file
+        file = io.BytesIO(bytes(sum(sizes)))
+        content, ends = file.getbuffer(), itertools.accumulate(sizes)
+        return [content[end - size:end] for size, end in zip(sizes, ends)]
+
+    found = _load(_key(name), name, allocate)
+    if found is None:
+        raise FileNotFoundError(errno.ENOENT, "no file of that name in Redis", name)
+    if found[0] != "file":
+        raise TypeError(f"{name!r} is the name of a value: use clupy.get")
+    return file
+
+
+class _WrittenFile(io.BytesIO):
+    """What open(name, "wb") gives. `failed`: its with-block raised, nothing is to be kept."""
+
+    def __init__(self, name, append):
+        super().__init__()
+        self.name, self.append, self.failed = name, append, False
+        self._key = _key(name)
+
+    def close(self):
+        if self.closed:
+            return
+        try:
+            if not self.failed:
+                (_append if self.append else _replace)(self._key, self.name, self.getvalue())
+        finally:
+            super().close()
+
+    def __exit__(self, kind, *_):
+        self.failed = kind is not None
+        self.close()
+
+
+class _TextFile(io.TextIOWrapper):
+    def __exit__(self, kind, *_):
+        self.buffer.failed = kind is not None
+        self.close()
+
+
+def _replace(key, name, content):
+    _store(key, "file", [content], _ttl(None))
+
+
+# By compare and set: redis-py reports a lost connection of a WATCH as a WatchError, so that it would be added
+# twice.
+_APPEND = """
+if (redis.call('hget', KEYS[1], 'h') or '') ~= ARGV[1] then return 0 end
+for i = 3, #ARGV, 2 do redis.call('hset', KEYS[1], ARGV[i], ARGV[i + 1]) end
+if ARGV[2] == '0' then redis.call('persist', KEYS[1]) else redis.call('pexpire', KEYS[1], ARGV[2]) end
+return 1"""
+
+
+def _append(key, name, content):
+    """Adds the content as one more buffer, whatever others add at the same time."""
+    added = 0
+    while not added:                    # another one was first
+        old = _retried(lambda client: client.hget(key, "h"), name) or b""
+        kind, ttl, sizes, _ = pickle.loads(old or _header("file", _ttl(None), []))
+        if kind != "file":
+            raise TypeError(f"{name!r} is the name of a value, not of a file")
+        fields = ["h", _header(kind, ttl, [*sizes, len(content)])]
+        for number, piece in enumerate(_pieces([content]), sum(-(-size // PIECE) for size in sizes)):
+            fields += [str(number), piece]
+        added = _once(lambda client: client.eval(_APPEND, 1, key, old, ttl, *fields), name)
+
+
+def share(value, ttl=None):
+    """A Ref to `value`, to be passed to any number of calls: it is sent to each machine once, not with each
+    call.
+
+    With Redis configured it lives `ttl` seconds after its last use (None: the setting, 0: for ever), also without
+    this process; without, as long as the client. Later changes of `value` do not matter."""
+    name, buffers = uuid.uuid4().hex, _parts_of(value)
+    in_redis = "redis" in _settings().given
+    if in_redis:
+        _store(_key(name, "ref"), "ref", buffers, _ttl(ttl))
+    else:
+        _serve(name, [bytes(buffer) for buffer in buffers])
+    return Ref(name, in_redis)
+
+
+class Ref:
+    """A shared value's name. As an argument of a call, also in a list, tuple or dict there, the call gets the
+    value.
+
+    Arrays of it are read-only, as all processes of a machine have them from one piece of memory: copy() to
+    write."""
+    __slots__ = ("name", "in_redis", "__weakref__")
+
+    def __init__(self, name, in_redis):
+        self.name, self.in_redis = name, in_redis       # in_redis: else its client serves it
+        _refs.add(self)
+
+    def __reduce__(self): return Ref, (self.name, self.in_redis)
+    def __repr__(self): return f"Ref({self.name!r})"
+
+    def get(self):
+        """The value. LookupError if it is gone; Unavailable. Any thread."""
+        head, *buffers = _served.get(self.name) or _machine_copy(self.name, self.in_redis)
+        return pickle.loads(head, buffers=[memoryview(buffer).toreadonly() for buffer in buffers])
+
+
+def resolve(args, kwargs):
+    """args and kwargs with the values of all Refs among them, and in lists, tuples and dicts among them."""
+    if not _refs:
+        return args, kwargs
+    values = {}                         # name -> value: one that is passed twice arrives as one
+
+    def value_of(thing):
+        if thing.name not in values:
+            values[thing.name] = thing.get()
+        return values[thing.name]
+
+    def each(things):
+        return [value_of(thing) if type(thing) is Ref else thing for thing in things]
+
+    def within(thing):
+        kind = type(thing)
+        if kind is Ref:
+            return value_of(thing)
+        if kind in (list, tuple) and any(type(inner) is Ref for inner in thing):
+            return kind(each(thing))
+        if kind is dict and any(type(inner) is Ref for inner in thing.values()):
+            return dict(zip(thing, each(thing.values())))
+        return thing
+
+    return tuple([within(thing) for thing in args]), {key: within(thing) for key, thing in kwargs.items()}
+
+
+def _machine_copy(name, in_redis):
+    """The buffers of a Ref, from this machine's copy of it: a file in memory, which the first process to ask
+    fills while the others wait for its lock."""
+    for folder in _ref_folders():
+        with _locked(os.path.join(folder, name)) as file:
+            try:
+                ttl, spans = _read_table(file) or _write_copy(file, *_fetched(name, in_redis))
+            except OSError as error:
+                os.truncate(file, 0)
+                if error.errno != errno.ENOSPC:
+                    raise
+                continue                # Docker's /dev/shm has 64 MB: on disk, then
+            if in_redis:
+                _refresh(file, name, ttl)
+            content = memoryview(mmap.mmap(file, 0, access=mmap.ACCESS_READ))
+        return [content[start:end] for start, end in spans]
+    raise OSError(errno.ENOSPC, "no room for the value of a Ref", folder)
+
+
+@contextlib.contextmanager
+def _locked(path):
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield file
+    finally:
+        fcntl.flock(file, fcntl.LOCK_UN)     # closing would not: a mapping has a duplicate of the descriptor
+        os.close(file)
+
+
+def _fetched(name, in_redis):
+    """(ttl, buffers) of a Ref, from Redis or from the client that serves it."""
+    if in_redis:
+        if found := _load(_key(name, "ref"), name, _memory):
+            return found[1:]
+        buffers = None
+    else:
+        buffers = _fetch and _fetch(name)
+    if buffers is None:
+        raise LookupError(f"the value of Ref {name!r} is gone: its time to live ended, or who shared it did")
+    return 0, buffers
+
+
+# A copy: length of its table, 8 bytes, 0 while incomplete | table: pickle of (ttl, [(start, end), ...]) |
+# buffers. Buffers start at multiples of 64 bytes, as numpy and arrow like them; 0.5 ms for every process
+# after the first.
+
+def _write_copy(file, ttl, buffers):
+    """The table of the copy it writes. An OSError, no room, leaves the copy incomplete."""
+    def table(start):
+        spans = []
+        for buffer in buffers:
+            start = -(-start // 64) * 64
+            spans.append((start, start + len(buffer)))
+            start += len(buffer)
+        return ttl, spans
+
+    room = len(pickle.dumps(table(1 << 40)))     # no start in the real one takes more
+    result = table(8 + room)
+    packed = pickle.dumps(result)
+    os.truncate(file, 0)
+    _write(file, 8, packed)
+    for (start, _), buffer in zip(result[1], buffers):
+        _write(file, start, buffer)
+    _write(file, 0, len(packed).to_bytes(8, "big"))
+    return result
+
+
+def _write(file, start, buffer):
+    view = memoryview(buffer)
+    while view:
+        written = os.pwrite(file, view, start)   # 2 GB at most
+        view, start = view[written:], start + written
+
+
+def _read_table(file):
+    """(ttl, [(start, end), ...]) of a complete copy, else None."""
+    length = int.from_bytes(os.pread(file, 8, 0), "big")
+    if not length:
+        return None
+    ttl, spans = pickle.loads(os.pread(file, length, 8))
+    return (ttl, spans) if os.fstat(file).st_size >= spans[-1][1] else None
+
+
+def _refresh(file, name, ttl):
+    """Tells Redis of a copy's use, once in a quarter of its time to live: else the original would expire."""
+    if ttl and time.time() - os.fstat(file).st_mtime > ttl / 4000:
+        os.utime(file)
+        _retried(lambda client: client.pexpire(_key(name, "ref"), ttl))
+
+
+def _ref_folders():
+    """The folders for copies, best first: nobody else may write there, for a pickle is code."""
+    for parent in dict.fromkeys(filter(os.path.isdir, ("/dev/shm", tempfile.gettempdir()))):
+        folder = os.path.join(parent, f"clupy-{os.getuid()}")
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(folder, 0o700)
+        status = os.lstat(folder)
+        if status.st_uid != os.getuid() or status.st_mode & 0o170077 != 0o040000:
+            raise ClupyError(f"{folder} keeps the values of Refs: only you may have access to it (0700)")
+        yield folder
+
+
+def remove_stale_refs(ttl):
+    """Removes this machine's copies that nobody used for `ttl` seconds; for the start of a server."""
+    oldest = time.time() - ttl
+    for folder in _ref_folders():
+        for entry in os.scandir(folder):
+            with contextlib.suppress(FileNotFoundError):   # another server was first
+                if entry.stat().st_mtime < oldest:
+                    os.unlink(entry.path)
+
+
+def counter(name, ttl=None):
+    """The Counter of that name, 0 if it is new; ttl as for put."""
+    return Counter(name, ttl)
+
+
+class Counter:
+    """An integer that many processes count with. May be passed to calls."""
+
+    def __init__(self, name, ttl=None):
+        self.name, self._key, self._ttl = name, _key(name), _ttl(ttl)
+
+    def __repr__(self): return f"clupy.counter({self.name!r})"
+
+    def add(self, n=1):
+        """The new value. Counted at most once: Unavailable says that it is not known whether it was."""
+        def command(client):
+            with client.pipeline() as pipe:
+                pipe.incrby(self._key, operator.index(n))
+                _expire(pipe, self._key, self._ttl)
+                return pipe.execute()[0]
+        return _once(command, self.name)
+
+    @property
+    def value(self):
+        def command(client):
+            with client.pipeline() as pipe:
+                pipe.get(self._key)
+                _expire(pipe, self._key, self._ttl)
+                return pipe.execute()[0]
+        return int(_retried(command, self.name) or 0)
+
+    def set(self, n):
+        """Sets it, whatever others add."""
+        value = operator.index(n)       # get=True makes Redis refuse the name of something else
+        _retried(lambda client: client.set(self._key, value, px=self._ttl or None, get=True), self.name)
+
+
+def queue(name, ttl=None):
+    """The Queue of that name, empty if it is new; ttl as for put."""
+    return Queue(name, ttl)
+
+
+class Queue:
+    """First in, first out; each item goes to one taker, at most once. May be passed to calls."""
+
+    def __init__(self, name, ttl=None):
+        self.name, self._key, self._ttl = name, _key(name), _ttl(ttl)
+
+    def __repr__(self): return f"clupy.queue({self.name!r})"
+    def __len__(self): return _retried(lambda client: client.llen(self._key), self.name)
+    def __bool__(self): return True     # an empty queue is still a queue
+
+    def put(self, value):
+        """Unavailable says that it is not known whether the value is in the queue."""
+        item = _item(value)
+
+        def command(client):
+            with client.pipeline() as pipe:
+                pipe.rpush(self._key, item)
+                _expire(pipe, self._key, self._ttl)
+                pipe.execute()
+        _once(command, self.name)
+
+    def get(self, timeout=None):
+        """The oldest item, waited for `timeout` seconds (None: for ever), then queue.Empty. Items are not
+        lost nor doubled, except that one under way when Redis or this process dies is lost: Unavailable if
+        that may be."""
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        item = _once(self._pop, self.name)
+        while item is None:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise Empty
+            wait = min(max(left, 0.01), 1)       # shorter than the socket's time-out; 0 would be for ever
+            item = (_once(lambda client: client.blpop(self._key, wait), self.name) or (None, None))[1]
+        return pickle.loads(item)
+
+    def _pop(self, client):
+        with client.pipeline() as pipe:
+            pipe.lpop(self._key)
+            _expire(pipe, self._key, self._ttl)
+            return pipe.execute()[0]
+
+
+def publish(topic, value):
+    """How many subscribers were listening; they get `value`, others never do. At most once, as with a
+    counter."""
+    item = _item(value)
+    return _once(lambda client: client.publish(_key(topic, "topic"), item), topic)
+
+
+def subscribe(topic, timeout=None):
+    """A Subscription: an iterator of the values published from now on, which ends after `timeout` seconds of
+    silence (None: never). Use it in a with-block, or close() it."""
+    return Subscription(topic, timeout)
+
+
+class Subscription:
+    """Belongs to one thread. Unavailable from next(): the connection was lost, values may have been
+    missed."""
+
+    def __init__(self, topic, timeout):
+        self.topic, self.timeout = topic, timeout
+        self._listener = _retried(self._listen)
+
+    def _listen(self, client):
+        listener = client.pubsub()
+        try:
+            listener.subscribe(_key(self.topic, "topic"))
+            if listener.get_message(timeout=FIRST_CONTACT) is None:      # the confirmation
+                raise redis.TimeoutError("no answer to a subscription")
+            return listener
+        except BaseException:
+            listener.close()
+            raise
+
+    def __iter__(self): return self
+    def __enter__(self): return self
+    def __exit__(self, *_): self.close()
+    def __repr__(self): return f"clupy.subscribe({self.topic!r})"
+
+    def close(self):
+        self._listener.close()
+
+    def __next__(self):
+        deadline = math.inf if self.timeout is None else time.monotonic() + self.timeout
+        while True:
+            left = deadline - time.monotonic()
+            try:
+                message = self._listener.get_message(timeout=min(max(left, 0), 1))
+            except redis.RedisError as error:
+                self.close()
+                reason = f"{error}; values of topic {self.topic!r} may have been missed"
+                raise _unavailable("redis", reason) from error
+            if message and message["type"] == "message":
+                return pickle.loads(message["data"])
+            if left <= 0:
+                self.close()
+                raise StopIteration
+
+
+# ==== Coordination ============================================================
+# Locks, semaphores, barriers, events and elections of processes on many machines, in ZooKeeper.
+#
+#     /clupy/lock/x/9f3c...-write-0000000007    the first in the queue has the lock
+#                   11ab...-write-0000000008    waits, watching the one before
+#
+# A contender is a node that ends with its process's session; its number is its place. Whose turn it is is
+# read off the list of nodes, again after each change and each lost connection, so an outage leaves nothing to
+# be remembered. kazoo's own recipes are not used: a holder whose session ended is not told, an interrupted
+# acquire leaves a node that blocks everybody (python-zk/kazoo#732, PR #760), and DoubleBarrier hangs when
+# used again (ZOOKEEPER-1011). That a node carries an id chosen before it is made, so that it is found again
+# after a lost answer, is Curator's idea.
+
+
+class LockLost(ClupyError, RuntimeError):
+    """What was held is held no more, since when is not known: the session ended, or the node was deleted."""
+
+
+class _Wait:
+    """One operation on ZooKeeper: its client, its deadline, and looking again whenever something changed."""
+
+    def __init__(self, what, path, timeout):
+        self.what, self.path, self.timeout = what, path, timeout
+        self.deadline = math.inf if timeout is None else time.monotonic() + timeout
+        self.client = _zookeeper()
+        self.changed = threading.Event()
+
+    def ask(self, request, *arguments, **options):
+        """The answer to one request. TimeoutError at the deadline, though it is given one second at least."""
+        return self.answer(getattr(self.client, f"{request}_async")(*arguments, **options))
+
+    def answer(self, pending):
+        left = self.deadline - time.monotonic()
+        try:
+            return pending.get(timeout=None if left == math.inf else max(left, 1.0))
+        except kazoo_threads.KazooTimeoutError:
+            raise self.late() from None
+
+    def wake(self, _event):
+        """For watches. Also called when the connection is lost, as the watch is then."""
+        self.changed.set()
+
+    def until(self, look):
+        """look()'s first true result; called again after a change it watches, and after a lost connection."""
+        while True:
+            self.changed.clear()
+            try:
+                if result := look():
+                    return result
+            except _lost_connection():
+                if _is_over(self.client):
+                    reason = f"{self.what}: away for longer than {_settings().patience:g} s"
+                    raise _unavailable("zookeeper", reason) from None
+                if time.monotonic() > self.deadline:
+                    raise self.late() from None
+                time.sleep(0.05)                 # kazoo needs a moment to replace an ended session
+                continue
+            left = self.deadline - time.monotonic()
+            if not self.changed.wait(None if left == math.inf else max(left, 0)):
+                raise self.late()
+
+    def late(self):
+        return TimeoutError(f"{self.what}: not within {self.timeout:g} s")
+
+    def children(self, watch=None):
+        """The nodes in the order of their numbers."""
+        return sorted(self.ask("get_children", self.path, watch), key=lambda node: node[-10:])
+
+
+def _lost_connection():
+    """Errors after which a request may have been carried out or not."""
+    return (kazoo_errors.ConnectionLoss, kazoo_errors.ConnectionClosedError, kazoo_errors.SessionExpiredError,
+            kazoo_errors.OperationTimeoutError, kazoo_errors.SessionMovedError)
+
+
+class _Place(_Wait):
+    """A place in a queue: a node of ours in `path`, gone with our session."""
+
+    def __init__(self, what, path, timeout, kind="place", data=None, crowd=False):
+        super().__init__(what, path, timeout)
+        self.stem = f"{uuid.uuid4().hex}-{kind}-"
+        self.data = f"{socket.gethostname()}:{os.getpid()}" if data is None else data
+        self.crowd = crowd      # whether the whole queue is watched, or only the node that is in our way
+        self.pid = os.getpid()
+        self.node = None        # its name; None: not made, or not known to be
+        self.tried = False      # to make it
+        self.token = None       # transaction that made it: larger for every later one, over all of ZooKeeper
+        self.session = None     # the session it ends with
+
+    def nodes(self):
+        """All nodes in the order of their numbers, after ours was made; ours is missing if it was lost
+        since."""
+        while self.node is None:
+            try:
+                if self.tried:          # and the answer was lost; the server we have now may lag behind
+                    self.ask("sync", self.path)
+                    self.node = next(filter(self.is_ours, self.ask("get_children", self.path)), None)
+                if self.node is None:
+                    self.tried = True
+                    made = self.ask("create", f"{self.path}/{self.stem}", self.data.encode(),
+                                    ephemeral=True, sequence=True)
+                    self.node = made.rpartition("/")[2]
+            except kazoo_errors.NoNodeError:
+                self.ask("ensure_path", self.path)
+        return self.children(self.wake if self.crowd else None)
+
+    def is_ours(self, node):
+        return node.startswith(self.stem)
+
+    def check_node(self, watch=None):
+        """Whether our node is there; sets its token and session."""
+        status = self.ask("exists", f"{self.path}/{self.node}", watch)
+        if status:
+            self.token, self.session = status.czxid, status.owner_session_id
+        return status is not None
+
+    def same_session(self):
+        return self.client.client_id is not None and self.client.client_id[0] == self.session
+
+    def forget_node(self):
+        """Our session ended, and the node with it: the next look takes a place at the end of the queue."""
+        self.node, self.tried = None, False
+
+    def is_turn(self, in_the_way):
+        """Whether our turn has come; else what is in the way is watched. in_the_way(nodes before us) -> one
+        or None."""
+        while True:
+            nodes = self.nodes()
+            if self.node not in nodes:
+                self.forget_node()
+                continue
+            obstacle = in_the_way(nodes[:nodes.index(self.node)])
+            if obstacle is None:
+                if self.check_node():
+                    return True
+            elif self.crowd or self.ask("exists", f"{self.path}/{obstacle}", self.wake):
+                return False
+
+    def leave(self):
+        """Deletes our node; False if it was gone already."""
+        lost = False
+
+        def look():
+            nonlocal lost
+            try:
+                self.ask("delete", f"{self.path}/{self.node}")
+            except kazoo_errors.NoNodeError:     # by us, if that answer was lost and the session is the same
+                return "left" if lost and self.same_session() else "gone"
+            except _lost_connection():
+                lost = True
+                raise
+            return "left"
+
+        return self.until(look) == "left"
+
+    def abandon(self):
+        """Gives the place up, even if ZooKeeper is away: a node left behind would block others while we
+        live."""
+        remover = threading.Thread(target=self._remove, daemon=True)
+        remover.start()
+        remover.join(1.0)
+
+    def _remove(self):
+        self.deadline = math.inf
+
+        def look():
+            self.ask("sync", self.path)
+            for node in filter(self.is_ours, self.ask("get_children", self.path)):
+                with contextlib.suppress(kazoo_errors.NoNodeError):
+                    self.ask("delete", f"{self.path}/{node}")
+            return True
+
+        # Unavailable: the node ends with its session; NoNodeError: there is no queue
+        with contextlib.suppress(Unavailable, kazoo_errors.NoNodeError):
+            self.until(look)
+
+
+def _path(kind, name):
+    """The node of that name; every name is one component, whatever is in it."""
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"a name must be a str and not empty: {name!r}")
+    quoted = urls.quote(name, safe="", errors="surrogatepass").replace(".", "%2E")
+    return f"/{_settings().prefix}/{kind}/{quoted}"
+
+
+class _Holding:
+    """What lock, semaphore and election give: entered when its turn has come, one with-block at a time."""
+
+    def __init__(self, what, name, timeout, in_the_way, **options):
+        self._what, self._path = f"{what} {name!r}", _path(what, name)
+        self._timeout, self._in_the_way, self._options = timeout, in_the_way, options
+        self._place = None      # while held, or held by the parent that forked us
+
+    def __repr__(self):
+        return f"<clupy.{self._what}{' held' if self.held else ''}>"
+
+    def __enter__(self):
+        if self._place is not None and self._place.pid == os.getpid():
+            raise RuntimeError(f"{self._what}: this object is in use; make another for another with-block")
+        place = _Place(self._what, self._path, self._timeout, **self._options)
+        try:
+            place.until(lambda: place.is_turn(self._in_the_way))
+            place.deadline = math.inf            # that was for the waiting
+            self._place = place
+        except BaseException:
+            place.abandon()
+            raise
+        return self
+
+    def __exit__(self, kind, *_):
+        place, forked = self._place, self._place.pid != os.getpid()
+        self._place = None
+        if forked:              # inside the block: it is the parent's, and so is the connection
+            return
+        if kind is not None:    # the block's own error is the one to see
+            place.abandon()
+            return
+        try:
+            kept = place.leave()
+        except BaseException:
+            place.abandon()
+            raise
+        if not kept:
+            raise LockLost(f"{self._what} was lost before its block ended: others may have held it meanwhile")
+
+    @property
+    def held(self):
+        """Whether it is held, as far as this process knows: no round trip. False while ZooKeeper is away.
+        After a stop (SIGSTOP, a sleeping machine) true for up to a second too long: check() asks."""
+        return self._place is not None and self._place.pid == os.getpid() and self._place.same_session()
+
+    @property
+    def token(self):
+        """An int that is larger with every later holder, None outside the block. Only a resource that refuses
+        smaller tokens than it has seen is safe from a holder that was stopped and does not know yet."""
+        return self._place and self._place.token
+
+    def check(self):
+        """LockLost if ZooKeeper says that it is not held any more; Unavailable if it cannot be asked."""
+        place = self._place
+        if place is None or place.pid != os.getpid():
+            raise LockLost(f"{self._what} is not held by this process")
+        if place.until(lambda: "held" if place.check_node() else "lost") == "lost":
+            raise LockLost(f"{self._what} is not held any more: its session ended")
+
+
+def lock(name, timeout=None, shared=False):
+    """`with clupy.lock("x") as l:` one holder at a time in the cluster, in the order of asking; with
+    shared=True any number of such holders, and no other. l.held, l.token, l.check() tell whether it still is.
+
+    timeout: seconds to wait, then TimeoutError. LockLost at the block's end if it was lost meanwhile. Not
+    re-entrant. A holder that is killed holds it for the setting `session` longer."""
+    def in_the_way(before):
+        writers = [node for node in before if "-write-" in node] if shared else before
+        return writers[-1] if writers else None
+    return _Holding("lock", name, timeout, in_the_way, kind="read" if shared else "write")
+
+
+def semaphore(name, n, timeout=None):
+    """As lock, with at most n holders at a time; everybody must say the same n."""
+    if operator.index(n) < 1:
+        raise ValueError(f"n must be at least 1, not {n}")
+    def in_the_way(before):
+        return before[0] if len(before) >= n else None
+    return _Holding("semaphore", name, timeout, in_the_way, crowd=True)
+
+
+def election(name, data="", timeout=None):
+    """`with clupy.election("x", data=me) as e:` entered by one at a time, the leader; check e.held or
+    e.check() in its loop, since leadership ends with the session. e.leader() -> the data of the present one,
+    in or out of the block."""
+    if len(str(data).encode()) > 100_000:
+        raise ValueError("data of an election must be short: ZooKeeper drops connections over 1 MB")
+    return Election("election", name, timeout, lambda before: before[-1] if before else None, data=str(data))
+
+
+class Election(_Holding):
+    def leader(self):
+        """The present leader's data; None if there is none. Any process may ask."""
+        wait = _Wait(self._what, self._path, None)
+
+        def look():
+            try:
+                nodes = wait.children()
+            except kazoo_errors.NoNodeError:
+                nodes = []
+            for node in nodes:
+                with contextlib.suppress(kazoo_errors.NoNodeError):    # gone meanwhile: the next one leads
+                    return [wait.ask("get", f"{self._path}/{node}")[0].decode()]
+            return [None]
+
+        return wait.until(look)[0]
+
+
+def barrier(name, n, timeout=None):
+    """Returns when n callers have come, in all n of them; then the name is free for the next n. Callers that
+    died or gave up do not count. TimeoutError after `timeout` seconds. Any process, any thread, the same n
+    everywhere."""
+    if not 1 <= operator.index(n) <= 5000:       # more would not fit into one transaction, 1 MB
+        raise ValueError(f"n must be 1 to 5000, not {n}")
+    place = _Place(f"barrier {name!r}", _path("barrier", name), timeout)
+    try:
+        try:
+            place.until(lambda: _is_released(place, n))
+        except TimeoutError:
+            if place.node is None or place.leave() or not _was_released(place):
+                raise
+    except BaseException:
+        place.abandon()
+        raise
+
+
+def _is_released(place, n):
+    """Whether n have come, us among them. The n-th deletes the first n nodes at one stroke, and that is the
+    signal."""
+    while True:
+        nodes = place.nodes()
+        if place.node not in nodes or not place.check_node(place.wake):
+            if _was_released(place):
+                return True
+            place.forget_node()         # our session ended: we come anew
+            continue
+        index = nodes.index(place.node)
+        if index < n - 1:
+            return False                # our own node is watched
+        if index >= n:                  # a crowd: wait for the next round, which may make us its n-th
+            if nodes == place.children(place.wake):
+                return False
+            continue
+        release = place.client.transaction()
+        for node in nodes[:n]:
+            release.delete(f"{place.path}/{node}")
+        release.set_data(place.path, " ".join(node[-10:] for node in nodes[:n]).encode())
+        if not any(isinstance(result, Exception) for result in place.answer(release.commit_async())):
+            return True                 # else somebody left at this moment: look again
+
+
+def _was_released(place):
+    """Our node is gone: deleted by a release, or ended with our session? The last release left its list; and
+    while the session is the same nothing else deletes nodes."""
+    released, _ = place.ask("get", place.path)
+    return place.node[-10:] in released.decode().split() or place.same_session()
+
+
+def event(name):
+    """The Event of that name: a flag for the whole cluster, which outlives its processes."""
+    return Event(name)
+
+
+class Event:
+    """As threading.Event. Any process, any thread; may be passed to calls."""
+
+    def __init__(self, name):
+        self.name, self._path = name, _path("event", name)
+
+    def __repr__(self): return f"clupy.event({self.name!r})"
+
+    def _until(self, timeout, look):
+        wait = _Wait(f"event {self.name!r}", self._path, timeout)
+        return wait.until(lambda: look(wait))
+
+    def set(self):
+        def look(wait):
+            with contextlib.suppress(kazoo_errors.NodeExistsError):
+                wait.ask("create", self._path, makepath=True)
+            return True
+        self._until(None, look)
+
+    def clear(self):
+        def look(wait):
+            with contextlib.suppress(kazoo_errors.NoNodeError):
+                wait.ask("delete", self._path)
+            return True
+        self._until(None, look)
+
+    def is_set(self):
+        return self._until(None, lambda wait: "set" if wait.ask("exists", self._path) else "clear") == "set"
+
+    def wait(self, timeout=None):
+        """True when it is set; False if it was not within `timeout` seconds (None: for ever)."""
+        try:
+            return bool(self._until(timeout, lambda wait: wait.ask("exists", self._path, wait.wake)))
+        except TimeoutError:
+            return False
 
 
 # ==== Command line ===========================================================

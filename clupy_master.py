@@ -251,6 +251,7 @@ class Master:
         self.servers = {}              # {server id: ServerRow}; changed by on_server and by the end of its connection
         self.clients = {}              # {client id: ClientRow}; likewise, and `share` by _decide
         self.started = time.time()
+        self.given = sorted(settings.given & set(clupy.SERVICE_KEYS))     # services that somebody configured
         self.dependencies = dependencies           # path of the master's dependency file; None: there is none
         self.resolutions = Resolutions()
         self.wheels = {}               # {sha256: bytes} of the local libraries in the master's list
@@ -433,7 +434,7 @@ class Master:
     # -- decisions
 
     def _services(self):
-        return {key: getattr(self.settings, key) for key in ("redis", "zookeeper", "prefix", "ttl", "session", "patience")}
+        return {**{key: getattr(self.settings, key) for key in clupy.SERVICE_KEYS}, "given": self.given}
 
     def _silent_clients(self):
         now = time.monotonic()

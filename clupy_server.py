@@ -150,7 +150,8 @@ class Worker:
         self._wake.acquire()
         self._writing = threading.Lock()
         self._frames = clupy.Frames()
-        os.environ.update(given["environ"])
+        clupy.use_services(given["services"])
+        clupy._serve, clupy._fetch = functools.partial(self.send, "serve"), functools.partial(self.fetch, "ref")
         clupy._engine = self.nested
         sock.sendall(proof(bytes.fromhex(given["key"]), b"opened"))
 
@@ -194,7 +195,7 @@ class Worker:
         """(succeeded, value or payload); raises nothing."""
         try:
             func = self._function(function)
-            args, kwargs = unpack_arguments(arguments)
+            args, kwargs = clupy.resolve(*unpack_arguments(arguments))
             value = func(*args, **kwargs)
             if type(value) in clupy.PLAIN:
                 return True, value
@@ -1072,6 +1073,7 @@ class Server:
         return f"<Server {self.address[1]} {self.open_slots()} of {self.slots} slots, {len(self.processes)} workers>"
 
     async def start(self):
+        clupy.remove_stale_refs(clupy.SETTINGS["ttl"][2])
         self.replenish()
         self.spawn(self._stay_with_master())
         self.spawn(self._watch())
@@ -1171,7 +1173,7 @@ class Server:
             try:
                 process.hand_over(slot, {
                     "key": slot_key(slot.session.connection.key, slot.number).hex(), "server": self.name,
-                    "environ": clupy.services_environ(self.services)})
+                    "services": self.services})
             except ConnectionError:
                 continue                           # it died just now; it will be replaced
             self.waiting.remove(slot)

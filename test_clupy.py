@@ -630,7 +630,7 @@ def test_a_wrong_setting_is_refused_with_file_line_and_the_nearest_valid_one(tmp
 
 def test_passwords_do_not_show():
     settings = clupy.read_settings("client", redis="redis://:secret-word@host:6379/0")
-    assert "secret-word" not in repr(settings) and "***" in repr(settings)
+    assert "secret-word" not in repr(settings) and "host:6379" in repr(settings)
 
 
 # ---- Shares: tables and a clock by hand
