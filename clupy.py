@@ -231,7 +231,7 @@ def _level(value):
     return value
 
 
-def _address(value, port=0):
+def parse_address(value, port=0):
     """(host, port) of "host", "host:port" or "[v6]:port"."""
     match = re.fullmatch(r"\s*(?:\[([^\]]*)\]|([^:]*))(?::(\d+))?\s*", value) if isinstance(value, str) else None
     if not match or match[3] and int(match[3]) > 65535:
@@ -244,11 +244,11 @@ def _addresses(value):
     parts = value.split(",") if isinstance(value, str) else value
     if not isinstance(parts, (list, tuple)) or not parts:
         raise ValueError("an address, or several: HOST:PORT,HOST:PORT")
-    return [_address(part, None) for part in parts]
+    return [parse_address(part, None) for part in parts]
 
 
 SETTINGS = {   # key: (roles that have it, how it is read, default)
-    "listen": ("master server", _address, None),                # None: every address; a master: PORT, a server: a free one
+    "listen": ("master server", parse_address, None),                # None: every address; a master: PORT, a server: a free one
     "master": ("server client", _addresses, None),
     "port": ("server client", _count, PORT),                    # the master's, where its address names none
     "secret_file": ("master server client", _text, "~/.clupy/secret"),
@@ -418,6 +418,7 @@ def find_secret(settings, create=False):
 # server -> master  wheel    sha256                                        wheel       pip says that it is not there
 # client -> master  resolve  libraries, pip options, {sha256: wheel}       resolved    again after reconnecting
 # any -> master     status   -                                             tables      an error text
+# standby -> any    leader   (host, port) or None                          go there    next master of the list
 # anyone -> dialer  refused  error type, text                              -           the connection is closed
 # client -> server  hello    client, python, libraries (None: the          welcome     told to the master, again later
 #                            cluster's), output
@@ -831,7 +832,7 @@ class MasterLink:
     async def run(self, owner):
         delay = 0.1
         for address in itertools.cycle(self.addresses):
-            address, self.leader = self.leader or address, None
+            address, self.leader, began = self.leader or address, None, time.monotonic()
             try:
                 connection = await dial(address, TO_MASTER, self.secret, self.settings)
             except (OSError, ClupyError) as error:
@@ -839,19 +840,21 @@ class MasterLink:
                 if isinstance(error, (SecretError, VersionMismatch)):
                     owner.on_refused(None, type(error).__name__, str(error))
             else:
-                self.connection, self.host, delay = connection, address[0], 0.1
+                self.connection, self.host = connection, address[0]
                 owner.master_joined(connection)
                 await connection.serve(owner)
                 self.connection, self.lost_at = None, time.monotonic()
                 self.why_lost = f"{address[0]}:{address[1]} closed the connection"
             owner.master_lost()
+            if time.monotonic() - began > 1.0:
+                delay = 0.1
             if self.leader is None:
                 await asyncio.sleep(delay * random.uniform(0.5, 1))
-                delay = min(2.0, delay * 1.5)
+                delay = min(1.0, delay * 1.5)
 
     def follow(self, address):
-        """A standby said who leads: go there."""
-        self.leader = tuple(address)
+        """A standby said who leads, or that it does not know: go there, or to the next."""
+        self.leader = address and tuple(address)
         self.connection.close()
 
     def close(self):
@@ -5004,8 +5007,8 @@ def _command_libraries(arguments):
 async def _ask_master(settings, *question):
     """The leading master's answer to one question."""
     secret, errors = find_secret(settings), []
-    for host, port in settings.master or [("localhost", None)]:
-        address = host, port or settings.port
+    addresses = [(host, port or settings.port) for host, port in settings.master or [("localhost", None)]]
+    for address in addresses:
         try:
             connection = await dial(address, TO_MASTER, secret, settings)
         except OSError as error:
@@ -5014,7 +5017,12 @@ async def _ask_master(settings, *question):
         try:
             async with asyncio.timeout(HANDSHAKE_TIME):
                 connection.send(*question)
-                return (await connection.receive())[1]
+                kind, answer = await connection.receive()
+            if kind != "leader":
+                return answer
+            errors.append(f"{address[0]}:{address[1]}: does not lead")
+            if answer and tuple(answer) not in addresses:
+                addresses.append(tuple(answer))
         finally:
             connection.close()
     raise MasterUnreachable(f"no master answered ({'; '.join(errors)}); is `python -m clupy master` running there?")

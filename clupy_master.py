@@ -21,7 +21,10 @@ import json
 import logging
 import os
 import platform
+import signal
+import socket
 import tempfile
+import threading
 import time
 import urllib.parse
 from dataclasses import dataclass, field
@@ -35,6 +38,7 @@ log = logging.getLogger("clupy.master")
 
 TURN_TIME = 1.0            # a slot that others wait for passes on after so long; less moves workers about, more waits
 SILENT_CLIENT = 300.0      # a client that stated nothing for so long loses idle slots that others want
+WATCH_TIME = 0.1           # a leader asks itself so often whether it still leads
 FILE_TIME = 1.0            # the dependency file is looked at so often
 
 
@@ -241,6 +245,65 @@ class _Answer:
     def is_stale(self, now): return self.task.cancelled() or self.again is not None and now >= self.again
 
 
+# ==== Masters that stand in for each other ===================================
+# With `zookeeper` configured several masters elect one that leads.  The others answer who that is, and know nothing
+# else: statements rebuild the tables of whoever leads next.  A leader is sure of its office for two thirds of its
+# session from the last time ZooKeeper confirmed it; nobody else can be elected before the whole session is over.
+
+class Leadership:
+    """This master's candidature; a daemon thread stands for it, `sure` and `leader` may be asked by any thread."""
+
+    def __init__(self, name, session):
+        self.leader = None             # "host:port" of who leads, as far as is known
+        self.name, self._session = name, session
+        self._until = 0.0              # monotonic; sure of leading until then
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._stand, name="clupy-election", daemon=True)
+        self._thread.start()
+
+    def __repr__(self):
+        return f"<Leadership {'leads' if self.sure(time.monotonic()) else f'of {self.leader}'}>"
+
+    def sure(self, now):
+        """Whether this master leads at `now`, by its own clock: asked before everything it says."""
+        return now < self._until
+
+    def _stand(self):
+        while not self._stopped.is_set():
+            election = clupy.election("clupy master", data=self.name, timeout=max(1.0, self._session / 2))
+            try:
+                with election:
+                    self._lead(election)
+            except TimeoutError:       # somebody else leads
+                self.leader = self._ask(election)
+            except (clupy.LockLost, clupy.Unavailable) as error:
+                log.warning("not leading: %s", error)
+                self._stopped.wait(0.2)
+
+    def _lead(self, election):
+        while not self._stopped.is_set():
+            asked = time.monotonic()
+            election.check()
+            if not self.sure(asked):
+                log.info("this master leads")
+            self._until, self.leader = asked + self._session * 2 / 3, self.name
+            self._stopped.wait(self._session / 6)
+        self._until = 0.0
+
+    def _ask(self, election):
+        try:
+            return election.leader()
+        except clupy.Unavailable:
+            return None
+
+    def close(self):
+        """Stand down at once."""
+        self._until = 0.0
+        self._stopped.set()
+        self._thread.join(1.0)
+        clupy.close_services()         # ends the session, and so the candidature if the thread still waits
+
+
 # ==== Master =================================================================
 
 class Master:
@@ -249,6 +312,7 @@ class Master:
     def __init__(self, settings, secret, dependencies=None):
         self.settings, self.secret = settings, secret
         self.servers = {}              # {server id: ServerRow}; changed by on_server and by the end of its connection
+        self.leadership = None         # Leadership; None: there is no other master
         self.clients = {}              # {client id: ClientRow}; likewise, and `share` by _decide
         self.started = time.time()
         self.given = sorted(settings.given & set(clupy.SERVICE_KEYS))     # services that somebody configured
@@ -272,6 +336,8 @@ class Master:
 
     async def close(self):
         await self._listener.close()
+        if self.leadership:
+            await asyncio.to_thread(self.leadership.close)
         for task in self._tasks:
             task.cancel()
         if self._tasks:
@@ -303,10 +369,37 @@ class Master:
                 del table[id]
                 self._change()
 
+    # -- leading
+
+    def stand(self, leadership):
+        """Be one of several masters, from now on."""
+        self.leadership = leadership
+        self._spawn(self._watch_leadership())
+
+    def _leads(self, connection):
+        """Whether this master leads; if not, the peer is told who does."""
+        if self.leadership is None or self.leadership.sure(time.monotonic()):
+            return True
+        leader = self.leadership.leader
+        connection.send("leader", clupy.parse_address(leader) if leader and leader != self.leadership.name else None)
+        return False
+
+    async def _watch_leadership(self):
+        """Stand down as soon as we are not sure: who is connected looks for the next leader."""
+        while True:
+            await asyncio.sleep(WATCH_TIME)
+            if self._names and not self.leadership.sure(time.monotonic()):
+                self.servers.clear()
+                self.clients.clear()
+                for connection in list(self._names):
+                    if self._names[connection]:
+                        self._leads(connection)
+                        connection.close()
+
     # -- messages
 
     def on_server(self, connection, id, address, python, slots, held, state):
-        if self._refuse_python(connection, python, "server"):
+        if not self._leads(connection) or self._refuse_python(connection, python, "server"):
             return
         host, port = address
         peer, own = connection.host
@@ -323,7 +416,7 @@ class Master:
             self._change()
 
     def on_client(self, connection, id, python, wanted, unreachable, environment):
-        if self._refuse_python(connection, python, "client"):
+        if not self._leads(connection) or self._refuse_python(connection, python, "client"):
             return
         now = time.monotonic()
         row = self.clients.get(id)
@@ -351,7 +444,8 @@ class Master:
         connection.send("wheel", sha256, self.wheels.get(sha256) or self.resolutions.wheel_of(Pin("", "", "", sha256)))
 
     def on_resolve(self, connection, libraries, pip_options, wheels):
-        self._spawn(self._resolve_for(connection, Dependencies(tuple(libraries), tuple(pip_options)), wheels))
+        if self._leads(connection):
+            self._spawn(self._resolve_for(connection, Dependencies(tuple(libraries), tuple(pip_options)), wheels))
 
     async def _resolve_for(self, connection, own, wheels):
         """A client's list, together with the master's."""
@@ -366,7 +460,8 @@ class Master:
             connection.send("resolved", ([tuple(pin) for pin in found.pins], found.pip_options), None)
 
     def on_status(self, connection):
-        connection.send("tables", self.tables())
+        if self._leads(connection):
+            connection.send("tables", self.tables())
 
     def tables(self):
         """What `python -m clupy status` shows."""
@@ -449,6 +544,8 @@ class Master:
 
     def _decide(self):
         self._decision = None
+        if self.leadership and not self.leadership.sure(time.monotonic()):
+            return
         self._decided = now = time.monotonic()
         if not self.servers or self.libraries is None:
             for row in self.clients.values():      # nothing known yet, or nobody there: keep what is open
@@ -484,9 +581,18 @@ def _file_state(path):
 
 
 async def run(settings, secret):
-    """Be a master until cancelled."""
+    """Be a master until SIGTERM; with `zookeeper` configured, one of several."""
+    ended = asyncio.get_running_loop().create_future()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ended.cancel)
     master = Master(settings, secret, os.path.abspath("clupy.master.dependency.yaml"))
+    if settings.zookeeper:
+        clupy.use_services({key: getattr(settings, key) for key in clupy.SERVICE_KEYS} | {"given": ["zookeeper"]})
+        host, port = master.address
+        name = f"{socket.gethostname() if host in ('0.0.0.0', '::') else host}:{port}"
+        master.stand(Leadership(name, settings.session))
     try:
-        await asyncio.get_running_loop().create_future()
+        await ended
+    except asyncio.CancelledError:
+        log.info("ending")
     finally:
         await master.close()

@@ -1065,6 +1065,7 @@ class Server:
         self._tasks = set()
         self._stating = None
         self._closing = False
+        self._said = ""                            # why there was no master, as the log says
         self._failures = 0                         # workers in a row that died before they were ready
         self._listener = clupy.Listener(settings.listen or ("", 0), self._greet)
         self.address = self._listener.address
@@ -1399,8 +1400,9 @@ class Server:
     def master_lost(self):
         for kind, key in list(self._questions):
             self._answer(kind, key, None)
-        if not self._closing:
-            log.warning("no master: %s", self.link.why_lost)
+        if not self._closing and self.link.why_lost != self._said:
+            self._said = self.link.why_lost        # once, however often it is tried again
+            log.warning("no master: %s", self._said)
 
     def _repeat(self):
         if self.link.connection and not self._closing:
@@ -1434,6 +1436,9 @@ class Server:
                 for slot in session.slots.values():
                     if slot.process and slot.process.begun()[1] == IDLE:
                         slot.process.end("relieved", GRACE_TIME)
+
+    def on_leader(self, _, address):
+        self.link.follow(address)
 
     def on_refused(self, _, kind, text):
         if not self.failed.done():

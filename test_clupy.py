@@ -121,7 +121,7 @@ class Cluster:
     def start_master(self, listen):
         self.address = listen
         program = self._stack.enter_context(Program(self.folder / "master", "-m", "clupy", "master", "--listen", listen))
-        until(lambda: "master listens" in program.log or program.process.poll() is not None)
+        until(lambda: answers(listen) or program.process.poll() is not None)
         assert program.process.poll() is None, program.log
         return program
 
@@ -147,6 +147,13 @@ class Cluster:
         if error[0]:
             for program in [self.master, *self.servers]:
                 print(program.out.parent.name, program.log, sep=":\n")
+
+
+def answers(address):
+    """Whether something listens there."""
+    host, port = address.split(":")
+    with socket.socket() as sock:
+        return sock.connect_ex((host, int(port))) == 0
 
 
 def free_port():
