@@ -1435,7 +1435,7 @@ def pack_result(value, name="the call"):
     """The payload of what `name` returned. Raises PicklingError that says its type."""
     try:
         return pack(value, _result_by_value)
-    except Exception as error:      # whatever a class of the user's raises while it is pickled
+    except BaseException as error:      # whatever a class of the user's raises while it is pickled, SystemExit too
         raise pickle.PicklingError(f"the result of {name}, a {_type_name(type(value))}, cannot be "
                                    f"pickled: {error}") from error
 
@@ -3242,6 +3242,8 @@ class Engine:
                     slot.transport.abort()
         if self._master:
             self._master.close()
+        self._life.cancel()                       # it may be about to start the embedded cluster
+        await asyncio.wait([self._life])
         for part in reversed(self.embedded or ()):
             await part.close()
         self._fail_waiting(Closed("the client was closed"))
@@ -3378,10 +3380,7 @@ class Parallel:
         self._options = most, timeout, retries
         for name in ("__module__", "__name__", "__qualname__", "__doc__"):
             setattr(self, name, getattr(func, name, None))
-        # A function that its module does not know yet is being decorated: what it uses may be defined further down,
-        # so it is captured when it is called.
-        defined = getattr(func, "__globals__", {}).get(self.__name__) is func
-        self._function = capture(func) if defined else None
+        self._function = capture(func) if _is_complete(func) else None         # None: captured at each call
 
     def __call__(self, *args, **kwargs):
         most, timeout, retries = self._options
@@ -3406,14 +3405,25 @@ class Parallel:
         return Parallel.__new__, (Parallel,), {**vars(self), "_function": None}
 
 
+def _is_complete(func):
+    """Whether all that a function uses can be there: not so while it is being decorated, as its module does not know it
+    yet, and what it uses may be defined further down."""
+    if type(func) is not types.FunctionType:
+        return True
+    if func.__name__ == "<lambda>" or "<locals>" in func.__qualname__:
+        return all(_contents(cell, _ABSENT) is not _ABSENT for cell in func.__closure__ or ())
+    return func.__globals__.get(func.__name__) is func
+
+
 def parallel(func=None, *, max=None, timeout=None, retries=2):
     """The function, wrapped so that its calls run in the cluster; also a decorator, with or without options.
 
     max: how many calls of it may run at once, over the whole cluster; None: as many as there are slots.
     timeout: how long one call may run (seconds, or "10s"); then its worker is killed and it fails with CallTimeout.
     retries: how often a call is started again after its worker, server or connection was lost; an exception of the
-    function itself is never retried.  The function is captured here, as it is now; arguments are pickled when the
-    call is made.  Any thread may call it."""
+    function itself is never retried.  The function is captured here, as it is now (one that is being decorated: at each
+    call, since what it uses may be defined further down); arguments are pickled when the call is made.  Any thread may
+    call it."""
     if func is None:
         return functools.partial(parallel, max=max, timeout=timeout, retries=retries)
     if not callable(func):

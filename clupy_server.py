@@ -153,7 +153,9 @@ class Worker:
         clupy.use_services(given["services"])
         clupy._serve, clupy._fetch = functools.partial(self.send, "serve"), functools.partial(self.fetch, "ref")
         clupy._engine = self.nested
-        sock.sendall(proof(bytes.fromhex(given["key"]), b"opened"))
+        if given["tls"]:
+            self.sock = TlsSocket(sock, *given["tls"])
+        self.sock.sendall(proof(bytes.fromhex(given["key"]), b"opened"))
 
     def __repr__(self):
         return f"<Worker {self.pid} {len(self.todo)} calls to do>"
@@ -274,9 +276,10 @@ class Worker:
     def _read(self):
         poller = select.poll()
         poller.register(self.sock, select.POLLIN)
+        pending = getattr(self.sock, "pending", lambda: 0)        # bytes that TLS has read already
         try:
             while True:
-                if not poller.poll(FLUSH_TICK if self.todo else None):
+                if not pending() and not poller.poll(FLUSH_TICK if self.todo else None):
                     self.send_results()            # a call that takes long began before they were old enough
                     continue
                 count = self.sock.recv_into(self._frames.space())
@@ -328,6 +331,47 @@ class Worker:
 
     def on_results(self, _, results):
         self.nested.take_results(results)
+
+
+class TlsSocket:
+    """A socket under TLS, the server's side, for one reading and one writing thread: OpenSSL's state must not see two
+    threads at once, so the socket never blocks in it."""
+
+    def __init__(self, sock, cert, key):
+        context = clupy.ssl.create_default_context(clupy.ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(cert, key)
+        sock.settimeout(clupy.HANDSHAKE_TIME)
+        self._sock = context.wrap_socket(sock, server_side=True)
+        self._sock.setblocking(False)
+        self._lock = threading.Lock()
+
+    def fileno(self):
+        return self._sock.fileno()
+
+    def pending(self):
+        with self._lock:
+            return self._sock.pending()
+
+    def recv_into(self, buffer):
+        return self._when_ready(self._sock.recv_into, buffer)
+
+    def sendall(self, data):
+        view = memoryview(data).cast("B")
+        while view:
+            view = view[self._when_ready(self._sock.send, view[:1 << 20]):]
+
+    def _when_ready(self, operation, buffer):
+        while True:
+            with self._lock:
+                try:
+                    return operation(buffer)
+                except clupy.ssl.SSLWantReadError:
+                    event = select.POLLIN
+                except clupy.ssl.SSLWantWriteError:
+                    event = select.POLLOUT
+            poller = select.poll()
+            poller.register(self._sock, event)
+            poller.poll()
 
 
 def flush_output():
@@ -515,6 +559,13 @@ class _Loader:
         exec(compile(self.text, self.filename, "exec", dont_inherit=True), vars(module))
 
     def get_source(self, name): return self.text        # for inspect and linecache
+
+    def get_data(self, path):
+        """What pkgutil.get_data asks, and importlib.resources before it reads a file."""
+        raise OSError(f"{path} is not on this worker: of the client's modules only source is sent; pass what is in the "
+                      "file as an argument, or share() it")
+
+    get_resource_reader = get_data
 
 
 # ==== Libraries: environments ================================================
@@ -1062,6 +1113,8 @@ class Server:
         self.wanted = None                         # hash of the cluster's newest; None until the master has spoken
         self.versions = {"python": "%d.%d.%d" % sys.version_info[:3], "cloudpickle": clupy.installed("cloudpickle")}
         self._questions = {}                       # {(kind, key): future of the master's answer}
+        self.tls = settings.tls_cert and [os.path.abspath(os.path.expanduser(path))        # what a worker needs
+                                          for path in (settings.tls_cert, settings.tls_key or settings.tls_cert)]
         self._tasks = set()
         self._stating = None
         self._closing = False
@@ -1174,7 +1227,7 @@ class Server:
             try:
                 process.hand_over(slot, {
                     "key": slot_key(slot.session.connection.key, slot.number).hex(), "server": self.name,
-                    "services": self.services})
+                    "services": self.services, "tls": self.tls})
             except ConnectionError:
                 continue                           # it died just now; it will be replaced
             self.waiting.remove(slot)

@@ -7,9 +7,15 @@ Scripts run as programs of their own, because that is what users write.  After e
 import asyncio
 import concurrent.futures
 import contextlib
+import functools
+import importlib.machinery
+import importlib.resources
+import importlib.util
 import json
+import linecache
 import os
 import pickle
+import pkgutil
 import signal
 import socket
 import struct
@@ -18,7 +24,10 @@ import sys
 import textwrap
 import threading
 import time
+import traceback
+import types
 
+import cloudpickle
 import pytest
 
 import clupy
@@ -113,14 +122,18 @@ class Cluster:
         self.folder, self.options, self.slots = folder, options, slots
         self.servers = []
         self._stack = contextlib.ExitStack()
-        self.master = self.start_master(f"127.0.0.1:{free_port()}")
-        for _ in range(servers):
-            self.add_server()
-        until(lambda: len(self.status()["servers"]) == servers)
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._stack.close)
+            self.master = self.start_master(f"127.0.0.1:{free_port()}")
+            for _ in range(servers):
+                self.add_server()
+            until(lambda: len(self.status()["servers"]) == servers)
+            undo.pop_all()
 
     def start_master(self, listen):
         self.address = listen
-        program = self._stack.enter_context(Program(self.folder / "master", "-m", "clupy", "master", "--listen", listen))
+        program = self._stack.enter_context(Program(self.folder / "master", "-m", "clupy", "master", "--listen", listen,
+                                                    **self.options))
         until(lambda: answers(listen) or program.process.poll() is not None)
         assert program.process.poll() is None, program.log
         return program
@@ -135,7 +148,7 @@ class Cluster:
 
     def status(self):
         done = subprocess.run([sys.executable, "-m", "clupy", "status", "--master", self.address, "--json"],
-                              cwd=self.folder, env=environ(), capture_output=True, text=True, timeout=PATIENCE)
+                              cwd=self.folder, env=environ(**self.options), capture_output=True, text=True, timeout=PATIENCE)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
@@ -609,6 +622,22 @@ def test_another_python_version_is_refused_on_both_sides(cluster, monkeypatch):
     until(lambda: "3.99" in cluster.master.log)
 
 
+def test_everything_travels_under_tls_where_a_certificate_is_configured(tmp_path):
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=clupy",
+                    "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", "key.pem", "-out", "cert.pem"],
+                   check=True, capture_output=True, cwd=tmp_path)
+    paths = {"CLUPY_TLS_CERT": tmp_path / "cert.pem", "CLUPY_TLS_KEY": tmp_path / "key.pem", "CLUPY_TLS_CA": tmp_path / "cert.pem"}
+    with Cluster(tmp_path, **paths) as cluster:
+        clupy.connect(cluster.address, tls_ca=str(tmp_path / "cert.pem"))
+        results = [clupy.parallel(square)(n) for n in range(500)]
+        assert clupy.wait_all(results, PATIENCE) and [r.value for r in results] == [n * n for n in range(500)]
+        data = os.urandom(5_000_000)
+        assert clupy.parallel(lambda data: data[::-1])(data).result(PATIENCE) == data[::-1]
+        clupy.close()
+        with pytest.raises(clupy.MasterUnreachable):
+            clupy.connect(cluster.address, patience=1)          # without TLS
+
+
 # ---- Configuration
 
 def test_settings_come_from_yaml_then_environment_then_arguments(tmp_path, monkeypatch):
@@ -1005,6 +1034,14 @@ def test_a_flood_of_output_stops_nobody_and_says_how_much_was_not_shown(tmp_path
 
 # ---- Leaving, forking, Ctrl-C
 
+def test_closing_while_the_embedded_cluster_starts_leaves_nothing():
+    for delay in (0, 0, 0, 0.01, 0.03, 0.1):
+        assert "lock" in str(clupy.parallel(len)(threading.Lock()).failure)
+        time.sleep(delay)
+        clupy.close()
+    assert clupy.parallel(square)(3).result(PATIENCE) == 9
+
+
 @pytest.mark.parametrize("end", ["", "raise SystemExit(3)", "raise ValueError('x')", "os.kill(os.getpid(), 2)", "os._exit(0)",
                                  "import signal; os.kill(os.getpid(), 9)"])
 def test_leaving_the_program_never_hangs_and_leaves_nothing(tmp_path, end):
@@ -1151,6 +1188,557 @@ def test_calls_can_run_on_another_executor_and_are_pickled_all_the_same(kind):
         with clupy.Executor() as mine:
             assert mine.submit(square, 4).result(PATIENCE) == 16
         clupy.close()
+
+
+# ==== Code: what travels with a call, and what comes back ====================
+# The project of a client is in a folder of its own, which no worker has on its path: all that a worker knows of it
+# came over the slot.  Only `asked` looks behind the scenes: the modules that workers ask their client for.
+
+WITH_CALL = """
+import clupy
+asked, answer = [], clupy.FETCHES["module"]
+clupy.FETCHES["module"] = lambda name, *path: asked.append(name) or answer(name, *path)
+def call(func, *args):
+    return clupy.parallel(func)(*args).result(30)
+"""
+
+
+def write_files(folder, files):
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(textwrap.dedent(text))
+
+
+def tell(folder, text, files=(), **options):
+    """Run a program that may use `call` and `asked`, next to the files {name: text} of its project."""
+    write_files(folder, dict(files))
+    return run_script(folder, WITH_CALL + textwrap.dedent(text), **{"CLUPY_PORT": free_port(), **options})
+
+
+def call(func, *args):
+    return clupy.parallel(func)(*args).result(PATIENCE)
+
+
+def shown(error):
+    """What Python prints of an exception that nobody catches."""
+    return "".join(traceback.format_exception(error))
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The names of the modules that workers asked this process for, as they come."""
+    names, answer = [], clupy.FETCHES["module"]
+    monkeypatch.setitem(clupy.FETCHES, "module", lambda name, *path: names.append(name) or answer(name, *path))
+    return names
+
+
+# ---- Modules on demand
+
+PROJECT = {
+    "single.py": "import neighbour\nfrom package import one\ndef value():\n    return neighbour.value + one()\n",
+    "neighbour.py": "value = 10\n",
+    "package/__init__.py": "from . import first\nfrom .first import one\n",
+    "package/first.py": "from package import second\ndef one():\n    return second.two() - 1\nclass Thing:\n    pass\n",
+    "package/second.py": "import package.first\ndef two():\n    return 2\ndef late():\n    from .deep import bottom\n"
+                         "    return bottom.value\n",
+    "package/deep/__init__.py": "",
+    "package/deep/bottom.py": "from .. import second\nvalue = 40 + second.two()\n",
+    "space/inner/leaf.py": "value = 'leaf'\n",
+    "one/split/a.py": "n = 1\n",
+    "two/split/b.py": "n = 2\n",
+    "guarded.py": "ran = False\nif __name__ == '__main__':\n    ran = True\n",
+    "site/__editable__.linked.pth": "../linked\n",
+    "linked/by_path.py": "value = 'by path'\n",
+    "elsewhere/src/__init__.py": "from . import part\n",
+    "elsewhere/src/part.py": "value = 'by hook'\n",
+}
+
+
+def test_modules_of_the_project_are_served_however_they_are_found_and_import_each_other(tmp_path, cluster):
+    tell(tmp_path / "client", """
+        import concurrent.futures, importlib.util, os, site, sys
+        sys.path += ["one", "two"]
+        site.addsitedir("site")                        # an editable install is a .pth file, or a hook:
+        class Hook:
+            def find_spec(name, path=None, target=None):
+                if name == "renamed":
+                    return importlib.util.spec_from_file_location(name, os.path.abspath("elsewhere/src/__init__.py"))
+        sys.meta_path.append(Hook)
+        import by_path, guarded, package, renamed, single
+        def at_once():
+            with concurrent.futures.ThreadPoolExecutor(9) as threads:
+                return len(list(threads.map(importlib.import_module, ["neighbour", "guarded", "by_path"] * 3)))
+        def late():
+            import space.inner.leaf, split.a, split.b      # namespace packages, which the client did not import
+            return space.inner.leaf.value, split.a.n + split.b.n
+        def missing():
+            assert importlib.util.find_spec("nowhere") is None and importlib.util.find_spec("package.nowhere") is None
+            import package.nowhere
+        assert call(at_once) == 9 and sorted(asked) == ["by_path", "guarded", "neighbour"]
+        assert call(single.value) == 11 and call(package.one) == 1
+        assert call(package.second.late) == 42 and "package.deep.bottom" not in sys.modules
+        assert call(late) == ("leaf", 3) and {"space.inner.leaf", "split.a", "split.b"} <= set(asked)
+        assert call(lambda: (by_path.value, renamed.part.value)) == ("by path", "by hook")
+        assert call(lambda: (guarded.__name__, guarded.ran, guarded.__file__)) == ("guarded", False, guarded.__file__)
+        Thing = package.first.Thing
+        assert type(call(Thing)) is Thing and call(type, Thing()) is Thing and call(isinstance, Thing(), Thing)
+        error = clupy.parallel(missing)().exception(30)
+        assert type(error) is ModuleNotFoundError and str(error) == "No module named 'package.nowhere'"
+        """, PROJECT, CLUPY_MASTER=cluster.address)
+
+
+def test_what_the_client_need_not_be_asked_it_is_not_asked(tmp_path, asked):
+    def imports():
+        import email.mime.text                              # the standard library's
+        import numpy.linalg                                 # the server has it
+        for name in ["nowhere"] * 3 + ["numpy.nowhere", "json.nowhere", "clupy.nowhere"]:
+            with contextlib.suppress(ModuleNotFoundError):
+                importlib.import_module(name)
+        return bool(email.mime.text and numpy.linalg)
+
+    def fork():                                             # the slot's socket is the parent's alone
+        if (pid := os.fork()) == 0:
+            os._exit(importlib.util.find_spec("nowhere_either") is None)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    clupy.connect(slots=1)
+    assert call(imports) and call(imports) and call(fork) == 1
+    assert asked == ["nowhere"]
+    assert call(shown, ValueError()) == "ValueError\n" and __name__ in asked        # though pytest loaded it
+
+
+def test_a_program_run_by_dash_m_is_a_module_of_its_package(tmp_path):
+    write_files(tmp_path, {
+        "pkg/__init__.py": "",
+        "pkg/other.py": "def name():\n    from pkg import main\n    return main.__name__, main.shared\n",
+        "pkg/main.py": "import clupy\nfrom . import other\nshared = 5\ndef f():\n    return *other.name(), shared\n"
+                       "if __name__ == '__main__':\n    print(clupy.parallel(f)().result(30))\n"})
+    done = subprocess.run([sys.executable, "-m", "pkg.main"], cwd=tmp_path, env=environ(CLUPY_PORT=free_port()),
+                          capture_output=True, text=True, timeout=60)
+    assert done.stdout == "('pkg.main', 5, 5)\n", done.stderr
+
+
+def test_what_the_server_has_goes_behind_the_clients_own_and_a_library_that_it_lacks_is_named(tmp_path):
+    write_files(tmp_path / "installed", {"versioned.py": "n = 'server'\n", "only_here.py": "n = 'server'\n"})
+    packages = f"user/lib/python3.{sys.version_info.minor}/site-packages"
+    with Cluster(tmp_path, PYTHONPATH=f"{HERE}:{tmp_path / 'installed'}") as cluster:
+        done = tell(tmp_path / "client", """
+            import site, sys
+            sys.path.append(site.getusersitepackages())
+            import fakelib, versioned
+            assert call(lambda: (versioned.n, __import__("only_here").n)) == ("client", "server")
+            assert asked == ["versioned"]
+            def optional():
+                try: import fakelib
+                except ImportError: return "without it"
+            error = clupy.parallel(lambda: fakelib.value)().exception(30)
+            print(call(optional), error.name, type(error).__name__, error, sep="\\n")
+            """, {"versioned.py": "n = 'client'\n", f"{packages}/fakelib.py": "value = 1\n",
+                  f"{packages}/Fake_Lib-1.5.dist-info/METADATA": "Name: Fake-Lib\nVersion: 1.5\n",
+                  f"{packages}/Fake_Lib-1.5.dist-info/top_level.txt": "fakelib\n"},
+            PYTHONUSERBASE=tmp_path / "client" / "user", CLUPY_MASTER=cluster.address)
+    *others, message = done.stdout.splitlines()
+    assert others == ["without it", "fakelib", "ModuleNotFoundError"]
+    assert message.startswith(f"No module named 'fakelib' on {socket.gethostname()}") and message.endswith(
+        "client has Fake-Lib 1.5: add the line `- Fake-Lib==1.5` under `libraries:` in clupy.client.dependency.yaml")
+
+
+def test_a_module_that_cannot_be_sent_says_why_and_what_to_do(tmp_path, monkeypatch):
+    (tmp_path / f"fast{importlib.machinery.EXTENSION_SUFFIXES[0]}").write_bytes(b"")
+    (tmp_path / "latin.py").write_bytes(b"name = 'caf\xe9'\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    made = types.ModuleType("made_by_hand")
+    exec("def f(): return 5\nclass C: pass", vars(made))
+    monkeypatch.setitem(sys.modules, "made_by_hand", made)
+    for func, words in ((lambda: __import__("fast"), "compiled .*fast.*clupy.client.dependency.yaml"),
+                        (lambda: __import__("latin"), "cannot be read by its client: SyntaxError"),
+                        (made.f, "cloudpickle.register_pickle_by_value")):
+        with pytest.raises(ModuleNotFoundError, match=words) as caught:
+            call(func)
+        assert f"on {socket.gethostname()}" in str(caught.value)
+    cloudpickle.register_pickle_by_value(made)
+    try:
+        assert call(made.f) == 5 and call(type, made.C()) is made.C
+    finally:
+        cloudpickle.unregister_pickle_by_value(made)
+
+
+def test_data_files_beside_a_module_are_not_sent_and_the_error_says_so(tmp_path, monkeypatch):
+    def by_pkgutil():
+        return pkgutil.get_data("with_data", "table.txt")
+
+    def by_resources():
+        return importlib.resources.files("with_data").joinpath("table.txt").read_text()
+    write_files(tmp_path, {"with_data/__init__.py": "", "with_data/table.txt": "1 2 3\n"})
+    monkeypatch.syspath_prepend(tmp_path)
+    for func in by_pkgutil, by_resources:
+        with pytest.raises(OSError, match="with_data.*only source"):
+            call(func)
+
+
+def test_a_traceback_shows_the_served_lines_even_if_the_file_was_edited_since(tmp_path):
+    tell(tmp_path, """
+        import inspect, traceback
+        import broken
+        clupy.connect(slots=1)
+        for marked in False, True:
+            text = "".join(traceback.format_exception(clupy.parallel(broken.f)().exception(30)))
+            assert "raise ValueError('broken')" in text and ('broken.py (remote)", line 2' in text) is marked, text
+            open("broken.py", "w").write("# other\\n" * 5)
+        assert call(inspect.getsource, broken.f).splitlines()[0] == "def f():"
+        """, {"broken.py": "def f():\n    raise ValueError('broken')\n"})
+
+
+def test_looking_for_a_module_imports_nothing(tmp_path, monkeypatch):
+    write_files(tmp_path, {"loud/__init__.py": "raise SystemExit\n", "loud/child.py": "", "space/inner/leaf.py": ""})
+    monkeypatch.syspath_prepend(tmp_path)
+    loud = str(tmp_path / "loud")
+    for question, answer in {
+            ("loud",): ("source", "raise SystemExit\n", f"{loud}/__init__.py", [loud]),
+            ("loud.child", (loud,)): ("source", "", f"{loud}/child.py", None),
+            ("space.inner", (str(tmp_path / "space"),)): ("namespace", [str(tmp_path / "space" / "inner")]),
+            ("cloudpickle",): ("library", "cloudpickle", cloudpickle.__version__),
+            ("json",): ("no",), ("clupy",): ("no",), ("nowhere",): ("no",)}.items():
+        assert clupy.module_source(*question) == answer
+    assert "loud" not in sys.modules
+    assert __name__ in clupy.own_modules() and not clupy.own_modules() & {"os", "sys", "pytest", "clupy", "__main__"}
+
+
+# ---- Functions and classes
+
+def test_every_kind_of_function_of_a_script_runs_in_a_worker(tmp_path):
+    tell(tmp_path, """
+        import functools, math, operator, numpy, project
+        base = 10
+        def plain(x): return x + base
+        def outer(x):
+            def inner(y): return plain(y) + x
+            return inner
+        class Adder:
+            def __init__(self, n): self.n = n
+            def __call__(self, x): return self.n + x
+            def method(self, x): return self.n * x
+            @classmethod
+            def make(cls, n): return cls(n)
+            @staticmethod
+            def fixed(x): return x + 0.5
+        def even(n): return n == 0 or odd(n - 1)
+        def odd(n): return n != 0 and even(n - 1)
+        @functools.lru_cache
+        def fib(n): return n if n < 2 else fib(n - 1) + fib(n - 2)
+        @clupy.parallel
+        def down(n): return [n] + (up(n - 1).result() if n else [])
+        @clupy.parallel(retries=0)
+        def up(n): return [-n] + (down(n - 1).result() if n else [])
+        array = numpy.arange(50_000.0)                  # 400 KB
+        assert call(plain, 1) == 11 and call(lambda x: x * base, 2) == 20 and call(outer(5), 1) == 16
+        assert call(functools.partial(plain), 1) == 11 and call(functools.partial(math.pow, 2), 3) == 8
+        assert call(Adder(3), 4) == 7 and call(Adder(3).method, 4) == 12 and call(Adder.fixed, 1) == 1.5
+        assert type(call(Adder, 9)) is Adder and call(Adder.make, 4).n == 4
+        assert call(even, 10) and not call(odd, 10) and call(fib, 80) == call(lambda: fib(80)) == 23416728348467685
+        assert down(4).result(30) == [4, -3, 2, -1, 0] == call(down.func, 4) == call(lambda: down(4).result())
+        assert call(len, [1, 2]) == 2 and call(int, "7") == 7 and call(operator.itemgetter(1), "ab") == "b"
+        assert call(str.upper, "a") == "A" and call([3, 1].index, 1) == 1
+        assert call(lambda: array.sum()) == 49_999 * 25_000
+        assert call(project.twice, 4) == 8 and call(project.Thing(4).double) == 8
+        assert project.wrapped(1).result(30) == call(lambda: project.wrapped(1).result()) == 6 == call(project.cached)
+        assert set(asked) == {"project"}, asked
+        """, {"project.py": """
+        import functools, threading, clupy
+        lock = threading.Lock()                         # cannot be pickled: whoever uses it must go by name
+        def twice(x): return 2 * x
+        class Thing:
+            def __init__(self, n): self.n = n
+            def double(self): return twice(self.n)
+        @clupy.parallel
+        def wrapped(n):
+            with lock: return wrapped(n - 1).result() if n else 6
+        @functools.lru_cache
+        def cached():
+            with lock: return 6
+        """})
+
+
+def test_classes_of_a_script_come_back_as_themselves_and_untouched(tmp_path):
+    text = """
+        import collections, dataclasses, enum, multiprocessing
+        class Point:
+            count = 0
+            def __init__(self, x): self.x = x
+            def moved(self): Point.count += 1; return Point(self.x + 1)
+        class Color(enum.Enum): RED = 1
+        class Row(collections.namedtuple("Row", "a b")): pass
+        @dataclasses.dataclass(frozen=True)
+        class Data: n: int = 0; points: list[Point] | None = None
+        class Failure(Exception): pass
+        class Sub(Point, list): pass
+        def fail(): raise Failure("no")
+        def change(): Point.count = 99; Point.added = 1; return Point(5)
+        def made_here():
+            class Local: n = 6
+            return Local(), Local
+        def story():
+            method = Point.__dict__["moved"]
+            for value in Point(1), Color.RED, Row(1, 2), Data(3), Sub(4), Failure("x"):
+                assert type(call(lambda v: v, value)) is type(value) is call(type, value) is call(lambda: type(value))
+            assert call(Point(1).moved).x == 2 and call(lambda: Color.RED) is Color.RED and call(Data, 3) == Data(3)
+            assert [type(p) for p in call(lambda: [Point(i) for i in range(3)])] == [Point] * 3
+            error = clupy.parallel(fail)().exception(30)
+            assert type(error) is Failure and error.args == ("no",) and type(call(change)) is Point
+            assert Point.count == 0 and not hasattr(Point, "added") and Point.__dict__["moved"] is method
+            value, cls = call(made_here)
+            assert type(value) is cls and value.n == 6
+            clupy.close()
+            print("done", __name__, flush=True)
+        if __name__ == "__main__":
+            story()
+            child = multiprocessing.get_context("spawn").Process(target=story)      # where it is __mp_main__
+            child.start()
+            child.join()
+        """
+    assert tell(tmp_path, text).stdout == "done __main__\ndone __mp_main__\n"
+
+
+def test_classes_keep_their_identity_through_calls_inside_calls():
+    class Client:
+        pass
+
+    def outer():
+        class Local:
+            pass
+
+        def inner(client, local):
+            class Born:
+                n = 1
+            return client, local, Client(), type(local)(), Born()
+        clients_own, local, other, another, born = clupy.parallel(inner)(Client(), Local()).result()
+        assert [type(x) for x in (clients_own, local, other, another)] == [Client, Local, Client, Local]
+        return clients_own, other, born
+    clients_own, other, born = call(outer)
+    assert type(clients_own) is type(other) is Client and born.n == 1
+
+
+CHANGES = [                             # a definition of f, which returns 1; what makes it return 2
+    ("n = 1\ndef f(): return n", "n = 2"),
+    ("n = [1]\ndef f(): return n[0]", "n[0] = 2"),
+    ("n = 1\ndef f(): return (lambda: n)()", "n = 2"),
+    ("n = 1\ndef g(): return n\ndef f(): return g()", "n = 2"),
+    ("def g(): return 1\ndef f(): return g()", "def g(): return 2"),
+    ("class C: n = 1\ndef f(): return C.n", "C.n = 2"),
+    ("def f(x=1): return x", "f.__defaults__ = 2,"),
+    ("def f(*, x=1): return x", "f.__kwdefaults__['x'] = 2"),
+    ("def f(): return f.n\nf.n = 1", "f.n = 2"),
+    ("def g():\n    n = 1\n    def f(): return n\n    def step(): nonlocal n; n = 2\n    return f, step\n"
+     "f, step = g()", "step()"),
+    ("def f(): return 1\ndef g(): return 2", "f.__code__ = g.__code__"),
+    ("def f(): return 1", "def f(): return 2"),
+]
+
+
+def test_whatever_a_function_uses_may_change_and_the_next_call_sees_it():
+    for definition, change in CHANGES:
+        cell = {"__name__": "__main__"}
+        exec(definition, cell)
+        assert call(cell["f"]) == 1, definition
+        exec(change, cell)
+        assert call(cell["f"]) == 2, change
+        assert clupy.capture(cell["f"]) is clupy.capture(cell["f"]), definition
+
+
+def test_cells_of_a_notebook_may_be_run_again_and_tracebacks_show_their_lines():
+    def cell(number, text):
+        linecache.cache[f"<cell {number}>"] = len(text), None, [text], f"<cell {number}>"
+        exec(compile(text, f"<cell {number}>", "exec"), notebook)
+    notebook = {"__name__": "__main__"}
+    cell(1, "class Point: norm = lambda self: 1")
+    cell(2, "def f(point): return point.norm()")
+    old = notebook["Point"]()
+    assert call(notebook["f"], old) == 1
+    cell(1, "class Point: norm = lambda self: 1 / 0")
+    assert call(notebook["f"], old) == 1 and type(call(notebook["Point"])) is notebook["Point"]
+    text = shown(clupy.parallel(notebook["f"])(notebook["Point"]()).exception(PATIENCE))
+    assert '"<cell 1>", line 1, in <lambda>\n    class Point: norm = lambda self: 1 / 0\n' in text
+    assert '"<cell 2>", line 1, in f\n    def f(point): return point.norm()\n' in text
+
+
+def test_captures_are_few_and_what_cannot_be_captured_is_named():
+    for n in range(clupy.MAX_CAPTURES * 2):
+        clupy.capture(lambda n=n: n)
+    assert len(clupy._captures) <= clupy.MAX_CAPTURES
+    lock = threading.Lock()
+    cell = {"__name__": "__main__", "lock": lock}
+    exec("def f(): return lock", cell)
+    for func, words in ((cell["f"], "f cannot be sent to a worker: its global 'lock', a _thread.lock,"),
+                        (lambda: lock, "'lock' of its closure, a _thread.lock,")):
+        with pytest.raises(pickle.PicklingError, match=words):
+            clupy.parallel(func)()
+    failure = clupy.parallel(write_files)("folder", files=lock).failure
+    assert "write_files cannot be called: argument 'files', a _thread.lock, cannot" in str(failure)
+    assert "argument 2 ('files'), a _thread.lock," in str(clupy.parallel(write_files)("folder", lock).failure)
+
+
+def test_a_cloudpickle_without_the_names_that_clupy_uses_is_refused(monkeypatch):
+    assert clupy._class_tracker() is cloudpickle.cloudpickle
+    for name in "_DYNAMIC_CLASS_TRACKER_BY_ID", "_get_or_create_tracker_id", "_lookup_class_or_track":
+        with monkeypatch.context() as patch:
+            patch.delattr(cloudpickle.cloudpickle, name)
+            with pytest.raises(clupy.ClupyError, match=f"{cloudpickle.__version__} has no {name}"):
+                clupy._class_tracker()
+    with pytest.raises(pickle.UnpicklingError, match="class Point.*keep the class"):
+        clupy._client_class("no such id", "Point")
+
+
+# ---- Exceptions
+
+def test_an_exception_keeps_type_arguments_attributes_notes_and_links():
+    def fail():
+        try:
+            try:
+                {}["key"]
+            except KeyError as error:
+                error.add_note("a note")
+                raise ValueError("middle", error) from error
+        except ValueError:
+            error = OSError(2, "gone", "file.txt")
+            error.extra = [1, 2]
+            raise error
+
+    def hide():
+        try:
+            raise ValueError("hidden")
+        except ValueError as error:
+            raise ExceptionGroup("two", [error, BaseExceptionGroup("inner", [KeyError(3)])]) from None
+    with pytest.raises(FileNotFoundError) as caught:
+        call(fail)
+    error, middle = caught.value, caught.value.__context__
+    assert (error.args, error.filename, error.extra) == ((2, "gone"), "file.txt", [1, 2])
+    assert error.__cause__ is None and not error.__suppress_context__
+    assert type(middle) is ValueError and middle.__suppress_context__ and middle.args[1] is middle.__cause__
+    assert middle.__cause__ is middle.__context__ and middle.__cause__.args == ("key",)
+    assert middle.__cause__.__notes__ == ["a note"]
+    text = shown(error)
+    assert all(line in text for line in ('{}["key"]', 'raise ValueError("middle", error) from error', "raise error"))
+    assert text.count(f"<{socket.gethostname()}") == 1 and "clupy_server" not in text
+    with pytest.raises(ExceptionGroup, match="two") as caught:
+        call(hide)
+    group, (first, inner) = caught.value, caught.value.exceptions
+    assert group.__context__ is first and group.__suppress_context__ and group.__cause__ is None
+    assert first.args == ("hidden",) and inner.exceptions[0].args == (3,)
+    assert shown(group).count('raise ValueError("hidden")') == 1                # that of the member
+
+
+def test_an_uncaught_exception_of_a_nested_call_prints_as_if_it_had_happened_here(tmp_path):
+    write_files(tmp_path, {"project.py": "def run(f):\n    try:\n        f(0)\n    except ZeroDivisionError as error:\n"
+                                         "        raise ValueError('in a module') from error\n"})
+    done = tell(tmp_path, """
+        import project
+        def divide(x):
+            return 1 / x
+        def outer():
+            return clupy.parallel(project.run)(divide).result()
+        call(outer)
+        """, check=False)
+    lines = [line.strip() for line in done.stderr.splitlines()]
+    assert done.returncode == 1 and lines[-1] == "ValueError: in a module", done.stderr
+    for line in "return 1 / x", "raise ValueError('in a module') from error", "f(0)", "call(outer)":
+        assert line in lines, done.stderr
+    assert any('project.py", line 5, in run' in line for line in lines) and "clupy_server" not in done.stderr
+
+
+class Strange(Exception):
+    def __init__(self, a, b):
+        super().__init__(f"{a}-{b}")
+        self.a, self.b = a, b
+
+
+class Doubling(Exception):
+    def __init__(self, text): super().__init__("wrapped " + text)
+
+
+class Silent(Exception):
+    def __str__(self): raise ValueError("no text")
+
+
+class Refusing(Exception):
+    """A result or an exception that raises `error` when it is pickled, or when it is unpickled."""
+    def __init__(self, error, when): self.error, self.when = error, when
+    def __reduce__(self): return (raise_it, (self.error,)) if self.when == "unpickled" else raise_it(self.error)
+
+
+def raise_it(error):
+    raise error
+
+
+def chain(length):
+    error = None
+    for n in range(length):
+        try:
+            raise ValueError(n) from error
+        except ValueError as caught:
+            error = caught
+    raise error
+
+
+def cause(error, steps):
+    return functools.reduce(lambda error, _: error.__cause__, range(steps), error)
+
+
+def circle():
+    a, b = ValueError("a"), ValueError("b")
+    a.other, b.other, a.itself, a.__cause__, b.__cause__ = b, a, a, b, a
+    raise a
+
+
+def foreign():
+    """An object of a module that only the worker has."""
+    module = sys.modules["server_only"] = types.ModuleType("server_only")
+    exec("class Special(Exception): pass", vars(module))
+    return module.Special("x")
+
+
+WAYS_TO_SPOIL = [               # what is called, the type of its failure, words in that, and what else must hold
+    (lambda: (i for i in ()), pickle.PicklingError, "<lambda>, a generator, cannot be pickled"),
+    (lambda: functools.reduce(lambda inner, _: [inner], range(100_000), []), pickle.PicklingError, "a list, cannot be"),
+    (lambda: Refusing(ValueError("no"), "pickled"), pickle.PicklingError, ".Refusing, cannot be pickled: no"),
+    (lambda: Refusing(SystemExit("no"), "pickled"), pickle.PicklingError, ".Refusing, cannot be pickled: no"),
+    (lambda: Refusing(ValueError("no"), "unpickled"), clupy.RemoteError, "ValueError: no (the result of"),
+    (lambda: Refusing(SystemExit("no"), "unpickled"), clupy.RemoteError, "SystemExit: no (the result of"),
+    (foreign, clupy.RemoteError, "No module named 'server_only'"),
+    (lambda: raise_it(foreign()), clupy.RemoteError, "server_only.Special: x", lambda e: "No module" in e.__notes__[0]),
+    (lambda: raise_it(Strange(1, 2)), Strange, "1-2", lambda e: (e.args, e.a, e.b) == (("1-2",), 1, 2)),
+    (lambda: raise_it(Doubling("x")), Doubling, "wrapped x", lambda e: str(e) == "wrapped x"),
+    (lambda: raise_it(Silent("x")), Silent, None),
+    (lambda: raise_it(Refusing(SystemExit("no"), "pickled")), clupy.RemoteError, f"{__name__}.Refusing: ",
+     lambda e: "SystemExit: no" in e.__notes__[0]),
+    (lambda: raise_it(ValueError(threading.Lock())), clupy.RemoteError, "ValueError: <unlocked _thread.lock",
+     lambda e: "in raise_it" in e.traceback and "lock" in e.__notes__[0] and "in raise_it" in shown(e)),
+    (lambda: raise_it(ValueError("x" * 20_000_000)), ValueError, "xxx", lambda e: len(str(e)) == 20_000_000),
+    (lambda: raise_it(ValueError("x" * 20_000_000, threading.Lock())), clupy.RemoteError, "ValueError: ",
+     lambda e: len(str(e)) < 11_000),
+    (functools.partial(chain, 1000), ValueError, "999", lambda e: cause(e, 999).args == (0,)),
+    (functools.partial(chain, 5000), ValueError, "4999", lambda e: cause(e, clupy.MAX_CHAIN) is None),
+    (circle, ValueError, "a", lambda e: e.__cause__.__cause__ is e.itself is e and str(e.other) == "ValueError: b"),
+    (lambda: raise_it(functools.reduce(lambda e, _: ExceptionGroup("g", [e]), range(900), ValueError(1))),
+     ExceptionGroup, "g (1 sub-exception)"),
+    (lambda: (lambda again: again(again))(lambda again: again(again)), RecursionError, "recursion",
+     lambda e: "frames left out" in shown(e)),
+    (lambda: raise_it(StopIteration(7)), StopIteration, "7", lambda e: e.value == 7),
+    (lambda: raise_it(KeyboardInterrupt("k")), KeyboardInterrupt, "k"),
+    (lambda: raise_it(SystemExit(3)), SystemExit, "3", lambda e: e.code == 3),
+    (lambda: raise_it(asyncio.CancelledError("c")), asyncio.CancelledError, "c"),
+    (lambda: b"\xff".decode(), UnicodeDecodeError, "invalid start byte", lambda e: e.object == b"\xff"),
+]
+
+
+def test_whatever_cannot_be_sent_is_an_error_that_names_it_and_hurts_no_neighbour():
+    clupy.connect(slots=2)
+    calls = [(clupy.parallel(func)(), clupy.parallel(square)(n)) for n, (func, *_) in enumerate(WAYS_TO_SPOIL)]
+    calls.append((clupy.parallel(len)(Refusing(ValueError("no"), "unpickled")), clupy.parallel(square)(len(calls))))
+    assert clupy.wait_all(sum(calls, ()), PATIENCE)
+    for (future, _), (_, kind, words, *more) in zip(calls, [*WAYS_TO_SPOIL, (len, ValueError, "no")], strict=True):
+        error = future.failure
+        assert type(error) is kind and (words is None or words in str(error)), (kind, error)
+        assert all(holds(error) for holds in more), error
+    assert [neighbour.value for _, neighbour in calls] == [n * n for n in range(len(calls))]
 
 
 # ==== The wire: bytes by hand ================================================
