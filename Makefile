@@ -30,8 +30,8 @@ dist: $(VENV)/test  ## build the files for a package index
 clean:  ## remove what the other targets made
 	rm -rf $(VENV) build dist *.egg-info __pycache__ .pytest_cache .ruff_cache
 
-services:
-	@true
+services:  ## install redis-server and ZooKeeper where they are missing (Debian; elsewhere it says how)
+	@sh .ci/services
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -923,7 +923,7 @@ class Resolution(collections.namedtuple("Resolution", "pins pip_options", defaul
     __slots__ = ()
 
     @property
-    def hash(self): return digest(self.pins)
+    def hash(self): return digest(self.pins, self.pip_options)
 
     @property
     def shipped(self): return [pin for pin in self.pins if pin.url.startswith("wheel:")]
@@ -1192,7 +1192,7 @@ def libraries_text(servers, installed=installed):
         faults += [f"{address}: {fault}"] if fault else []
     lines = []
     for (environment, pins), addresses in groups.items():
-        lines.append(f"environment {environment} on {', '.join(addresses)}" if pins else
+        lines.append(f"environment {environment} on {', '.join(addresses)}" if environment else
                      f"the server's own Python on {', '.join(addresses)}")
         width = max((len(pin.name) for pin in pins), default=0)
         for pin in pins:
@@ -2375,15 +2375,17 @@ class ServerLink:
             self.engine.link_lost(self)
             return
         self.connection, self.key = connection, connection.key
-        libraries = self.engine.libraries
-        connection.send("hello", self.engine.id, PYTHON,
-                        libraries and ([tuple(pin) for pin in libraries.pins], libraries.pip_options),
-                        self.engine.settings.output)
+        self.greet()
         try:
             await connection.serve(self)
         finally:
             self.connection = None
             self.engine.link_lost(self)
+
+    def greet(self):
+        libraries = self.engine.libraries
+        self.send("hello", self.engine.id, PYTHON, libraries and ([tuple(pin) for pin in libraries.pins], libraries.pip_options),
+                  self.engine.settings.output)
 
     def send(self, *message):
         if self.connection:
@@ -2449,7 +2451,7 @@ class Engine:
         self.secret = secret                      # None: an embedded cluster makes its own
         self.dependencies = dependencies          # this client's own list
         self.libraries = None                     # Resolution of it and the master's; None: the cluster's
-        self.resolving = False                    # no slots are wanted until the master has resolved the list
+        self.resolving = bool(dependencies.libraries)       # no slots are wanted until the master has resolved the list
         self.broken = {}                          # {server name: why our libraries cannot be built there}
         self.pid = os.getpid()
         self._inbox = collections.deque()         # calls from any thread, not yet seen by the loop
@@ -2514,6 +2516,8 @@ class Engine:
         """What the master says of Redis and ZooKeeper; {} if this cluster is embedded, or nothing is heard in time."""
         if not self.joined.wait(patience):
             raise self.unreachable()
+        if self.fatal and not self._services:
+            raise self.fatal
         return {} if self.embedded else self._services
 
     def settle(self, limit):
@@ -2613,7 +2617,6 @@ class Engine:
 
     def master_joined(self, connection):
         if self.dependencies.libraries:
-            self.resolving = self.libraries is None
             task = self.loop.create_task(self._send_list(connection))
             task.add_done_callback(self._list_sent)
         if self.settings.library_check != "off" and not self.embedded:
@@ -2630,10 +2633,15 @@ class Engine:
 
     def on_resolved(self, _, found, error):
         show_progress("")
-        if error:
+        if error and self.libraries is None:
             self.fail_all(DependencyError(*error))
+        elif error:
+            log.warning("our libraries stay as they were: %s", DependencyError(*error))
         else:
             self.libraries, self.resolving = resolution_of(found), False
+            for link in self._links.values():
+                link.greet()                      # the server asks for the slots back once it has the new ones
+            self._update_wanted()
             self._state()
 
     def on_libraries(self, _, _hash, found):
@@ -2712,6 +2720,7 @@ class Engine:
         for link in list(self._links.values()):
             if link.failed_at is not None and now - link.failed_at > RETRY_TIME and not link.slots:
                 del self._links[link.id]
+                self.broken.pop(link.id, None)
             heard = max([link.heard] + [slot.heard for slot in link.slots.values()])
             if link.connection and now - heard > SILENCE_TIME and any(slot.calls for slot in link.slots.values()):
                 log.warning("server %s has been silent for %g s; it is lost", link.name, SILENCE_TIME)
@@ -2741,6 +2750,9 @@ class Engine:
             forget_services()
         self.joined.set()
         self.balance()
+        if self.broken and not any(slots or id not in self.broken for id, (_, slots) in self._share.items()):
+            why = next(iter(self.broken.values()))             # no server is left that might have our libraries
+            self._fail_waiting(DependencyError(why.partition("\n")[0], why.split("\n")[1:]))
 
     def on_leader(self, _, address):
         self._master.follow(address)
@@ -2824,11 +2836,9 @@ class Engine:
         self._show_progress(f"{link.name}: {line}")
 
     def libraries_broken(self, link, why):
-        """Our libraries cannot be built there: use other servers; where there is none, the calls must hear of it."""
+        """Our libraries cannot be built there: use other servers; if the next share names none, the calls hear of it."""
         self.broken[link.id] = why
         link.connection.close()
-        if not any(other.session for other in self._links.values() if other.id not in self.broken):
-            self._fail_waiting(DependencyError(why.partition("\n")[0], why.split("\n")[1:]))
 
     def _leave(self, slot):
         """Give the slot back after the call that runs in it."""
@@ -3640,7 +3650,7 @@ class ExecutorEngine:
 def run_packed(function, arguments):
     """(succeeded, value or payload) of a call whose function and arguments are payloads; raises nothing."""
     try:
-        args, kwargs = unpack_arguments(arguments)
+        args, kwargs = resolve(*unpack_arguments(arguments))
         value = unpack(function)(*args, **kwargs)
         if inspect.iscoroutine(value):
             value = asyncio.run(value)
@@ -3708,8 +3718,8 @@ def configure(**settings):
     for key in settings:
         if key not in SERVICE_KEYS:
             raise ConfigurationError(f"configure() takes {', '.join(SERVICE_KEYS)}, not {key!r}")
-    read_settings("client", **settings)
-    _configured.update(settings)
+    read = read_settings("client", **settings)
+    _configured.update({key: getattr(read, key) for key in settings})
     forget_services()
 
 
@@ -3739,15 +3749,23 @@ def _settings():
 
 
 def _find_services():
-    engine = _engine if isinstance(_engine, Engine) else None
-    own = read_settings("client", **_configured) if engine is None or _configured else engine.settings
-    if engine is None and own.master:
+    engine = _engine
+    own = engine.settings if isinstance(engine, Engine) else read_settings("client")
+    if engine is None and (own.master or _listens("127.0.0.1", own.port)):
         engine = _current_engine()
-    return _merged_services(own, engine.services(own.patience) if engine else {})
+    return _merged_services(own, engine.services(own.patience) if isinstance(engine, Engine) else {})
+
+
+def _listens(host, port):
+    """Whether somebody does: a call would then look whether it is our master."""
+    with contextlib.suppress(OSError), socket.create_connection((host, port), FIRST_CONTACT):
+        return True
+    return False
 
 
 def _merged_services(own, theirs):
-    """Settings of a client's own and of what the master says, {} where there is none that could."""
+    """Settings of a client's own, of configure() first, and of what the master says, {} where there is none that could."""
+    own = Settings({**vars(own), **_configured}, {*own.given, *_configured})
     values = {key: getattr(own, key) for key in SERVICE_KEYS}
     values.update({key: value for key, value in theirs.items() if key not in own.given and key in SERVICE_KEYS})
     given = set(own.given) | set(theirs.get("given", ()))
@@ -5006,10 +5024,10 @@ def _command_status(arguments):
 def _command_libraries(arguments):
     settings = read_settings("client", arguments.pop("config"), **arguments)
     tables = asyncio.run(_ask_master(settings, "status"))
-    pins = [Pin(*pin) for pin in tables["libraries"]]
     print(libraries_text([
-        (f"{row['name']} ({row['address']})", row["environment"] or "", pins if row["environment"] == tables["environment"] else [],
-         "; ".join(row["faults"])) for row in tables["servers"].values()]))
+        (f"{row['name']} ({row['address']})", row["environment"],
+         [Pin(*pin) for pin in tables["environments"].get(row["environment"], [])], "; ".join(row["faults"]))
+        for row in tables["servers"].values()]))
     for fault in tables["faults"]:
         print(f"master: {fault}")
 

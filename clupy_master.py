@@ -156,7 +156,7 @@ async def resolve(dependencies, wheels={}, progress=None):
     DependencyError with pip's last lines. Cancelling kills pip. Nothing is installed; an empty list does not
     even run pip."""
     if not dependencies.libraries:
-        return Resolution((), dependencies.pip_options)
+        return Resolution()
     what = "pip cannot resolve " + ", ".join(dependencies.libraries)[:200]
     try:
         with tempfile.TemporaryDirectory(prefix="clupy-") as folder:
@@ -323,6 +323,10 @@ class Master:
         self.libraries = None if dependencies else Resolution()    # what it was resolved to last; None: not yet
         self.known = {Resolution().hash: Resolution()}             # {hash: Resolution} that servers may ask for
         self.fault = ""                # why the list could not be resolved
+        self.resolved = asyncio.Event()            # the list was resolved or refused once: clients' lists wait for that
+        if not dependencies:
+            self.resolved.set()
+        self.own = {}                  # {Connection: (Dependencies, wheels)} of the clients that have a list
         self._decision = None          # the timer of the next _decide
         self._decided = 0.0
         self._names = {}               # {Connection: ("server" or "client", id)}
@@ -363,6 +367,7 @@ class Master:
             await connection.serve(self)
         finally:
             kind, id = self._names.pop(connection) or (None, None)
+            self.own.pop(connection, None)
             table = {"server": self.servers, "client": self.clients}.get(kind, {})
             if id in table and table[id].connection is connection:
                 log.info("%s %s is gone", kind, id[:6])
@@ -445,7 +450,8 @@ class Master:
 
     def on_resolve(self, connection, libraries, pip_options, wheels):
         if self._leads(connection):
-            self._spawn(self._resolve_for(connection, Dependencies(tuple(libraries), tuple(pip_options)), wheels))
+            self.own[connection] = Dependencies(tuple(libraries), tuple(pip_options)), wheels
+            self._spawn(self._resolve_for(connection, *self.own[connection]))
 
     async def _resolve_for(self, connection, own, wheels):
         """A client's list, together with the master's."""
@@ -456,7 +462,6 @@ class Master:
             log.warning("the libraries of %s cannot be resolved: %s", connection.peer, error)
             connection.send("resolved", None, error.args)
         else:
-            self.known[found.hash] = found
             connection.send("resolved", ([tuple(pin) for pin in found.pins], found.pip_options), None)
 
     def on_status(self, connection):
@@ -470,6 +475,8 @@ class Master:
             "master": {"address": "%s:%s" % self.address, "python": platform.python_version(),
                        "version": clupy.__version__, "uptime": time.time() - self.started},
             "libraries": [tuple(pin) for pin in self.libraries.pins] if self.libraries else [],
+            "environments": {hash: [tuple(pin) for pin in self.known[hash].pins] for hash in
+                             {row.state["environment"] for row in self.servers.values()} & self.known.keys()},
             "environment": self.libraries.hash if self.libraries and self.libraries.pins else None,
             "faults": [self.fault] if self.fault else [],
             "servers": {id: {"address": f"{row.address[0] or 'the master'}:{row.address[1]}", "slots": row.slots,
@@ -517,6 +524,9 @@ class Master:
                     self.list, self.wheels, self.libraries, self.fault = own, wheels, found, ""
                     self.known[found.hash] = found
                     log.info("libraries: %s", ", ".join(f"{pin.name} {pin.version}" for pin in found.pins) or "none")
+                    for connection, (libraries, built) in self.own.items():
+                        self._spawn(self._resolve_for(connection, libraries, built))
+                self.resolved.set()
                 for row in self.servers.values():
                     self._send_cluster(row)
                 self._change()

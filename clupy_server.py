@@ -773,6 +773,7 @@ class Process:
         return f"<Process {self.pid} {self.slot or ('ready' if self.ready else 'starting')}>"
 
     def _start(self):
+        self.environment = self.libraries.hold()   # Environment, in use until this worker is dead; None: our own Python
         loop = asyncio.get_running_loop()
         channel, theirs = socket.socketpair()
         lifeline, self.lifeline = os.pipe()
@@ -783,7 +784,6 @@ class Process:
         arguments = json.dumps({"channel": theirs.fileno(), "lifeline": lifeline, "stack": stack[1], "board": board,
                                 "memory_limit": self.server.settings.memory_limit})
         boot = BOOT.format(folder=os.path.dirname(os.path.abspath(__file__)), arguments=arguments)
-        self.environment = self.libraries.hold()   # Environment, in use until this worker is dead; None: our own Python
         python, environ = worker_environment(self.environment and self.environment.path, self.server.worker_environ())
         try:
             self.popen = subprocess.Popen(
@@ -1010,6 +1010,7 @@ class Session:
             pins, pip_options = environment
             self.libraries = self.server.libraries_of(Resolution(tuple(Pin(*pin) for pin in pins), tuple(pip_options)))
         connection.send("welcome", self.id, self.server.name, self.server.versions)
+        self.server.tell_libraries(self)
         if self.server.draining:
             connection.send("notice", "draining", "")
 
@@ -1065,8 +1066,16 @@ class Libraries:
         return f"<Libraries {self.resolution.hash} {'ready' if self.ready else self.fault or 'not built'}>"
 
     def hold(self):
-        """The environment, once more in use: for one worker. None: the server's own Python."""
-        return self.environment and self.server.environments.use(self.environment.id)
+        """The environment, once more in use: for one worker. None: the server's own Python. Raises FileNotFoundError,
+        and builds it anew, if somebody removed it."""
+        if not self.resolution.pins:
+            return None
+        held = self.ready and self.server.environments.use(self.environment.id)
+        if not held:
+            self.ready = False
+            self.server.libraries_of(self.resolution)
+            raise FileNotFoundError(f"environment {self.resolution.hash} was removed; it is built anew")
+        return held
 
     async def build(self):
         try:
@@ -1075,8 +1084,10 @@ class Libraries:
                 data = await self.server.ask("wheel", pin.sha256)
                 if data is not None:
                     wheels[pin.sha256] = data
-            self.environment = await self.server.environments.build(
+            environment = await self.server.environments.build(
                 self.resolution, wheels, lambda line: self.server.notice(self, line))
+            self.close()
+            self.environment = environment
             self.ready, self.fault, self.failures = True, "", 0
         except DependencyError as error:
             self.failures += 1
@@ -1108,8 +1119,9 @@ class Server:
         self.link = clupy.MasterLink([(host, port or settings.port) for host, port in settings.master or [("localhost", None)]],
                                      secret, settings)
         self.environments = Environments(settings.environments_dir, settings.environments_kept)
-        self.known = {}                            # {hash of a resolution: Libraries}
         self.default = Libraries(self, Resolution())       # the cluster's, as far as they are built
+        self.known = {self.default.resolution.hash: self.default}  # {hash of a resolution: Libraries}
+        self.settled = False                       # whether `default` was the cluster's at any time: slots wait for that
         self.wanted = None                         # hash of the cluster's newest; None until the master has spoken
         self.versions = {"python": "%d.%d.%d" % sys.version_info[:3], "cloudpickle": clupy.installed("cloudpickle")}
         self._questions = {}                       # {(kind, key): future of the master's answer}
@@ -1338,20 +1350,37 @@ class Server:
 
     def _libraries_for(self, slot):
         """The Libraries for a slot that waits, or None until they are built."""
-        if slot.session.libraries is None:
-            return self.default if self.wanted is not None else None
-        return slot.session.libraries if slot.session.libraries.ready else None
+        libraries = slot.session.libraries or self.settled and self.default
+        return libraries if libraries and libraries.ready else None
 
     def libraries_changed(self, libraries):
         """A build has ended, well or not."""
         if libraries.fault:
             log.error("%s", libraries.fault)
-            for session in self.sessions.values():
-                if session.libraries is libraries:
-                    session.connection.send("notice", "broken", libraries.fault)
+        for session in list(self.sessions.values()):
+            self.tell_libraries(session)
+        self._forget()
         self.replenish()
         self.assign()
         self.state_soon()
+
+    def tell_libraries(self, session):
+        """Say to the client why its libraries cannot be had here, or that its slots with older ones should go back."""
+        wanted = session.libraries or (self.default if self.settled else self.known.get(self.wanted))
+        if wanted and wanted.fault and not wanted.building:
+            session.connection.send("notice", "broken", wanted.fault)
+        elif wanted and wanted.ready and any(slot.process and slot.process.libraries is not wanted
+                                             for slot in session.slots.values()):
+            session.connection.send("notice", "renew", "")
+
+    def _forget(self):
+        """Let go of what neither the cluster nor a connected client wants; workers hold their environments themselves.
+
+        What could not be built is remembered until it may be tried again."""
+        wanted = [self.default, self.known.get(self.wanted), *(session.libraries for session in self.sessions.values())]
+        for hash, libraries in list(self.known.items()):
+            if libraries not in wanted and not libraries.building and time.monotonic() >= libraries.again:
+                self.known.pop(hash).close()
 
     def notice(self, libraries, line):
         """A line of what pip says, for the clients that wait for these libraries."""
@@ -1380,9 +1409,11 @@ class Server:
         if libraries.ready and self.wanted == wanted and self.default is not libraries:
             log.info("the cluster's libraries are now %s", libraries)
             self.default = libraries
+        if libraries.ready and self.wanted == wanted:
+            self.settled = True
             for session in self.sessions.values():
-                if session.libraries is None:      # its slots are given back after the calls under way
-                    session.connection.send("notice", "renew", "")
+                self.tell_libraries(session)
+        self._forget()
         self.replenish()
         self.assign()
         self.state_soon()
@@ -1482,6 +1513,8 @@ class Server:
     def on_cluster(self, _, services, silent, libraries):
         self.services = services
         if libraries != self.wanted:
+            if self.wanted in self.known:
+                self.known[self.wanted].again = 0.0        # nobody tries that again: its fault is of no interest
             self.wanted = libraries
             self.spawn(self._synchronize())
         for session in self.sessions.values():
