@@ -55,7 +55,7 @@ HOLD_TIME = 0.0002                 # results younger than this wait for more; mo
 FLUSH_TICK = 20                    # milliseconds; after so long a call has left results behind that are not sent
 OUTPUT_TIME = 0.5                  # a dead worker's pipes are read so long at most, should an orphan hold them open
 GRACE_TIME = 1.0                   # a worker whose slot was closed may end by itself for so long
-WATCH_TIME = 0.05                  # deadlines are looked at so often, while slots are open
+WATCH_TIME = 0.1                   # deadlines are looked at so often, while slots are open
 STACK_TIME = 0.1                   # a worker that is to be killed writes its Python stack for so long
 STACK_SIGNAL = signal.SIGRTMIN + 3 if hasattr(signal, "SIGRTMIN") else signal.SIGUSR2
 LAST_LINES = 10                    # of standard error that an error message shows
@@ -192,6 +192,8 @@ class Worker:
             self.held_since, self.busy = end, 0.0
         self.busy += end - begin
         self.results.append((number, succeeded, value))
+        if type(value) is tuple:                   # large buffers, not copied: the next call may change them
+            self.send_results()
 
     def _outcome(self, function, arguments):
         """(succeeded, value or payload); raises nothing."""

@@ -70,7 +70,8 @@ def workers():
 
 def environ(**more):
     """The environment of a process of the tests: of CLUPY_* variables only those named."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("CLUPY_")}
+    clean = {name: value for name, value in os.environ.items()
+             if not name.startswith("CLUPY_") and name != "PYTHONDONTWRITEBYTECODE"}      # compiled once, not per process
     return {**clean, "CLUPY_SECRET": SECRET, "PYTHONPATH": HERE, "PYTHONUNBUFFERED": "1",
             **{name: str(value) for name, value in more.items()}}
 
@@ -190,6 +191,7 @@ def nothing_is_left(tmp_path, monkeypatch):
     """The frame of every test: an environment without CluPy's variables, and nothing left when it is over."""
     for name in [name for name in os.environ if name.startswith("CLUPY_") and name != "CLUPY_TEST_SERVICES"]:
         monkeypatch.delenv(name)
+    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
     monkeypatch.setenv("CLUPY_SECRET", SECRET)
     monkeypatch.setenv(*MARK.split("="))
     monkeypatch.setenv("CLUPY_PORT", str(free_port()))      # so that no master of the machine's user is found
@@ -636,6 +638,18 @@ def test_everything_travels_under_tls_where_a_certificate_is_configured(tmp_path
         clupy.close()
         with pytest.raises(clupy.MasterUnreachable):
             clupy.connect(cluster.address, patience=1)          # without TLS
+
+
+def test_importing_clupy_is_light_and_the_command_does_not_load_it_twice(tmp_path):
+    done = run_script(tmp_path, """
+        import sys, clupy
+        heavy = "asyncio redis kazoo yaml cloudpickle ssl".split()
+        print([name for name in heavy if name in sys.modules])
+        """)
+    assert done.stdout == "[]\n"
+    loaded = subprocess.run([sys.executable, "-X", "importtime", "-m", "clupy", "--version"], env=environ(),
+                            capture_output=True, text=True, check=True)
+    assert loaded.stdout.startswith("clupy ") and len([x for x in loaded.stderr.splitlines() if x.endswith("| clupy")]) == 1
 
 
 # ---- Configuration
