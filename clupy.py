@@ -2541,6 +2541,7 @@ class Engine:
             log.error("closing took more than %g s; leaving the rest to the servers", CLOSE_TIME + 2)
         self._soon(self.loop.stop)
         self._thread.join(CLOSE_TIME)
+        conclude([(call, False, Closed("the client was closed")) for call in list(self._inbox)])
 
     def grow(self, slots):
         """At least so many slots, if this is an embedded cluster."""
@@ -3356,6 +3357,7 @@ def timed_out(call, slot, how):
 # What a user writes.  The functions of the module share one engine per process, made when it is first needed.
 
 _engine = None
+_engines = weakref.WeakSet()    # all that this process has made, Executors' own included
 _engine_lock = threading.Lock()
 
 
@@ -3403,7 +3405,9 @@ def _make_engine(settings):
             raise
         log.debug("%s; so no master of ours runs on this machine", error)
         secret = None
-    return Engine(settings, secret, own)
+    engine = Engine(settings, secret, own)
+    _engines.add(engine)
+    return engine
 
 
 def _current_engine():
@@ -3670,6 +3674,9 @@ class ExecutorEngine:
     def grow(self, slots):
         """The executor has the workers that it has."""
 
+    def abandon(self):
+        """What becomes of an executor in a forked child is its own affair."""
+
     def cancel_limit(self, limit):
         for call in list(self._running):
             if call._limit is limit:
@@ -3703,19 +3710,24 @@ def unpack_arguments(arguments, unpack=unpack):
 
 # ---- The life of the process
 
+_parents = []                   # in a forked child: kept for ever, as nothing of them may be finalized here
+
+
 @atexit.register
 def _at_exit():
     close()
+    for engine in list(_engines):
+        engine.close()
 
 
 def _after_fork():
-    """In a forked child: the engine stays the parent's; the child gets one of its own when it makes a call."""
-    global _engine, _engine_lock, threads, _parents
+    """In a forked child: the engines stay the parent's; the child gets one of its own when it makes a call."""
+    global _engine, _engines, _engine_lock, threads
     _engine_lock, Future._condition, threads = threading.Lock(), threading.Condition(), Threads()
-    if _engine is not None:
-        _parents = _engine                        # kept for ever: nothing of it may be finalized here
-        _engine.abandon()
-        _engine = None
+    for engine in {*_engines, *filter(None, [_engine])}:
+        engine.abandon()
+        _parents.append(engine)
+    _engine, _engines = None, weakref.WeakSet()
 
 
 os.register_at_fork(after_in_child=_after_fork)

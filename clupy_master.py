@@ -438,7 +438,7 @@ class Master:
         if changed:
             self._change()
         else:
-            self._send_share(row)
+            self._send_share(id, row)
 
     def on_libraries(self, connection, hash):
         """A server's or client's question for an exact list; None stands for the cluster's."""
@@ -558,8 +558,8 @@ class Master:
             return
         self._decided = now = time.monotonic()
         if not self.servers or self.libraries is None:
-            for row in self.clients.values():      # nothing known yet, or nobody there: keep what is open
-                self._send_share(row)
+            for id, row in self.clients.items():   # nothing known yet, or nobody there: keep what is open
+                self._send_share(id, row)
             return
         new = shares(self.servers, self.clients, now)
         for id, row in self.clients.items():
@@ -567,16 +567,16 @@ class Master:
             row.share = new[id]
             if bool(before) != bool(row.share):
                 row.since = now
-            self._send_share(row, gone=before)
+            self._send_share(id, row, gone=before)
         if any(row.wanted and not row.share for row in self.clients.values()):
             if self._decision is None:             # somebody waits: slots pass on in turn
                 self._decision = asyncio.get_running_loop().call_later(TURN_TIME / 2, self._decide)
 
-    def _send_share(self, row, gone=()):
+    def _send_share(self, client, row, gone=()):
         """A server of which the client has nothing any more is named with 0 slots: give them back."""
         share = {}
         for id, server in self.servers.items():
-            if id in row.share or id in gone or server.held:
+            if id in row.share or id in gone or client in server.held:
                 share[id] = server.address, row.share.get(id, 0)
         row.connection.send("share", share, self._services())
 
