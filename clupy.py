@@ -109,6 +109,7 @@ WORK_AHEAD = 0.005                # seconds of work sent ahead to a worker; more
 MAX_AHEAD = 2000                  # calls under way in one slot at most, however short they are
 STALL_TIME = 0.02                 # a slot without a result for so long gives back what it has not begun
 LINGER_TIME = 1.0                 # an extra slot for nested calls stays open so long when idle; a new one costs a worker
+MASTER_SILENCE = 6.0              # a master that answers no statement for so long is left for the next of several
 RETRY_TIME = 10.0                 # an unreachable server is tried again after it
 SILENCE_TIME = 60.0               # a server from which nothing came for so long, while a call is out, is lost
 ALIVE_TIME = 10.0                 # a server says so often that it is alive
@@ -628,6 +629,7 @@ class Connection:
 
     def __init__(self, reader, writer, peer, key):
         self._reader, self._writer = reader, writer
+        self.heard = time.monotonic()  # when the last message arrived
         self.peer = peer               # "10.0.0.5:41234"
         self.key = key                 # known to both ends, and to nobody else
 
@@ -653,7 +655,9 @@ class Connection:
         """Hand every message to the owner until the connection ends; says why in the log if it was the peer's fault."""
         try:
             while True:
-                dispatch(owner, self, await self.receive())
+                message = await self.receive()
+                self.heard = time.monotonic()
+                dispatch(owner, self, message)
         except ProtocolError as error:
             log.warning("closing the connection to %s: %s", self.peer, error)
         except (asyncio.IncompleteReadError, OSError):
@@ -838,6 +842,7 @@ class MasterLink:
         self.lost_at = time.monotonic()
         self.why_lost = "not tried yet"
         self.leader = None             # (host, port) to which a standby sent us
+        self._looked = time.monotonic()
 
     def __repr__(self):
         return f"<MasterLink {self.connection.peer if self.connection else self.why_lost}>"
@@ -864,6 +869,15 @@ class MasterLink:
             if self.leader is None:
                 await asyncio.sleep(delay * random.uniform(0.5, 1))
                 delay = min(1.0, delay * 1.5)
+
+    def look(self, now):
+        """To be called every STATEMENT_TIME: a master that answers no statement is left, if there are others; where it is
+        the only one, it is waited for."""
+        late = now - self._looked > STATEMENT_TIME + 1           # it was us who slept
+        self._looked = now
+        if self.connection and len(self.addresses) > 1 and not late and now - self.connection.heard > MASTER_SILENCE:
+            log.warning("master %s has been silent for %g s; trying the next one", self.connection.peer, MASTER_SILENCE)
+            self.connection.close()
 
     def follow(self, address):
         """A standby said who leads, or that it does not know: go there, or to the next."""
@@ -2748,6 +2762,8 @@ class Engine:
             woke = now
             if now - self._stated >= STATEMENT_TIME * 0.9:
                 self._state()
+            if self._master:
+                self._master.look(now)
             self._judge(now)
             self.balance()
 

@@ -1145,6 +1145,7 @@ class Server:
         self.replenish()
         self.spawn(self._stay_with_master())
         self.spawn(self._watch())
+        self.spawn(self._repeat())
         self.spawn(self._keep_in_step())
 
     def spawn(self, coroutine):
@@ -1481,7 +1482,6 @@ class Server:
 
     def master_joined(self, connection):
         self._state()
-        self._repeat()
 
     def master_lost(self):
         for kind, key in list(self._questions):
@@ -1490,10 +1490,11 @@ class Server:
             self._said = self.link.why_lost        # once, however often it is tried again
             log.warning("no master: %s", self._said)
 
-    def _repeat(self):
-        if self.link.connection and not self._closing:
+    async def _repeat(self):
+        while True:
+            await asyncio.sleep(clupy.STATEMENT_TIME)
+            self.link.look(time.monotonic())
             self._state()
-            asyncio.get_running_loop().call_later(clupy.STATEMENT_TIME, self._repeat)
 
     def state_soon(self):
         """After a change: state it, gathered for GATHER_TIME."""
