@@ -251,7 +251,7 @@ def _addresses(value):
 
 
 SETTINGS = {   # key: (roles that have it, how it is read, default)
-    "listen": ("master server", parse_address, None),                # None: every address; a master: PORT, a server: a free one
+    "listen": ("master server", parse_address, None),           # None: every address; a master's PORT, a server's free one
     "master": ("server client", _addresses, None),
     "port": ("server client", _count, PORT),                    # the master's, where its address names none
     "secret_file": ("master server client", _text, "~/.clupy/secret"),
@@ -286,6 +286,11 @@ class Settings:
 
     def __repr__(self):
         return f"Settings({', '.join(f'{key}={masked(getattr(self, key))!r}' for key in sorted(self.given))})"
+
+
+def masters_of(settings):
+    """[(host, port), ...] of the masters; localhost where none is named."""
+    return [(host, port or settings.port) for host, port in settings.master or [("localhost", None)]]
 
 
 def default_settings(role, **values):
@@ -619,9 +624,14 @@ def tls_context(settings, side):
         return ssl.create_default_context(cafile=os.path.expanduser(settings.tls_ca))
     if side == "admit" and settings.tls_cert:
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        context.load_cert_chain(os.path.expanduser(settings.tls_cert), os.path.expanduser(settings.tls_key or settings.tls_cert))
+        context.load_cert_chain(*tls_files(settings))
         return context
     return None
+
+
+def tls_files(settings):
+    """The absolute paths of certificate and key."""
+    return [os.path.abspath(os.path.expanduser(path)) for path in (settings.tls_cert, settings.tls_key or settings.tls_cert)]
 
 
 class Connection:
@@ -672,7 +682,12 @@ class Connection:
         self.close()
 
     def close(self):
+        """Send what is under way, then end."""
         self._writer.close()
+
+    def abort(self):
+        """End now; TLS would wait for the peer's farewell."""
+        self._writer.transport.abort()
 
 
 async def connect_socket(host, port):
@@ -714,7 +729,7 @@ async def dial(address, role, secret, settings):
         async with asyncio.timeout(HANDSHAKE_TIME):
             return await _prove(reader, writer, f"{host}:{port}", preamble(role), secret)
     except BaseException as error:
-        writer.close()
+        writer.transport.abort()
         if isinstance(error, asyncio.IncompleteReadError):
             raise ProtocolError(f"{host}:{port} closed the connection during the handshake; "
                                 "is it CluPy's port, and the secret the same?") from None
@@ -750,7 +765,7 @@ async def admit(sock, peer, mine, secret, settings):
             raise SecretError("it has another secret")
         return Connection(reader, writer, peer, proof(secret, b"key", *bound))
     except BaseException:
-        writer.close()
+        transport.abort()
         raise
 
 
@@ -886,7 +901,7 @@ class MasterLink:
 
     def close(self):
         if self.connection:
-            self.connection.close()
+            self.connection.abort()
 
 
 # ==== Libraries: lists, exact versions, pip ==================================
@@ -951,6 +966,16 @@ class Resolution(collections.namedtuple("Resolution", "pins pip_options", defaul
 
     @property
     def hash(self): return digest(self.pins, self.pip_options)
+
+    @property
+    def plain(self):
+        """As it travels in messages; Resolution.of makes it whole again."""
+        return [tuple(pin) for pin in self.pins], self.pip_options
+
+    @classmethod
+    def of(cls, plain):
+        pins, pip_options = plain
+        return cls(tuple(Pin(*pin) for pin in pins), tuple(pip_options))
 
     @property
     def shipped(self): return [pin for pin in self.pins if pin.url.startswith("wheel:")]
@@ -2432,8 +2457,7 @@ class ServerLink:
 
     def greet(self):
         libraries = self.engine.libraries
-        self.send("hello", self.engine.id, PYTHON, libraries and ([tuple(pin) for pin in libraries.pins], libraries.pip_options),
-                  self.engine.settings.output)
+        self.send("hello", self.engine.id, PYTHON, libraries and libraries.plain, self.engine.settings.output)
 
     def send(self, *message):
         if self.connection:
@@ -2476,12 +2500,6 @@ class ServerLink:
             self.engine.show_building(self, text)
         elif what == "broken":
             self.engine.libraries_broken(self, text)
-
-
-def resolution_of(found):
-    """The Resolution of a message's (pins, pip options)."""
-    pins, pip_options = found
-    return Resolution(tuple(Pin(*pin) for pin in pins), tuple(pip_options))
 
 
 def refusal(kind, text):
@@ -2622,6 +2640,7 @@ class Engine:
                 task.cancel()
             if rest:
                 self.loop.run_until_complete(asyncio.wait(rest))
+            self.loop.run_until_complete(asyncio.sleep(0))         # transports close in the loop's next turn
             self.loop.close()
 
     async def _live(self):
@@ -2637,7 +2656,7 @@ class Engine:
     async def _find_masters(self):
         """The masters' addresses: those of the settings, one that answers on localhost, or an embedded one's."""
         if self.settings.master:
-            return [(host, port or self.settings.port) for host, port in self.settings.master]
+            return masters_of(self.settings)
         if self.secret:
             address = ("127.0.0.1", self.settings.port)
             try:
@@ -2687,7 +2706,7 @@ class Engine:
         elif error:
             log.warning("our libraries stay as they were: %s", DependencyError(*error))
         else:
-            self.libraries, self.resolving = resolution_of(found), False
+            self.libraries, self.resolving = Resolution.of(found), False
             for link in self._links.values():
                 link.greet()                      # the server asks for the slots back once it has the new ones
             self._update_wanted()
@@ -2695,7 +2714,7 @@ class Engine:
 
     def on_libraries(self, _, _hash, found):
         if found is not None:
-            self._check(resolution_of(found).pins)
+            self._check(Resolution.of(found).pins)
 
     def _check(self, pins):
         """Compare the cluster's libraries with this client's, in a thread, since it reads files."""
@@ -3296,6 +3315,8 @@ class Engine:
         if self._printer:
             self._printer.put(None)
         for link in self._links.values():
+            if link.connection:
+                link.connection.abort()
             link.task.cancel()
             for slot in link.slots.values():
                 slot.task.cancel()
@@ -3355,7 +3376,8 @@ def died(call, slot, how):
         text += f"; peak memory {how['peak'] / 2**30:.1f}{of} GB"
     if how.get("code") == -9 and how["why"] == "died":
         text += "; nobody here sent it, so the system may have been out of memory"
-    for title, lines in (("its last lines of standard error", how.get("lines")), ("it was at", how.get("stack", "").splitlines())):
+    for title, lines in (("its last lines of standard error", how.get("lines")),
+                         ("it was at", how.get("stack", "").splitlines())):
         if lines:
             text += f"; {title}:\n  " + "\n  ".join(lines)
     return WorkerDied(text)
@@ -5087,7 +5109,7 @@ def _command_libraries(arguments):
 async def _ask_master(settings, *question):
     """The leading master's answer to one question."""
     secret, errors = find_secret(settings), []
-    addresses = [(host, port or settings.port) for host, port in settings.master or [("localhost", None)]]
+    addresses = masters_of(settings)
     for address in addresses:
         try:
             connection = await dial(address, TO_MASTER, secret, settings)
@@ -5115,7 +5137,8 @@ def status_text(tables):
              f"up {master['uptime']:.0f} s", ""]
     lines += _table(("SERVER", "ADDRESS", "SLOTS", "USED", "LOAD", "PYTHON", "ENVIRONMENT", "STATE"),
                     [(row["name"], row["address"], row["slots"], row["used"], f"{row['load']:.1f}", row["python"],
-                      row["environment"] or "own", "draining" if row["draining"] else "ready") for row in tables["servers"].values()])
+                      row["environment"] or "own", "draining" if row["draining"] else "ready")
+                     for row in tables["servers"].values()])
     lines += [""] + _table(("CLIENT", "ADDRESS", "WANTED", "SLOTS", "HEARD"),
                            [(id[:6], row["address"], row["wanted"], row["share"], f"{row['silent']:.0f} s ago")
                             for id, row in tables["clients"].items()])

@@ -443,7 +443,7 @@ class Master:
     def on_libraries(self, connection, hash):
         """A server's or client's question for an exact list; None stands for the cluster's."""
         found = self.libraries if hash is None else self.known.get(hash)
-        connection.send("libraries", hash, found and ([tuple(pin) for pin in found.pins], found.pip_options))
+        connection.send("libraries", hash, found and found.plain)
 
     def on_wheel(self, connection, sha256):
         connection.send("wheel", sha256, self.wheels.get(sha256) or self.resolutions.wheel_of(Pin("", "", "", sha256)))
@@ -462,7 +462,7 @@ class Master:
             log.warning("the libraries of %s cannot be resolved: %s", connection.peer, error)
             connection.send("resolved", None, error.args)
         else:
-            connection.send("resolved", ([tuple(pin) for pin in found.pins], found.pip_options), None)
+            connection.send("resolved", found.plain, None)
 
     def on_status(self, connection):
         if self._leads(connection):

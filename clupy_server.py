@@ -43,7 +43,7 @@ import threading
 import time
 
 import clupy
-from clupy import (CONTROL, PYTHON, SLOT, ClupyError, DependencyError, Pin, ProtocolError, Resolution, VersionMismatch,
+from clupy import (CONTROL, PYTHON, SLOT, ClupyError, DependencyError, ProtocolError, Resolution, VersionMismatch,
                    dispatch, encode, next_try, pip, placed, proof, run_command, slot_head, slot_key, tune)
 from clupy import asyncio, pathlib, platform, shutil, site, subprocess, sysconfig, tempfile     # imported at first use
 
@@ -1009,8 +1009,7 @@ class Session:
             return
         self.client, self.output = client, output
         if environment is not None:
-            pins, pip_options = environment
-            self.libraries = self.server.libraries_of(Resolution(tuple(Pin(*pin) for pin in pins), tuple(pip_options)))
+            self.libraries = self.server.libraries_of(Resolution.of(environment))
         connection.send("welcome", self.id, self.server.name, self.server.versions)
         self.server.tell_libraries(self)
         if self.server.draining:
@@ -1118,8 +1117,7 @@ class Server:
         self.waiting = collections.deque()         # SlotRows that no worker serves yet, first come first served
         self.draining = False
         self.failed = asyncio.get_running_loop().create_future()     # an error after which it makes no sense to go on
-        self.link = clupy.MasterLink([(host, port or settings.port) for host, port in settings.master or [("localhost", None)]],
-                                     secret, settings)
+        self.link = clupy.MasterLink(clupy.masters_of(settings), secret, settings)
         self.environments = Environments(settings.environments_dir, settings.environments_kept)
         self.default = Libraries(self, Resolution())       # the cluster's, as far as they are built
         self.known = {self.default.resolution.hash: self.default}  # {hash of a resolution: Libraries}
@@ -1127,8 +1125,7 @@ class Server:
         self.wanted = None                         # hash of the cluster's newest; None until the master has spoken
         self.versions = {"python": "%d.%d.%d" % sys.version_info[:3], "cloudpickle": clupy.installed("cloudpickle")}
         self._questions = {}                       # {(kind, key): future of the master's answer}
-        self.tls = settings.tls_cert and [os.path.abspath(os.path.expanduser(path))        # what a worker needs
-                                          for path in (settings.tls_cert, settings.tls_key or settings.tls_cert)]
+        self.tls = settings.tls_cert and clupy.tls_files(settings)            # what a worker needs of it
         self._tasks = set()
         self._stating = None
         self._closing = False
@@ -1143,7 +1140,7 @@ class Server:
     async def start(self):
         clupy.remove_stale_refs(clupy.SETTINGS["ttl"][2])
         self.replenish()
-        self.spawn(self._stay_with_master())
+        self.spawn(self.link.run(self))
         self.spawn(self._watch())
         self.spawn(self._repeat())
         self.spawn(self._keep_in_step())
@@ -1437,7 +1434,7 @@ class Server:
             question.set_result(answer)
 
     def on_libraries(self, _, hash, found):
-        self._answer("libraries", hash, found and Resolution(tuple(Pin(*pin) for pin in found[0]), tuple(found[1])))
+        self._answer("libraries", hash, found and Resolution.of(found))
 
     def on_wheel(self, _, sha256, data):
         self._answer("wheel", sha256, data)
@@ -1476,9 +1473,6 @@ class Server:
             process.why = None
 
     # -- the master
-
-    async def _stay_with_master(self):
-        await self.link.run(self)
 
     def master_joined(self, connection):
         self._state()

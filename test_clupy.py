@@ -635,7 +635,8 @@ def test_everything_travels_under_tls_where_a_certificate_is_configured(tmp_path
     subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=clupy",
                     "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", "key.pem", "-out", "cert.pem"],
                    check=True, capture_output=True, cwd=tmp_path)
-    paths = {"CLUPY_TLS_CERT": tmp_path / "cert.pem", "CLUPY_TLS_KEY": tmp_path / "key.pem", "CLUPY_TLS_CA": tmp_path / "cert.pem"}
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    paths = {"CLUPY_TLS_CERT": cert, "CLUPY_TLS_KEY": key, "CLUPY_TLS_CA": cert}
     with Cluster(tmp_path, **paths) as cluster:
         clupy.connect(cluster.address, tls_ca=str(tmp_path / "cert.pem"))
         results = [clupy.parallel(square)(n) for n in range(500)]
@@ -722,7 +723,8 @@ def test_shares_move_as_little_as_possible():
 def test_idle_slots_stay_with_who_has_them_until_somebody_wants_them():
     servers = {"s1": server_row(4)}
     assert clupy_master.shares(servers, {"idle": row(0, s1=4)}, 100.0) == {"idle": {"s1": 4}}
-    assert clupy_master.shares(servers, {"idle": row(0, s1=4), "new": row(3)}, 100.0) == {"idle": {"s1": 1}, "new": {"s1": 3}}
+    both = {"idle": row(0, s1=4), "new": row(3)}
+    assert clupy_master.shares(servers, both, 100.0) == {"idle": {"s1": 1}, "new": {"s1": 3}}
     assert clupy_master.shares(servers, {"idle": row(0, s1=4)}, 1000.0) == {"idle": {}}
 
 
@@ -1033,7 +1035,8 @@ def test_what_calls_print_appears_with_server_and_pid_and_in_order(tmp_path):
 
 
 def test_output_can_be_switched_off(tmp_path):
-    done = run_script(tmp_path, "import clupy\nclupy.parallel(print)('loud').result(30)\nclupy.close()", CLUPY_OUTPUT="off")
+    text = "import clupy\nclupy.parallel(print)('loud').result(30)\nclupy.close()"
+    done = run_script(tmp_path, text, CLUPY_OUTPUT="off")
     assert "loud" not in done.stdout + done.stderr
 
 
@@ -1049,7 +1052,8 @@ def test_a_flood_of_output_stops_nobody_and_says_how_much_was_not_shown(tmp_path
         """)
     assert "done" in done.stdout and len(done.stdout) < 120_000_000
     shown = sum("x" * 99 in line for line in done.stdout.splitlines())
-    dropped = [int(line.split("... ")[1].split()[0]) for line in (done.stdout + done.stderr).splitlines() if "not shown" in line]
+    notes = [line for line in (done.stdout + done.stderr).splitlines() if "not shown" in line]
+    dropped = [int(line.split("... ")[1].split()[0]) for line in notes]
     assert shown + sum(dropped) == 1_000_000
 
 
