@@ -2050,6 +2050,7 @@ class Future(concurrent.futures.Future):
     _condition = threading.Condition()
     _result = _exception = None
     _packed = None                # (succeeded, payload) until somebody asks for the result
+    _waiting = _callbacks = None  # lists of _waiters and of _done_callbacks, made when they are first needed
     _handlers = None              # [(on success, f)] that have not run yet; None: there are none
     _parent = _outer = None       # a nested call: (Slot, its number there), number of the call that made it
     _slot = None                  # the Slot that it was sent to last, and when
@@ -2060,8 +2061,6 @@ class Future(concurrent.futures.Future):
 
     def __init__(self, engine=None, function=None, arguments=(), timeout=None, retries=0, limit=None):
         self._state = PENDING
-        self._waiters = []
-        self._done_callbacks = []
         self._engine = engine
         self._function = function
         self._arguments = arguments    # tuple of plain values, or a payload
@@ -2082,6 +2081,19 @@ class Future(concurrent.futures.Future):
 
     def __await__(self):
         return asyncio.wrap_future(self).__await__()
+
+    @property
+    def _waiters(self):
+        """What concurrent.futures' wait() and as_completed() add themselves to."""
+        if self._waiting is None:
+            self._waiting = []
+        return self._waiting
+
+    @property
+    def _done_callbacks(self):
+        if self._callbacks is None:
+            self._callbacks = []
+        return self._callbacks
 
     # -- waiting
 
@@ -2240,15 +2252,15 @@ def conclude(outcomes):
                 call._packed = succeeded, value
             call._state = CANCELLED if type(value) is CancelledError else FINISHED
             call._arguments = None
-            if call._handlers is None:
-                for waiter in call._waiters:
+            if call._waiting and call._handlers is None:
+                for waiter in call._waiting:
                     if call._state == CANCELLED:
                         waiter.add_cancelled(call)
                     elif succeeded:
                         waiter.add_result(call)
                     else:
                         waiter.add_exception(call)
-            if call._done_callbacks or call._handlers:
+            if call._callbacks or call._handlers:
                 followed.append(call)
     for call in followed:
         threads.run(call._after)
@@ -2518,6 +2530,7 @@ class Engine:
         self.dependencies = dependencies          # this client's own list
         self.libraries = None                     # Resolution of it and the master's; None: the cluster's
         self.resolving = bool(dependencies.libraries)       # no slots are wanted until the master has resolved the list
+        self.checking = settings.library_check == "error"          # nor until the libraries were compared, if that matters
         self.broken = {}                          # {server name: why our libraries cannot be built there}
         self.pid = os.getpid()
         self._inbox = collections.deque()         # calls from any thread, not yet seen by the loop
@@ -2687,8 +2700,10 @@ class Engine:
         if self.dependencies.libraries:
             task = self.loop.create_task(self._send_list(connection))
             task.add_done_callback(self._list_sent)
-        if self.settings.library_check != "off" and not self.embedded:
+        elif self.settings.library_check != "off" and not self.embedded:
             connection.send("libraries", None)
+        if self.embedded:
+            self.checking = False                 # workers run this very Python
         self._state()
 
     async def _send_list(self, connection):
@@ -2707,24 +2722,30 @@ class Engine:
             log.warning("our libraries stay as they were: %s", DependencyError(*error))
         else:
             self.libraries, self.resolving = Resolution.of(found), False
+            self._check(self.libraries.pins)
             for link in self._links.values():
                 link.greet()                      # the server asks for the slots back once it has the new ones
             self._update_wanted()
             self._state()
 
     def on_libraries(self, _, _hash, found):
-        if found is not None:
-            self._check(Resolution.of(found).pins)
+        self._check(Resolution.of(found).pins)
 
     def _check(self, pins):
-        """Compare the cluster's libraries with this client's, in a thread, since it reads files."""
-        threads.run(self._check_in_thread, pins)
+        """Compare the libraries of its workers with this client's, in a thread, since it reads files."""
+        if self.settings.library_check != "off" and not self.embedded:
+            threads.run(self._check_in_thread, pins)
 
     def _check_in_thread(self, pins):
         try:
             check_libraries(pins, self.dependencies, self.settings.library_check)
         except LibraryMismatch as error:
             self._soon(self.fail_all, error)
+        self._soon(self._checked)
+
+    def _checked(self):
+        self.checking = False
+        self._update_wanted()
 
     def on_notice(self, _, what, text):
         self._show_progress(text)
@@ -2750,7 +2771,7 @@ class Engine:
 
     def _count_wanted(self):
         """How many slots the unfinished calls could use now."""
-        if self.resolving:
+        if self.resolving or self.checking:
             return 0
         limited = sum(min(limit.pending, limit.most or limit.pending) for limit in self._limits)
         suspended = sum(slot.suspended for slot in self._slots())
@@ -2893,8 +2914,11 @@ class Engine:
 
     def check_server(self, versions):
         """cloudpickle is in no list as a rule, but everything travels by it."""
-        if self.settings.library_check != "off" and not self.embedded and versions.get("cloudpickle"):
-            self._check([Pin("cloudpickle", versions["cloudpickle"])])
+        if not self.embedded and versions.get("cloudpickle"):      # before a slot is opened
+            try:
+                check_libraries([Pin("cloudpickle", versions["cloudpickle"])], library_check=self.settings.library_check)
+            except LibraryMismatch as error:
+                self.fail_all(error)
 
     def renew(self, link):
         """The cluster's libraries changed: slots with the old ones go back after the calls under way."""

@@ -441,7 +441,11 @@ class Master:
             self._send_share(id, row)
 
     def on_libraries(self, connection, hash):
-        """A server's or client's question for an exact list; None stands for the cluster's."""
+        """A server's or client's question for an exact list; None stands for the cluster's, once it is known."""
+        self._spawn(self._answer_libraries(connection, hash))
+
+    async def _answer_libraries(self, connection, hash):
+        await self.resolved.wait()
         found = self.libraries if hash is None else self.known.get(hash)
         connection.send("libraries", hash, found and found.plain)
 
@@ -576,7 +580,7 @@ class Master:
         """A server of which the client has nothing any more is named with 0 slots: give them back."""
         share = {}
         for id, server in self.servers.items():
-            if id in row.share or id in gone or client in server.held:
+            if id in row.share or id in gone or client in server.held or row.unreachable and server.usable:
                 share[id] = server.address, row.share.get(id, 0)
         row.connection.send("share", share, self._services())
 

@@ -682,9 +682,9 @@ class Environments:
         whoever else builds on this machine. wheels: {sha256: bytes} of `resolution.shipped`. Raises
         DependencyError. Afterwards, also if cancelled, there is all of it or nothing."""
         name = environment_id(resolution.pins)
-        if environment := self.use(name):
-            return environment
         try:
+            if environment := self.use(name):
+                return environment
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             with open(self.folder / "lock", "a") as lock:       # closed, and pip ended: unlocked
                 await self._acquire(lock, progress)

@@ -1067,8 +1067,8 @@ def test_closing_while_the_embedded_cluster_starts_leaves_nothing():
     assert clupy.parallel(square)(3).result(PATIENCE) == 9
 
 
-@pytest.mark.parametrize("end", ["", "raise SystemExit(3)", "raise ValueError('x')", "os.kill(os.getpid(), 2)", "os._exit(0)",
-                                 "import signal; os.kill(os.getpid(), 9)"])
+@pytest.mark.parametrize("end", ["", "raise SystemExit(3)", "raise ValueError('x')", "os.kill(os.getpid(), 2)",
+                                 "os._exit(0)", "import signal; os.kill(os.getpid(), 9)"])
 def test_leaving_the_program_never_hangs_and_leaves_nothing(tmp_path, end):
     before = workers()
     done = run_script(tmp_path, f"""
