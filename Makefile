@@ -18,7 +18,7 @@ test-fast: $(VENV)/test  ## run the tests; those that need Redis or ZooKeeper on
 	$(PYTEST)
 
 lint: $(VENV)/test  ## look for mistakes that can be seen without running anything
-	$(VENV)/bin/ruff check --select E,F,W,B --ignore B006,B023,B904,B905,E701,E731 --line-length 125 .
+	$(VENV)/bin/ruff check --select E,F,W,B --ignore B006,B018,B023,B904,B905,E701,E731 --line-length 130 .
 
 bench: $(VENV)/test  ## measure against the process pools of the standard library
 	$(VENV)/bin/python examples/benchmark.py

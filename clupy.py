@@ -3453,6 +3453,7 @@ def close():
         engine, _engine = _engine, None
     if engine is not None:
         engine.close()
+    forget_served()
     close_services()
     forget_services()
 
@@ -3880,7 +3881,7 @@ def _merged_services(own, theirs):
     given = set(own.given) | set(theirs.get("given", ()))
     if not theirs:
         values.update({key: value for key, value in _LOCAL.items() if key not in given})
-    return Settings(values, given)
+    return Settings(values, given & set(SERVICE_KEYS))
 
 
 def close_services():
@@ -3890,7 +3891,7 @@ def close_services():
         _redis_clients.clear()
         _zookeeper_clients.clear()
     for client in stores:
-        client.close()
+        client.connection_pool.disconnect()      # close() would leave a pool that it did not make to the garbage collector
     for client in keepers:
         _close_zookeeper(client)
 
@@ -4359,6 +4360,16 @@ def _append(key, name, content):
         for number, piece in enumerate(_pieces([content]), sum(-(-size // PIECE) for size in sizes)):
             fields += [str(number), piece]
         added = _once(lambda client: client.eval(_APPEND, 1, key, old, ttl, *fields), name)
+
+
+def forget_served():
+    """Ends what this process serves without Redis, and removes this machine's copies of it: nobody can ask again."""
+    names = list(_served)
+    _served.clear()
+    for folder in _ref_folders() if names else ():
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(folder, name))
 
 
 def share(value, ttl=None):

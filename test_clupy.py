@@ -5,33 +5,44 @@ Scripts run as programs of their own, because that is what users write.  After e
 """
 
 import asyncio
+import collections
 import concurrent.futures
 import contextlib
+import csv
+import ctypes
+import errno
 import functools
 import importlib.machinery
 import importlib.resources
 import importlib.util
+import itertools
 import json
 import linecache
 import os
 import pickle
 import pkgutil
+import select
+import shutil
 import signal
 import socket
 import struct
 import subprocess
 import sys
+import tarfile
 import textwrap
 import threading
 import time
 import traceback
 import types
+import uuid
+import zipfile
 
 import cloudpickle
 import pytest
 
 import clupy
 import clupy_master
+import clupy_server
 
 PATIENCE = 30                                     # seconds until a condition counts as never met
 SECRET = "a secret that only the tests know"
@@ -1244,7 +1255,7 @@ def call(func, *args):
     return clupy.parallel(func)(*args).result(PATIENCE)
 
 
-def shown(error):
+def printed(error):
     """What Python prints of an exception that nobody catches."""
     return "".join(traceback.format_exception(error))
 
@@ -1328,7 +1339,7 @@ def test_what_the_client_need_not_be_asked_it_is_not_asked(tmp_path, asked):
     clupy.connect(slots=1)
     assert call(imports) and call(imports) and call(fork) == 1
     assert asked == ["nowhere"]
-    assert call(shown, ValueError()) == "ValueError\n" and __name__ in asked        # though pytest loaded it
+    assert call(printed, ValueError()) == "ValueError\n" and __name__ in asked        # though pytest loaded it
 
 
 def test_a_program_run_by_dash_m_is_a_module_of_its_package(tmp_path):
@@ -1580,7 +1591,7 @@ def test_cells_of_a_notebook_may_be_run_again_and_tracebacks_show_their_lines():
     assert call(notebook["f"], old) == 1
     cell(1, "class Point: norm = lambda self: 1 / 0")
     assert call(notebook["f"], old) == 1 and type(call(notebook["Point"])) is notebook["Point"]
-    text = shown(clupy.parallel(notebook["f"])(notebook["Point"]()).exception(PATIENCE))
+    text = printed(clupy.parallel(notebook["f"])(notebook["Point"]()).exception(PATIENCE))
     assert '"<cell 1>", line 1, in <lambda>\n    class Point: norm = lambda self: 1 / 0\n' in text
     assert '"<cell 2>", line 1, in f\n    def f(point): return point.norm()\n' in text
 
@@ -1640,7 +1651,7 @@ def test_an_exception_keeps_type_arguments_attributes_notes_and_links():
     assert type(middle) is ValueError and middle.__suppress_context__ and middle.args[1] is middle.__cause__
     assert middle.__cause__ is middle.__context__ and middle.__cause__.args == ("key",)
     assert middle.__cause__.__notes__ == ["a note"]
-    text = shown(error)
+    text = printed(error)
     assert all(line in text for line in ('{}["key"]', 'raise ValueError("middle", error) from error', "raise error"))
     assert text.count(f"<{socket.gethostname()}") == 1 and "clupy_server" not in text
     with pytest.raises(ExceptionGroup, match="two") as caught:
@@ -1648,7 +1659,7 @@ def test_an_exception_keeps_type_arguments_attributes_notes_and_links():
     group, (first, inner) = caught.value, caught.value.exceptions
     assert group.__context__ is first and group.__suppress_context__ and group.__cause__ is None
     assert first.args == ("hidden",) and inner.exceptions[0].args == (3,)
-    assert shown(group).count('raise ValueError("hidden")') == 1                # that of the member
+    assert printed(group).count('raise ValueError("hidden")') == 1                # that of the member
 
 
 def test_an_uncaught_exception_of_a_nested_call_prints_as_if_it_had_happened_here(tmp_path):
@@ -1735,7 +1746,7 @@ WAYS_TO_SPOIL = [               # what is called, the type of its failure, words
     (lambda: raise_it(Refusing(SystemExit("no"), "pickled")), clupy.RemoteError, f"{__name__}.Refusing: ",
      lambda e: "SystemExit: no" in e.__notes__[0]),
     (lambda: raise_it(ValueError(threading.Lock())), clupy.RemoteError, "ValueError: <unlocked _thread.lock",
-     lambda e: "in raise_it" in e.traceback and "lock" in e.__notes__[0] and "in raise_it" in shown(e)),
+     lambda e: "in raise_it" in e.traceback and "lock" in e.__notes__[0] and "in raise_it" in printed(e)),
     (lambda: raise_it(ValueError("x" * 20_000_000)), ValueError, "xxx", lambda e: len(str(e)) == 20_000_000),
     (lambda: raise_it(ValueError("x" * 20_000_000, threading.Lock())), clupy.RemoteError, "ValueError: ",
      lambda e: len(str(e)) < 11_000),
@@ -1745,7 +1756,7 @@ WAYS_TO_SPOIL = [               # what is called, the type of its failure, words
     (lambda: raise_it(functools.reduce(lambda e, _: ExceptionGroup("g", [e]), range(900), ValueError(1))),
      ExceptionGroup, "g (1 sub-exception)"),
     (lambda: (lambda again: again(again))(lambda again: again(again)), RecursionError, "recursion",
-     lambda e: "frames left out" in shown(e)),
+     lambda e: "frames left out" in printed(e)),
     (lambda: raise_it(StopIteration(7)), StopIteration, "7", lambda e: e.value == 7),
     (lambda: raise_it(KeyboardInterrupt("k")), KeyboardInterrupt, "k"),
     (lambda: raise_it(SystemExit(3)), SystemExit, "3", lambda e: e.code == 3),
@@ -1764,6 +1775,1911 @@ def test_whatever_cannot_be_sent_is_an_error_that_names_it_and_hurts_no_neighbou
         assert type(error) is kind and (words is None or words in str(error)), (kind, error)
         assert all(holds(error) for holds in more), error
     assert [neighbour.value for _, neighbour in calls] == [n * n for n in range(len(calls))]
+
+
+# ==== Libraries ==============================================================
+# The index is a folder of small wheels that these stories write, so that they need no network.  In a wheel, the module's
+# `version` is the library's.
+
+def write_wheel(folder, name, version, requires=(), code=None):
+    folder.mkdir(parents=True, exist_ok=True)
+    info, path = f"{name}-{version}.dist-info", folder / f"{name}-{version}-py3-none-any.whl"
+    files = {f"{name}.py": code or f"version = {version!r}\ndef main(): print(version)\n",
+             f"{info}/METADATA": "\n".join([f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}",
+                                            *(f"Requires-Dist: {line}" for line in requires)]) + "\n",
+             f"{info}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+             f"{info}/entry_points.txt": f"[console_scripts]\n{name} = {name}:main\n"}
+    files[f"{info}/RECORD"] = "".join(f"{file},,\n" for file in [*files, f"{info}/RECORD"])
+    with zipfile.ZipFile(path, "w") as archive:
+        for file, text in files.items():
+            archive.writestr(file, text)
+    return path
+
+
+def break_wheel(folder, name, version):
+    """A wheel that pip can resolve and cannot install: its module does not have its checksum."""
+    path = write_wheel(folder, name, version, code="intact")
+    path.write_bytes(path.read_bytes().replace(b"intact", b"broken"))
+
+
+def write_source(folder, name, version, then="pass"):
+    """A source folder that builds without setuptools: it brings a build backend, which does `then` and gives its wheel."""
+    write_wheel(folder, name, version)
+    (folder / "PKG-INFO").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    (folder / "pyproject.toml").write_text(
+        '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n')
+    (folder / "backend.py").write_text(textwrap.dedent("""
+        import glob, os, shutil, time, zipfile
+        wheel, = glob.glob("*.whl")
+        def prepare_metadata_for_build_wheel(folder, settings=None):
+            with zipfile.ZipFile(wheel) as archive:
+                archive.extractall(folder, [name for name in archive.namelist() if "dist-info" in name])
+            return glob.glob("*.dist-info", root_dir=folder)[0]
+        def build_wheel(folder, settings=None, metadata=None):
+            THEN
+            return os.path.basename(shutil.copy(wheel, folder))
+        """).replace("THEN", then))
+    return folder
+
+
+def write_slow_source(index):
+    """A library of which the first build does not end, and the file that will have the builder's pid."""
+    pid = index / "pid"
+    source = write_source(index / "slow-1.0", "slow", "1.0", f"os.path.exists({str(pid)!r}) or ("
+                          f"open('new', 'w').write(str(os.getpid())), os.rename('new', {str(pid)!r}), time.sleep(600))")
+    with tarfile.open(index / "slow-1.0.tar.gz", "w:gz") as archive:
+        archive.add(source, "slow-1.0")
+    return source, pid
+
+
+@contextlib.contextmanager
+def small_disk(path):
+    """A file system of 8 MB."""
+    path.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "none", path], capture_output=True).returncode:
+        pytest.skip("no leave to mount a small disk")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", path], check=True)
+
+
+@pytest.fixture
+def index(tmp_path):
+    """figures 1.0 and 2.0; algebra, which needs figures below 2; own."""
+    folder = tmp_path / "index"
+    for name, version, *needs in ("figures", "1.0"), ("figures", "2.0"), ("algebra", "1.0", "figures<2"), ("own", "1.0"):
+        write_wheel(folder, name, version, needs)
+    return folder
+
+
+def list_of(index, *lines):
+    return clupy.Dependencies(lines, ("--no-index", "--find-links", str(index)))
+
+
+def ask(folder, role, index, *lines):
+    """Write a dependency file in one go, as an editor does."""
+    folder.mkdir(exist_ok=True)
+    (folder / "new").write_text(json.dumps(list_of(index, *lines)._asdict()))
+    (folder / "new").rename(folder / f"clupy.{role}.dependency.yaml")
+
+
+def solve(index, *lines):
+    return asyncio.run(clupy_master.resolve(list_of(index, *lines)))
+
+
+def python_in(path, code):
+    """What a worker's Python in the environment at path prints."""
+    python, variables = clupy_server.worker_environment(path, os.environ)
+    done = subprocess.run([python, "-P", "-c", code], env=variables, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+# -- dependency files
+
+def test_paths_in_a_dependency_file_are_relative_to_the_file(tmp_path, monkeypatch):
+    path = tmp_path / "clupy.master.dependency.yaml"
+    assert clupy.read_dependencies(path) == clupy.Dependencies()
+    wheel, source = write_wheel(tmp_path / "my wheels", "mine", "1.0"), write_source(tmp_path / "source", "other", "1.0")
+    path.write_text(f"""
+        libraries:
+          - numpy >=2 ; python_version > "3"    # a comment
+          - ./my wheels/{wheel.name} ; python_version > "3"
+          - source/[fast]
+          - other @ {source.as_uri()}
+          - tool @ https://example.org/tool-1.0.zip
+        pip_options: [--no-index, --find-links ./wheels, --constraint=limits.txt, -i https://example.org/]""")
+    monkeypatch.chdir("/")
+    assert clupy.read_dependencies(path) == clupy.Dependencies(
+        ('numpy >=2 ; python_version > "3"', f'{wheel} ; python_version > "3"', f"{source}[fast]", str(source),
+         "tool @ https://example.org/tool-1.0.zip"),
+        ("--no-index", "--find-links", f"{tmp_path}/wheels", f"--constraint={tmp_path}/limits.txt",
+         "-i", "https://example.org/"))
+
+
+@pytest.mark.parametrize("text, words", [
+    ("librarys: []", "unknown key 'librarys'; did you mean 'libraries'?"),
+    ("libraries: numpy", "libraries must be a list"), ("libraries: [1.5]", "1.5 is not text"),
+    ("- numpy", "expected libraries:"), ("libraries: [", "is not YAML"), ("libraries: [-e .]", "is an option"),
+    ("libraries: [./absent.whl]", "there is no"), ("pip_options: [--prefix=/usr]", "--prefix is CluPy's own"),
+])
+def test_a_bad_dependency_file_is_refused_with_its_name(tmp_path, text, words):
+    path = tmp_path / "clupy.client.dependency.yaml"
+    path.write_text(text)
+    with pytest.raises(clupy.ConfigurationError) as caught:
+        clupy.read_dependencies(path)
+    assert str(path) in str(caught.value) and words in str(caught.value)
+
+
+def test_a_clients_list_comes_behind_the_masters():
+    one, other = clupy.Dependencies(("a", "b"), ("--pre",)), clupy.Dependencies(("b", "c"), ("--pre",))
+    assert one.merged(other) == clupy.Dependencies(("a", "b", "c"), ("--pre",))
+    assert one.hash == clupy.Dependencies(("b", "a"), ("--pre",)).hash != other.hash
+
+
+# -- what pip makes of a list
+
+def test_variables_of_the_user_do_not_spoil_pip(tmp_path, index, monkeypatch):
+    (tmp_path / "json.py").write_text("raise SystemExit('shadowed')")
+    for name, value in {"PYTHONPATH": tmp_path, "PIP_TARGET": tmp_path / "x", "PIP_REQUIREMENT": "absent", "PIP_USER": "1",
+                        "PIP_REQUIRE_VIRTUALENV": "1", "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": index}.items():
+        monkeypatch.setenv(name, str(value))
+    found = asyncio.run(clupy_master.resolve(clupy.Dependencies(("algebra",))))       # where to look is the user's to say
+    assert [pin.requirement for pin in found.pins] == ["algebra==1.0", "figures==1.0"]
+
+
+def test_a_refusal_has_pips_words_and_stands_until_the_next_try(index):
+    async def story():
+        now = [1000.0]
+        resolutions, late = clupy_master.Resolutions(lambda: now[0]), list_of(index, "late")
+        for pause in 60, 120:
+            for begin in now[0], now[0] + pause - 1:
+                now[0] = begin
+                with pytest.raises(clupy.DependencyError, match="No matching distribution found for late") as caught:
+                    await resolutions.of(late)
+                assert 0 < len(caught.value.lines) <= clupy.PIP_LINES
+                again = pickle.loads(pickle.dumps(caught.value))
+                assert (str(again), again.lines) == (str(caught.value), caught.value.lines)
+            write_wheel(index, "late", "1.0") if pause == 120 else None
+            now[0] += 1
+        first, second = await asyncio.gather(*(resolutions.of(late) for _ in range(2)))
+        assert first is second and [pin.name for pin in first.pins] == ["late"]
+    asyncio.run(story())
+    assert [clupy.next_try(failures, 100.0) - 100 for failures in (1, 2, 3, 4, 5, 2000)] == [60, 120, 240, 480, 600, 600]
+
+
+def test_a_python_without_pip_is_told_how_to_get_it(tmp_path, index, monkeypatch):
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bare/bin/python"))
+    with pytest.raises(clupy.DependencyError, match="has no pip: get it by"):
+        solve(index, "algebra")
+    assert solve(index).pins == ()              # no pip is asked
+
+
+def test_a_local_wheel_and_folder_travel(tmp_path, index):
+    write_wheel(tmp_path / "local", "mine", "1.0", ["figures"])
+    write_source(tmp_path / "local/source", "theirs", "1.5")
+    ask(tmp_path / "local", "client", index, "./mine-1.0-py3-none-any.whl", "./source ; python_version > '3'")
+
+    async def story():
+        local = clupy.read_dependencies(tmp_path / "local/clupy.client.dependency.yaml")
+        dependencies, wheels = await clupy.packed(local)
+        assert (await clupy.packed(local))[0].hash == dependencies.hash            # the same to the byte
+        write_wheel(tmp_path / "local", "mine", "1.0", ["figures"], code="edited = True")
+        assert (await clupy.packed(local))[0].hash != dependencies.hash
+        resolution = await clupy_master.resolve(dependencies, wheels)
+        (tmp_path / "local").rename(tmp_path / "away")                              # a server does not have it
+        with pytest.raises(clupy.DependencyError, match="mine-1.0-py3-none-any.whl was not shipped"):
+            await clupy_server.Environments(tmp_path / "environments").build(resolution, {})
+        with pytest.raises(clupy.DependencyError, match="(?i)do not match the hashes"):
+            await clupy_server.Environments(tmp_path / "environments").build(resolution, dict.fromkeys(wheels, b"other"))
+        return await clupy_server.Environments(tmp_path / "environments").build(resolution, wheels)
+    with asyncio.run(story()) as environment:
+        assert python_in(environment.path, "import mine, theirs; print(mine.version, theirs.version)") == "1.0 1.5"
+
+
+# -- environments
+
+def test_an_environments_versions_win_and_the_servers_own_follow(tmp_path, index, monkeypatch):
+    """The server has figures 0.1 and odd 0.1, by PYTHONPATH; its environment has figures 1.0 and algebra."""
+    for name in "figures", "odd":
+        write_wheel(tmp_path / "server", name, "0.1")
+        (tmp_path / "server" / f"{name}.py").write_text("version = '0.1'")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "server"))
+    with asyncio.run(clupy_server.Environments(tmp_path / "environments").build(solve(index, "algebra"))) as environment:
+        look = "import figures, odd, cloudpickle; print(figures.version, odd.version, cloudpickle.__file__)"
+        import cloudpickle
+        assert python_in(environment.path, look) == f"1.0 0.1 {cloudpickle.__file__}"
+        assert python_in(None, "import figures; print(figures.version)") == "0.1"
+        assert python_in(environment.path, "import subprocess; subprocess.run(['algebra'])") == "1.0"
+        child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import algebra; algebra.main()'])"
+        assert python_in(environment.path, child) == "1.0"
+
+
+BUILDER = """
+    import asyncio, clupy, clupy_server, sys
+    index, folder, *lines = sys.argv[1:]
+    pins = tuple(clupy.Pin(*line.split("==")) for line in lines)
+    resolution = clupy.Resolution(pins, ("--no-index", "--find-links", index))
+    print("built", asyncio.run(clupy_server.Environments(folder).build(resolution, {}, print)).id)
+"""
+
+
+def test_servers_of_one_machine_build_an_environment_once(tmp_path, index):
+    with contextlib.ExitStack() as stack:
+        builders = [stack.enter_context(Program(tmp_path / name, "-c", textwrap.dedent(BUILDER), index,
+                                                tmp_path / "environments", "algebra==1.0")) for name in "abc"]
+        assert [builder.process.wait(PATIENCE) for builder in builders] == [0, 0, 0]
+        outputs = [builder.out.read_text() for builder in builders]
+    assert sum("Installing collected packages" in output for output in outputs) == 1
+    assert len({output.splitlines()[-1] for output in outputs}) == 1
+
+
+def test_a_killed_builder_is_followed_by_the_next_once_its_pip_is_gone(tmp_path, index):
+    _, pid = write_slow_source(index)
+    environments = clupy_server.Environments(tmp_path / "environments")
+    with Program(tmp_path / "dead", "-c", textwrap.dedent(BUILDER), index, environments.folder, "slow==1.0") as dead:
+        until(pid.exists)
+        dead.process.kill()
+    lines = []
+
+    async def story():
+        task = asyncio.ensure_future(environments.build(solution, {}, lines.append))
+        while not lines:
+            await asyncio.sleep(0.02)
+        assert "waiting" in lines[0] and not task.done()                   # the orphan may still write
+        os.killpg(os.getpgid(int(pid.read_text())), signal.SIGKILL)
+        return await task
+    solution = solve(index, "figures")
+    with asyncio.run(story()) as environment:
+        assert python_in(environment.path, "import figures; print(figures.version)") == "2.0"
+        assert {entry.name for entry in environments.folder.iterdir()} == {"lock", environment.id}
+
+
+def test_cancelling_kills_pip_and_its_children_and_leaves_nothing(tmp_path, index):
+    _, pid = write_slow_source(index)
+    environments = clupy_server.Environments(tmp_path / "environments")
+
+    async def story():
+        task = asyncio.ensure_future(environments.build(resolution))
+        while not pid.exists():
+            await asyncio.sleep(0.02)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    resolution = solve(index, "slow")
+    asyncio.run(story())
+    until(lambda: int(pid.read_text()) not in processes())
+    assert {entry.name for entry in environments.folder.iterdir()} == {"lock"}
+
+
+def test_the_least_recently_used_environments_go_first_and_those_in_use_never(tmp_path, index):
+    environments = clupy_server.Environments(tmp_path / "environments", kept=1)
+
+    async def story():
+        async def build(*pins):
+            return await environments.build(clupy.Resolution(pins, list_of(index).pip_options))
+        held, figures, own = await build(clupy.Pin("figures", "1.0")), clupy.Pin("figures", "2.0"), clupy.Pin("own", "1.0")
+        (await build(figures)).close()
+        assert len(environments.complete()) == 2                   # one is kept, one more is in use
+        (await build(own)).close()
+        assert set(environments.complete()) == {held.id, clupy_server.environment_id([own])}
+        held.close()
+        (await build(figures)).close()
+        assert environments.complete() == [clupy_server.environment_id([figures])] and environments.use(held.id) is None
+    asyncio.run(story())
+
+
+# -- here and in the cluster
+
+def test_differences_are_of_libraries_that_both_have_or_the_client_named():
+    pins = [clupy.Pin(*line.split()) for line in ("zeta 1.0", "numpy 2.0", "same 1.0", "absent 1.0", "named 1.0")]
+    here = {"zeta": "1.1", "numpy": "1.26", "same": "1.0"}.get
+    assert clupy.differences(pins, clupy.Dependencies(("Named>=1",)), here) == [
+        ("numpy", "1.26", "2.0"), ("named", None, "1.0"), ("zeta", "1.1", "1.0")]
+    assert clupy.differences(pins[2:], installed=here) == []
+
+
+def test_the_progress_line_is_for_terminals_only(capsys):
+    clupy.show_progress("Collecting numpy")
+    assert capsys.readouterr().err == ""
+
+    class Terminal(list):
+        isatty, flush, write = (lambda self: True), (lambda self: None), list.append
+    screen = Terminal()
+    clupy.show_progress("x" * 500, screen)
+    clupy.show_progress("", screen)
+    assert len(screen[0]) < 500 and screen[1] == "\r\x1b[K"
+
+
+# -- in a cluster
+
+def calls(name="figures"):
+    """The versions that some calls see; by a lambda, which does not need this module."""
+    version_of = clupy.parallel(lambda name: __import__(name).version)
+    results = [version_of(name) for _ in range(4)]
+    return {result.result(PATIENCE) for result in results}
+
+
+def calls_until(condition, name="figures"):
+    """The versions that calls see until the condition is met, or until they see one alone; none of them may fail."""
+    seen = set()
+
+    def met():
+        last = calls(name)
+        seen.update(last)
+        time.sleep(0.1)                            # the builders need the processor
+        return condition() if callable(condition) else last == {condition}
+    until(met)
+    return seen
+
+
+@contextlib.contextmanager
+def stocked(tmp_path, index, *lines, **options):
+    """A Cluster that has a list from its start, and looks often whether all is as it should be."""
+    ask(tmp_path / "master", "master", index, *lines)
+    (tmp_path / "master" / "clupy.master.yaml").write_text("sync_interval: 500ms\n")
+    options = {"CLUPY_ENVIRONMENTS_DIR": tmp_path / "environments", "CLUPY_SYNC_INTERVAL": "500ms"} | options
+    with Cluster(tmp_path, **options) as cluster:
+        yield cluster
+
+
+def add_server(cluster, folder):
+    """One more server, with environments of its own."""
+    cluster.options["CLUPY_ENVIRONMENTS_DIR"] = folder
+    return cluster.add_server()
+
+
+def tables_of(cluster):
+    """What `python -m clupy status --json` shows, faster."""
+    return asyncio.run(clupy._ask_master(clupy.read_settings("client", master=cluster.address), "status"))
+
+
+def environments_of(cluster):
+    return [row["environment"] for row in tables_of(cluster)["servers"].values()]
+
+
+def faults_of(cluster):
+    tables = tables_of(cluster)
+    return "\n".join(sum((row["faults"] for row in tables["servers"].values()), tables["faults"]))
+
+
+def in_step(cluster, servers=1):
+    """Whether so many servers have the environment that the master wants, and nothing is wrong."""
+    tables = tables_of(cluster)
+    wanted, rows = tables["environment"], tables["servers"].values()
+    return (wanted and [row["environment"] for row in rows] == [wanted] * servers
+            and not any([tables["faults"], *(row["faults"] for row in rows)]))
+
+
+def shown(cluster, command):
+    """What a command of `python -m clupy` prints."""
+    return subprocess.run([sys.executable, "-m", "clupy", command, "--master", cluster.address], env=environ(),
+                          capture_output=True, text=True, timeout=PATIENCE).stdout
+
+
+CLIENT = """
+    import clupy, sys
+    def version_of(name):
+        return __import__(name).version
+    for name in sys.argv[1:]:
+        try:
+            print(name, clupy.parallel(version_of)(name).result(30), flush=True)
+        except Exception as error:
+            print(type(error).__name__, error)
+"""
+
+
+def client(folder, index, *lines, cluster=None, names=("figures",), **env):
+    """What a client with that list prints: a line for each library of which it calls for the version."""
+    if lines:
+        ask(folder, "client", index, *lines)
+    if cluster:
+        env["CLUPY_MASTER"] = cluster.address
+    return run_script(folder, CLIENT, args=names, **env)
+
+
+def test_no_call_runs_on_a_server_that_does_not_have_the_libraries_yet(tmp_path, index):
+    with stocked(tmp_path, index, "algebra") as cluster:
+        clupy.connect(cluster.address)
+        assert calls() == {"1.0"} == calls("algebra")              # the very first
+        add_server(cluster, tmp_path / "late")
+        assert calls_until(lambda: in_step(cluster, 2)) == {"1.0"}
+        cluster.servers[0].process.kill()
+        assert calls() == {"1.0"}
+
+
+def test_upgrade_and_downgrade_of_a_running_cluster_cost_no_call(tmp_path, index):
+    with stocked(tmp_path, index, "figures<2", servers=2, CLUPY_ENVIRONMENTS_KEPT=1) as cluster:
+        clupy.connect(cluster.address)
+        assert calls_until(lambda: in_step(cluster, 2)) == {"1.0"}
+        old = clupy.parallel(sleepy, retries=0)(3, "finished")
+        until(old.running)
+        ask(tmp_path / "master", "master", index, "figures")
+        assert calls_until("2.0") <= {"1.0", "2.0"}
+        ask(tmp_path / "master", "master", index, "figures<2")
+        assert calls_until("1.0") <= {"1.0", "2.0"}
+        assert old.result(PATIENCE) == "finished"
+        before = set(environments_of(cluster))
+        ask(tmp_path / "master", "master", index, "algebra")
+        assert calls_until(lambda: in_step(cluster, 2) and set(environments_of(cluster)) != before) == {"1.0"}
+        assert len(list((tmp_path / "environments").glob("*/clupy.json"))) <= 2        # one is kept, and one was in use
+        ask(tmp_path / "master", "master", index)
+        until(lambda: environments_of(cluster) == [None, None])
+        with pytest.raises(ModuleNotFoundError):
+            calls()
+
+
+def test_clients_with_conflicting_lists_each_see_their_own_and_impossible_ones_fail_alone(tmp_path, index):
+    lists = {"one": ["algebra"], "two": ["figures==2.0"], "conflict": ["algebra", "figures==2.0"], "unknown": ["absent"]}
+    with stocked(tmp_path, index, "own") as cluster, contextlib.ExitStack() as stack:
+        clupy.connect(cluster.address)
+        assert calls("own") == {"1.0"}
+        programs = []
+        for name, lines in lists.items():
+            ask(tmp_path / name, "client", index, *lines)
+            programs.append(stack.enter_context(Program(tmp_path / name, "-c", textwrap.dedent(CLIENT), *["figures"] * 5,
+                                                        CLUPY_MASTER=cluster.address)))
+        assert calls_until(lambda: all(program.process.poll() == 0 for program in programs), "own") == {"1.0"}
+        outputs = [program.out.read_text() for program in programs]
+        assert outputs[:2] == ["figures 1.0\n" * 5, "figures 2.0\n" * 5]
+        for output, words in zip(outputs[2:], ("conflict", "No matching distribution found for absent")):
+            assert output.count("DependencyError pip cannot resolve") == 5 and words in output
+        assert in_step(cluster)
+
+
+def test_a_list_that_cannot_be_had_leaves_the_old_environment_until_it_is_mended(tmp_path, index):
+    write_wheel(index, "kazoo", "0.1")
+    with stocked(tmp_path, index, "figures<2", "kazoo") as cluster:
+        clupy.connect(cluster.address, library_check="off")
+        assert calls_until(lambda: in_step(cluster)) == {"1.0"}
+        environment, = environments_of(cluster)
+        ask(tmp_path / "master", "master", index, "algebra", "figures==2.0")
+        assert calls_until(lambda: "conflict" in faults_of(cluster)) == {"1.0"}
+        text = shown(cluster, "status")
+        assert environment in text and "fault at master: pip cannot resolve" in text
+
+        break_wheel(index, "figures", "2.0")
+        ask(tmp_path / "master", "master", index, "figures")
+        assert calls_until(lambda: "Bad CRC" in faults_of(cluster) and "conflict" not in faults_of(cluster)) == {"1.0"}
+        text = shown(cluster, "libraries")
+        assert f"environment {environment} on " in text and "own Python" not in text and "Bad CRC" in text
+        assert f"kazoo    0.1   here: {clupy.installed('kazoo')}" in text and "figures  1.0   here: not installed" in text
+
+        write_wheel(index, "figures", "2.0")
+        assert calls_until("2.0") <= {"1.0", "2.0"}
+        until(lambda: in_step(cluster))
+
+
+def test_a_pip_killed_in_the_middle_is_started_again(tmp_path, index):
+    _, pid = write_slow_source(index)
+    with stocked(tmp_path, index, "figures<2") as cluster:
+        clupy.connect(cluster.address)
+        assert calls() == {"1.0"}
+        ask(tmp_path / "master", "master", index, "figures<2", "slow")
+        assert calls_until(pid.exists) == {"1.0"}
+        os.killpg(os.getpgid(int(pid.read_text())), signal.SIGKILL)
+        assert calls_until(lambda: in_step(cluster)) == {"1.0"} == calls("slow")
+        assert "killed by signal 9" in cluster.servers[0].log
+
+
+def test_a_full_disk_is_one_servers_fault_and_the_others_work(tmp_path, index):
+    write_wheel(index, "large", "1.0", code=f"version = '1.0'\n#{'x' * (16 << 20)}")
+    with small_disk(tmp_path / "disk"), stocked(tmp_path, index, "figures<2") as cluster:
+        add_server(cluster, tmp_path / "disk" / "environments")
+        until(lambda: in_step(cluster, 2))
+        names = ["large"] * 3
+        assert client(tmp_path / "client", index, "large", cluster=cluster, names=names).stdout == "large 1.0\n" * 3
+        clupy.connect(cluster.address)
+        ask(tmp_path / "master", "master", index, "figures", "large")
+        assert calls_until(lambda: "No space left on device" in faults_of(cluster)) <= {"1.0", "2.0"}
+        until(lambda: set(environments_of(cluster)) > {tables_of(cluster)["environment"]})
+        assert "No space left on device" in shown(cluster, "status") and calls()
+
+
+def test_calls_wait_for_a_busy_server_when_the_idle_one_cannot_have_their_libraries(tmp_path, index):
+    (tmp_path / "no folder").write_text("")
+    with stocked(tmp_path, index, slots=1) as cluster:
+        clupy.connect(cluster.address)
+        busy = clupy.parallel(sleepy)(3)
+        until(busy.running)
+        add_server(cluster, tmp_path / "no folder")
+        until(lambda: len(environments_of(cluster)) == 2)
+        assert client(tmp_path / "client", index, "own", cluster=cluster, names=["own"]).stdout == "own 1.0\n"
+
+
+def test_a_server_that_was_away_while_the_list_changed_follows(tmp_path, index):
+    with stocked(tmp_path, index, "figures<2", servers=2) as cluster:
+        clupy.connect(cluster.address)
+        assert calls_until(lambda: in_step(cluster, 2)) == {"1.0"}
+        away = cluster.servers[0].process
+        away.send_signal(signal.SIGSTOP)
+        ask(tmp_path / "master", "master", index, "figures")
+        until(lambda: len(set(environments_of(cluster))) == 2)
+        away.send_signal(signal.SIGCONT)
+        assert calls_until("2.0") <= {"1.0", "2.0"}
+        cluster.master.process.kill()
+        cluster.master.process.wait()
+        ask(tmp_path / "master", "master", index, "figures<2")
+        assert calls() == {"2.0"}
+        cluster.start_master(cluster.address)
+        assert calls_until("1.0") <= {"1.0", "2.0"}
+        until(lambda: in_step(cluster, 2))
+
+
+def test_a_client_with_its_own_list_has_the_masters_too_and_follows_it(tmp_path, index):
+    ask(tmp_path, "client", index, "own")
+    with stocked(tmp_path, index, "figures<2") as cluster:
+        clupy.connect(cluster.address, library_check="off")        # before the master has resolved its list
+        assert calls() == {"1.0"} == calls("own")
+        ask(tmp_path / "master", "master", index, "figures")
+        assert calls_until("2.0") <= {"1.0", "2.0"} and calls("own") == {"1.0"}
+        ask(tmp_path / "master", "master", index, "figures", "own==2.0")
+        assert calls_until(lambda: "own==2.0" in faults_of(cluster)) == {"2.0"}
+
+
+def test_a_clients_broken_library_is_said_to_its_calls_and_tried_again(tmp_path, index):
+    break_wheel(index, "figures", "2.0")
+    with stocked(tmp_path, index) as cluster:
+        broken = client(tmp_path / "client", index, "figures", cluster=cluster, names=["figures"] * 2).stdout
+        assert broken.count("DependencyError environment") == 2 and "Bad CRC" in broken
+        write_wheel(index, "figures", "2.0")
+        until(lambda: client(tmp_path / "client", index, cluster=cluster).stdout == "figures 2.0\n")
+        until(lambda: not faults_of(cluster))
+
+
+def test_an_environment_that_somebody_removed_is_built_again(tmp_path, index):
+    with stocked(tmp_path, index, "figures") as cluster:
+        until(lambda: in_step(cluster) and len(workers()) == 2)
+        (tmp_path / "environments").rename(tmp_path / "removed")
+        until(lambda: client(tmp_path / "client", index, cluster=cluster).stdout == "figures 2.0\n")
+        until(lambda: list((tmp_path / "environments").glob("*/clupy.json")))
+
+
+def test_a_clients_list_works_without_a_cluster(tmp_path, index):
+    environments = {"CLUPY_ENVIRONMENTS_DIR": tmp_path / "environments", "CLUPY_LIBRARY_CHECK": "error"}
+    assert client(tmp_path / "client", index, "algebra", **environments).stdout == "figures 1.0\n"
+    assert "DependencyError" in client(tmp_path / "client", index, "absent", **environments).stdout
+
+
+def test_differences_are_a_warning_an_error_or_nothing(tmp_path, index):
+    write_wheel(index, "kazoo", "0.1")
+    mismatch = f"kazoo: {clupy.installed('kazoo')} here, 0.1 in the cluster"
+    with stocked(tmp_path, index, "kazoo", "figures") as cluster:
+        done = {check: client(tmp_path / check, index, cluster=cluster, names=["figures"] * 3, CLUPY_LIBRARY_CHECK=check)
+                for check in ("warn", "error", "off")}
+        own = client(tmp_path / "own", index, "own", cluster=cluster, CLUPY_LIBRARY_CHECK="error").stdout
+    assert [one.stdout.count("figures 2.0") for one in done.values()] == [3, 0, 3]
+    assert [one.stdout.count(mismatch) for one in done.values()] == [0, 3, 0]
+    assert [one.stderr.count(mismatch) for one in done.values()] == [1, 0, 0]
+    assert "LibraryMismatch" in done["warn"].stderr and "Error" not in done["off"].stderr
+    assert own.startswith("LibraryMismatch") and mismatch in own and "own: not installed here, 1.0 in the cluster" in own
+
+
+def test_the_advice_for_a_missing_library_works(tmp_path, index):
+    here = asyncio.run(clupy_server.Environments(tmp_path / "here").build(solve(index, "figures<2")))
+    python, _ = clupy_server.worker_environment(here.path, os.environ)     # of a user who has installed figures
+    here.close()
+
+    def run():
+        return subprocess.run([python, "-c", textwrap.dedent(CLIENT), "figures"], cwd=tmp_path / "client", text=True,
+                              env=environ(CLUPY_MASTER=cluster.address), capture_output=True, timeout=60).stdout
+    with stocked(tmp_path, index) as cluster:
+        (tmp_path / "client").mkdir()
+        advice = run()
+        assert advice.startswith("ModuleNotFoundError No module named 'figures' on ")
+        line = advice.partition("add the line `- ")[2].partition("` under `libraries:` in clupy.client.dependency.yaml")[0]
+        ask(tmp_path / "client", "client", index, line)
+        assert line == "figures==1.0" and run() == "figures 1.0\n"
+
+
+# ==== Data and coordination: real Redis, real ZooKeeper ====
+# The stories start servers on free ports, kill and restart them.  They need redis-server, java and zookeeper.jar
+# (`make services`); where these are missing they are skipped by name, with CLUPY_TEST_SERVICES=required they fail.
+
+class Service:
+    """A server that can be killed and started again on the same port with the same data; ended with the with-block."""
+
+    process = None
+
+    def __init__(self, folder):
+        self.folder, self.port = folder, free_port()
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def start(self):
+        self.process = subprocess.Popen(self.command(), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                                        stderr=subprocess.DEVNULL, preexec_fn=die_with_parent, executable=self.program())
+        return self
+
+    def program(self):
+        """The path of the first program or file of `needs` that this machine has."""
+        for name in self.needs:
+            if path := shutil.which(name):
+                return path
+        self.is_missing(self.needs[0])
+
+    def is_missing(self, what):
+        give_up = pytest.fail if os.environ.get("CLUPY_TEST_SERVICES") == "required" else pytest.skip
+        give_up(f"{what} is missing: make services")
+
+    def ready(self):
+        until(self.answers)
+        return self
+
+    def ask(self, words):
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=1) as sock:
+            sock.sendall(words)
+            return sock.recv(10000)
+        return b""
+
+    def kill(self):
+        if self.process:
+            self.process.kill()
+            self.process.wait()
+
+    def restart(self, after=0.0):
+        self.kill()
+        time.sleep(after)
+        self.start().ready()
+
+    def __enter__(self):
+        try:
+            return self.start().ready()
+        except BaseException:
+            self.kill()
+            raise
+
+    def __exit__(self, *_):
+        self.kill()
+
+
+def die_with_parent():
+    """Before a child's exec: it is killed with us, also when we are killed ourselves (PR_SET_PDEATHSIG)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+class RedisServer(Service):
+    needs = "redis-server", "redis-check-rdb"           # the same program
+
+    def __init__(self, folder, password="", durable=False):
+        super().__init__(folder)
+        self.url = f"redis://{f':{password}@' if password else ''}127.0.0.1:{self.port}/0"
+        self.settings = [f"port {self.port}", "bind 127.0.0.1", f"dir {folder}", 'save ""',
+                         *(["appendonly yes", "appendfsync always"] if durable else []),
+                         *([f"requirepass {password}"] if password else [])]
+
+    def command(self):
+        (self.folder / "redis.conf").write_text("\n".join(self.settings))
+        return ["redis-server", self.folder / "redis.conf"]
+
+    def answers(self):
+        return self.ask(b"PING\r\n")[:5] in (b"+PONG", b"-NOAU")
+
+
+class ZooKeeperServer(Service):
+    """Ticks of 0.5 s allow sessions from 1 s.  members: the lines of an ensemble's configuration, this one is `number`."""
+
+    needs = ("java",)
+    jars = "/usr/share/java/zookeeper.jar", "/usr/share/java/slf4j-nop.jar"
+
+    def __init__(self, folder, number=0, members=()):
+        super().__init__(folder)
+        self.members, self.hosts = members, f"127.0.0.1:{self.port}"
+        (folder / "myid").write_text(str(number))
+
+    def command(self):
+        os.path.exists(self.jars[0]) or self.is_missing("zookeeper.jar")
+        (self.folder / "zoo.cfg").write_text("\n".join([
+            "tickTime=500", f"dataDir={self.folder}", f"clientPort={self.port}", "clientPortAddress=127.0.0.1",
+            "maxClientCnxns=0", "admin.enableServer=false", "forceSync=no", "initLimit=20", "syncLimit=10",
+            "4lw.commands.whitelist=srvr", *self.members]))
+        main = "quorum.QuorumPeerMain" if self.members else "ZooKeeperServerMain"
+        return ["java", "-Xms32m", "-Xmx64m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-XX:-UsePerfData",
+                "-Dzookeeper.admin.enableServer=false", "-Dzookeeper.jmx.log4j.disable=true", "-cp", ":".join(self.jars),
+                f"org.apache.zookeeper.server.{main}", self.folder / "zoo.cfg"]
+
+    def answers(self):
+        return b"Mode:" in self.ask(b"srvr")
+
+    def leads(self):
+        return b"Mode: leader" in self.ask(b"srvr")
+
+
+class Dialogue:
+    """A Python program, in this process's environment, that says a line when it got somewhere; killed at the end."""
+
+    def __init__(self, code, *arguments):
+        code = "import os, pickle, sys, threading, time, clupy\n" + textwrap.dedent(code)
+        self.process = subprocess.Popen([sys.executable, "-u", "-W", "ignore::DeprecationWarning",    # fork's, from 3.12 on
+                                         "-c", code, *map(str, arguments)], preexec_fn=die_with_parent,
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        self._unread = b""
+
+    def hears(self):
+        """The next line that it says."""
+        while b"\n" not in self._unread:
+            assert select.select([self.process.stdout], [], [], 2 * PATIENCE)[0], f"silent: {self._unread}"
+            more = os.read(self.process.stdout.fileno(), 65536)
+            assert more, f"ended: {self._unread.decode()}"
+            self._unread += more
+        line, _, self._unread = self._unread.partition(b"\n")
+        return line.decode()
+
+    def says_no_more(self):
+        assert self._unread + self.process.communicate(timeout=PATIENCE)[0] == b""
+
+    def send(self, signum):
+        self.process.send_signal(signum)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.wait()
+        self.process.stdin.close()
+        self.process.stdout.close()
+
+
+@contextlib.contextmanager
+def dialogues(count, code):
+    """Several at once; the n-th is told n."""
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(Dialogue(code, number)) for number in range(count)]
+
+
+def together(here, *others):
+    """Run the first in this thread, the others in threads of their own, until all have ended."""
+    with concurrent.futures.ThreadPoolExecutor(len(others) or 1) as pool:
+        futures = [pool.submit(function) for function in others]
+        here()
+        for future in futures:
+            future.result(2 * PATIENCE)
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory):
+    with RedisServer(tmp_path_factory.mktemp("redis")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def zookeeper_server(tmp_path_factory):
+    with ZooKeeperServer(tmp_path_factory.mktemp("zookeeper")) as server:
+        yield server
+
+
+@pytest.fixture
+def settings(monkeypatch):
+    """Each test has names of its own; settings(session=2) changes some."""
+    def change(**values):
+        for name, value in values.items():
+            monkeypatch.setenv(f"CLUPY_{name.upper()}", str(value))
+        clupy.forget_services()
+    change(prefix=f"test-{uuid.uuid4().hex[:8]}")
+    return change
+
+
+@pytest.fixture
+def redis(redis_server, settings):
+    settings(redis=redis_server.url)
+    return redis_server
+
+
+@pytest.fixture
+def zookeeper(zookeeper_server, settings):
+    settings(zookeeper=zookeeper_server.hosts)
+    return zookeeper_server
+
+
+@pytest.fixture
+def mortal_redis(tmp_path, settings):
+    """A Redis of one test, to be killed; it keeps what it acknowledged."""
+    with RedisServer(tmp_path / "redis", durable=True) as server:
+        settings(redis=server.url)
+        yield server
+
+
+@pytest.fixture
+def mortal_zookeeper(tmp_path, settings):
+    with ZooKeeperServer(tmp_path / "zookeeper") as server:
+        settings(zookeeper=server.hosts)
+        yield server
+
+
+@pytest.fixture
+def copies(tmp_path, monkeypatch):
+    """The folder of this machine's copies of Refs, for this process alone."""
+    folder = tmp_path / "copies"
+    folder.mkdir(mode=0o700)
+    monkeypatch.setattr(clupy, "_ref_folders", lambda: iter([str(folder)]))
+    return folder
+
+
+@contextlib.contextmanager
+def losing_answers(server, requests):
+    """The port of a go-between that cuts the connection instead of answering a request with one of these words."""
+    def pump(client):
+        with client, socket.create_connection(("127.0.0.1", server.port)) as upstream:
+            cut = False
+            while True:
+                for ready in select.select([client, upstream], [], [])[0]:
+                    content = ready.recv(1 << 16)
+                    if not content or ready is upstream and cut:
+                        return
+                    cut = cut or ready is client and any(word in content for word in requests)
+                    (upstream if ready is client else client).sendall(content)
+
+    def serve():
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=pump, args=(listener.accept()[0],), daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=serve, daemon=True).start()
+        yield listener.getsockname()[1]
+        clupy.close_services()
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+@contextlib.contextmanager
+def silent_server():
+    """The port of one that accepts connections and never says a word."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield listener.getsockname()[1]
+
+
+def contenders(kind, name):
+    """The nodes in the queue of a lock, semaphore, barrier or election."""
+    client, path = clupy._zookeeper(), clupy._path(kind, name)
+    return client.retry(client.get_children, path) if client.retry(client.exists, path) else []
+
+
+@contextlib.contextmanager
+def raises_soon(error, match):
+    began = time.monotonic()
+    with pytest.raises(error, match=match) as caught:
+        yield caught
+    assert time.monotonic() - began < 15
+
+
+# ---- on the cluster
+
+SERVICES_PASSWORD = "pass-word-of-redis"
+
+
+class ServiceCluster(Cluster):
+    """A Cluster whose clupy.master.yaml has these settings, with a prefix of its own."""
+
+    def __init__(self, folder, servers=1, slots=1, **settings):
+        self.settings = {"prefix": f"test-{uuid.uuid4().hex[:8]}", **settings}
+        (folder / "master").mkdir()
+        (folder / "master" / "clupy.master.yaml").write_text(json.dumps(self.settings))         # which is YAML, too
+        super().__init__(folder, servers, slots)
+
+    def start_master(self, listen):
+        program = super().start_master(listen)
+        until(lambda: "zookeeper" not in self.settings or "this master leads" in program.log)
+        return program
+
+
+def deposit(amount):
+    with clupy.lock("account", timeout=PATIENCE) as lock:
+        clupy.put("balance", clupy.get("balance") + amount)
+        lock.check()
+    return clupy.counter("deposits").add(), os.getpid()
+
+
+def test_the_master_alone_says_where_redis_and_zookeeper_are_and_no_password_shows(tmp_path, zookeeper_server, monkeypatch):
+    with RedisServer(tmp_path / "redis", SERVICES_PASSWORD) as server:
+        with ServiceCluster(tmp_path, 2, redis=server.url, zookeeper=zookeeper_server.hosts) as cluster:
+            monkeypatch.setenv("CLUPY_MASTER", cluster.address)
+            clupy.put("balance", 0)                        # before anything else
+            done = [clupy.parallel(deposit)(n) for n in range(20)]
+            assert sorted(future.result(PATIENCE)[0] for future in done) == list(range(1, 21))
+            assert clupy.get("balance") == sum(range(20)) and len({future.value[1] for future in done}) == 2
+            with clupy.lock("account", timeout=PATIENCE) as lock:
+                assert clupy.counter("deposits").value == 20 and lock.held
+            shown = [json.dumps(cluster.status()), repr(clupy._settings())]
+            for name in filter(str.isdigit, os.listdir("/proc")):
+                with contextlib.suppress(OSError), open(f"/proc/{name}/cmdline", errors="replace") as command:
+                    shown.append(command.read())
+            for program in (cluster.master, *cluster.servers):
+                shown += [program.log, program.out.read_text()]
+            server.kill()
+            monkeypatch.setattr(clupy, "_configured", {})
+            clupy.configure(patience="500ms")
+            with pytest.raises(clupy.Unavailable) as caught:
+                clupy.get("balance")
+            assert not [text for text in [*shown, str(caught.value)] if SERVICES_PASSWORD in text]
+
+
+def test_what_the_master_does_not_configure_is_told_to_calls_and_clients_within_seconds(cluster, monkeypatch):
+    monkeypatch.setenv("CLUPY_MASTER", cluster.address)
+    for use, says in [(lambda: clupy.put("x", 1), "no Redis is configured.*setting `redis`"),
+                      (lambda: clupy.event("x").set(), "no ZooKeeper is configured.*setting `zookeeper`")]:
+        with raises_soon(clupy.Unavailable, says):
+            clupy.parallel(use)().result(PATIENCE)
+        with raises_soon(clupy.Unavailable, says):
+            use()
+
+
+def test_configure_wins_and_reaches_the_embedded_clusters_workers(redis_server, monkeypatch):
+    monkeypatch.setattr(clupy, "_configured", {})
+    monkeypatch.setenv("CLUPY_PREFIX", "environment")
+    prefix = f"test-{uuid.uuid4().hex[:8]}"
+    clupy.configure(redis=redis_server.url, ttl="1h")
+    clupy.connect(prefix=prefix)
+    assert clupy.parallel(lambda: clupy.put("x", [1]))().result(PATIENCE) is None
+    assert clupy.get("x") == [1]
+    assert 3590 < clupy._redis().ttl(f"{prefix}:data:x") <= 3600
+    for wrong in ({"slots": 2}, {"ttl": "long"}):
+        with pytest.raises(clupy.ConfigurationError):
+            clupy.configure(**wrong)
+
+
+def test_who_has_the_wrong_secret_is_told_so_and_uses_no_other_redis(cluster, monkeypatch):
+    monkeypatch.setenv("CLUPY_MASTER", cluster.address)
+    monkeypatch.setenv("CLUPY_SECRET", "quite another secret of somebody")
+    with raises_soon(clupy.SecretError, "secret"):
+        clupy.put("x", 1)
+
+
+def test_a_worker_that_is_killed_in_a_lock_frees_it_with_its_session(tmp_path, zookeeper_server, monkeypatch):
+    def hold(path):
+        with clupy.lock("x"):
+            with open(path, "w") as file:
+                file.write(f"{os.getpid()}\n")
+            time.sleep(60)
+    with ServiceCluster(tmp_path, zookeeper=zookeeper_server.hosts, session=1) as cluster:
+        monkeypatch.setenv("CLUPY_MASTER", cluster.address)
+        future, path = clupy.parallel(hold, retries=0)(str(tmp_path / "pid")), tmp_path / "pid"
+        until(lambda: path.exists() and path.read_text().endswith("\n"))
+        with pytest.raises(TimeoutError):
+            clupy.lock("x", timeout=0.2).__enter__()
+        os.kill(int(path.read_text()), signal.SIGKILL)
+        with clupy.lock("x", timeout=PATIENCE):
+            assert isinstance(future.exception(PATIENCE), clupy.WorkerDied)
+
+
+def total(values):
+    """The sum of the array in the arguments, who made it, what a Ref arrived in, and what happens to who writes."""
+    kind = type(values)
+    array = values["in"] if kind is dict else values[0] if kind in (list, tuple) else values
+    try:
+        array[0] = 1
+    except ValueError as error:
+        return float(array.sum()), os.getpid(), kind.__name__, str(error)
+
+
+def fifty_totals(ref):
+    """The pids of the workers that added up a Ref's 300,000 numbers, right and read-only wherever the Ref was."""
+    add_up = clupy.parallel(total)
+    calls = [add_up(argument) for argument in (ref, [ref], (ref, 1), {"in": ref}, ref) * 10]
+    results = [call.result(2 * PATIENCE) for call in calls]
+    assert {result[0] for result in results} == {299_999 * 150_000.0}
+    assert {result[2] for result in results} == {"ndarray", "list", "tuple", "dict"}
+    assert all("read-only" in result[3] for result in results)
+    return {result[1] for result in results}
+
+
+def copies_here():
+    return {name for folder in clupy._ref_folders() for name in os.listdir(folder)}
+
+
+def test_fifty_calls_on_two_servers_of_one_machine_fetch_a_shared_array_once(tmp_path, redis_server, monkeypatch):
+    numpy = pytest.importorskip("numpy")
+    with ServiceCluster(tmp_path, 2, redis=redis_server.url) as cluster:
+        monkeypatch.setenv("CLUPY_MASTER", cluster.address)
+        ref = clupy.share(numpy.arange(300_000.0))         # 2.4 MB: one command reads it
+        reads = clupy._redis().info("commandstats").get("cmdstat_hmget", {"calls": 0})["calls"]
+        try:
+            assert len(fifty_totals(ref)) > 1
+        finally:
+            for folder in clupy._ref_folders():
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(os.path.join(folder, ref.name))
+        assert clupy._redis().info("commandstats")["cmdstat_hmget"]["calls"] == reads + 1
+
+
+def test_without_redis_the_client_serves_what_it_and_its_calls_share_once_to_a_machine(monkeypatch):
+    numpy = pytest.importorskip("numpy")
+    before, asked, answer = copies_here(), [], clupy.FETCHES["ref"]
+    monkeypatch.setitem(clupy.FETCHES, "ref", lambda name: asked.append(name) or answer(name))
+    array = numpy.arange(300_000.0)
+    ref = clupy.share(array)
+    array[:] = 0                                           # too late
+    assert fifty_totals(ref) and asked == [ref.name]
+
+    def outer(n):
+        mine = clupy.share(list(range(n)))
+        assert mine.get() == list(range(n))
+        return clupy.parallel(sum)(mine).result(), mine
+    value, theirs = clupy.parallel(outer)(100).result(PATIENCE)
+    assert value == 4950 and theirs.get() == list(range(100)) and clupy.parallel(len)(theirs).result(PATIENCE) == 100
+    with pytest.raises(LookupError, match="gone"):
+        clupy.parallel(len)(clupy.Ref("unknown", False)).result(PATIENCE)
+    clupy.close()
+    assert copies_here() - before <= {"unknown"}
+
+
+def test_a_ref_arrives_as_its_value_on_another_executor_too(settings):
+    settings(master=f"127.0.0.1:{free_port()}")            # which nobody asks
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        clupy.connect(executor=pool)
+        assert clupy.parallel(sum)(clupy.share([1, 2])).result(PATIENCE) == 3
+
+
+@pytest.mark.parametrize("name, says", [
+    ("shared_data", ["rows written: 4000", "{0: -0.0, 1: ", "rows done: 40", "as expected: True"]),
+    ("coordination", ["balance: 200", "totals: [12, 12, 12]", "anna reports, and the leader is anna",
+                      "ben reports, and the leader is ben"])])
+def test_the_examples_run_on_the_embedded_cluster(redis, zookeeper, tmp_path, name, says):
+    if name == "shared_data":
+        pytest.importorskip("pyarrow"), pytest.importorskip("pandas")
+    with open(os.path.join(HERE, "examples", f"{name}.py")) as file:
+        text = file.read()
+    mine = {name: value for name, value in os.environ.items() if name.startswith("CLUPY_")}
+    before = copies_here()
+    lines = run_script(tmp_path / "program", text, **{**mine, "CLUPY_SLOTS": 3}).stdout.splitlines()
+    for folder in clupy._ref_folders():                    # Redis keeps the value, so the machine keeps its copy
+        for copy in set(os.listdir(folder)) - before:
+            os.unlink(os.path.join(folder, copy))
+    assert all(any(line.startswith(text) for line in lines) for text in says) and clupy.keys() == []
+
+
+# ---- values, files, counters, queues, topics
+
+def test_another_process_gets_what_was_put_also_what_plain_pickle_refuses(redis):
+    heavy = "('asyncio', 'cloudpickle', 'kazoo', 'redis', 'yaml')"
+    with Dialogue(f"""
+        print([name for name in {heavy} if name in sys.modules])
+        class Point:
+            def __init__(self, x): self.x = x
+            def twice(self): return 2 * self.x
+        clupy.put("point", Point(21))
+        clupy.put("function", lambda x: x + 1)
+        clupy.put("plain", {{"a": [1, None, "text"]}})
+        clupy.put("huge", bytes(300 << 20) + bytes([7]) + bytes(213 << 20))
+        print("put")
+    """) as process:
+        assert process.hears() == "[]" and process.hears() == "put"
+    assert clupy.get("point").twice() == 42 and clupy.get("function")(1) == 2
+    assert clupy.get("plain") == {"a": [1, None, "text"]}
+    huge = clupy.get("huge")                               # over 512 MB: more than a string of Redis holds
+    assert len(huge) == (513 << 20) + 1 and huge[300 << 20] == 7 and huge.count(0) == 513 << 20
+    clupy.delete("huge")
+
+
+def test_arrays_and_frames_of_every_shape_come_back_equal_and_writable(redis):
+    numpy, pandas = pytest.importorskip("numpy"), pytest.importorskip("pandas")
+    big = numpy.random.default_rng(1).random((1000, 1200))
+    arrays = [numpy.array(5.0), numpy.zeros((0, 3)), numpy.arange(7), big, numpy.asfortranarray(big), big[::2, ::3], big.T]
+    clupy.put("arrays", arrays)
+    for original, copy in zip(arrays, clupy.get("arrays"), strict=True):
+        numpy.testing.assert_array_equal(original, copy)
+        assert copy.flags.writeable and copy.flags.aligned
+        copy += 1
+    numpy.testing.assert_array_equal(clupy.get("arrays")[3], big)        # not what was added to the copies
+    frame = pandas.DataFrame({"x": big[:, 0], "name": [f"row {i}" for i in range(1000)]})
+    clupy.put("frame", frame)
+    pandas.testing.assert_frame_equal(clupy.get("frame"), frame)
+
+
+def test_names_may_have_any_characters_and_the_mapping_agrees_with_the_functions(redis, settings):
+    names = ["a b", "ü*[?]\\", "a\nb\0", "\ud800", ".", "x" * 5000, "a:b", "日本"]
+    for name in names:
+        clupy.put(name, name)
+    clupy.counter("count").add()
+    assert clupy.keys() == sorted([*names, "count"]) and clupy.keys("a?b") == ["a b", "a:b"] and clupy.keys("日?") == ["日本"]
+    assert dict(clupy.shared) == {name: name for name in names} and len(clupy.shared) == len(names)
+    assert "." in clupy.shared and clupy.exists("count") and "z" not in clupy.shared
+    assert clupy.delete(*names[1:], "count", "z") == len(names) and clupy.delete() == 0
+    clupy.shared["none"] = None
+    assert clupy.get("none", 5) is None and clupy.get("a b") == "a b" and clupy.get("nothing", None) is None
+    del clupy.shared["a b"]
+    for absent in (lambda: clupy.get("nothing"), lambda: clupy.shared.__delitem__("nothing")):
+        with pytest.raises(KeyError, match="nothing"):
+            absent()
+    for function in (clupy.get, clupy.queue, clupy.counter, clupy.open, clupy.exists, clupy.delete, clupy.subscribe):
+        with pytest.raises(ValueError, match="empty"):
+            function("")
+    with pytest.raises(TypeError, match="must be a str, not int"):
+        clupy.put(5, "x")
+    settings(prefix="other[*]")
+    clupy.put("theirs", 1)
+    assert clupy.keys() == ["theirs"] and clupy.delete("theirs") == 1
+
+
+def test_the_wrong_kind_of_name_is_a_type_error_that_says_what_it_is(redis):
+    clupy.put("value", 1)
+    clupy.queue("queue").put(1)
+    clupy.counter("counter").add()
+    for use, says in [(lambda: clupy.queue("value").put(1), "'value' is the name of a value or file"),
+                      (lambda: clupy.queue("value").get(0), "'value' is the name of a value or file"),
+                      (lambda: clupy.counter("value").add(), "'value' is the name of a value or file"),
+                      (lambda: clupy.counter("queue").set(1), "'queue' is the name of a queue"),
+                      (lambda: clupy.get("queue"), "'queue' is the name of a queue"),
+                      (lambda: clupy.get("counter"), "'counter' is the name of a counter"),
+                      (lambda: len(clupy.queue("counter")), "'counter' is the name of a counter"),
+                      (lambda: clupy.open("value"), "'value' is the name of a value"),
+                      (lambda: clupy.open("value", "a").close(), "'value' is the name of a value")]:
+        with pytest.raises(TypeError, match=says):
+            use()
+    assert clupy.get("value") == clupy.queue("queue").get(0) == clupy.counter("counter").value == 1
+
+
+def test_what_is_used_lives_and_what_is_not_is_gone_after_its_ttl(redis, copies):
+    clupy.put("short", 1, ttl=1.2)
+    clupy.put("kept", 1, ttl=1.2)
+    clupy.put("for ever", 1, ttl=0)
+    clupy.put("default", 1)
+    ref, gone = clupy.share("x" * 100_000, ttl=1.2), clupy.share(1, ttl=0.1)
+    for _ in range(4):
+        time.sleep(0.4)
+        assert clupy.get("kept") == 1 and len(ref.get()) == 100_000        # the Ref from its copy alone
+    assert clupy.keys() == ["default", "for ever", "kept"] and clupy._redis().exists(clupy._key(ref.name, "ref"))
+    left = {name: clupy._redis().ttl(clupy._key(name)) for name in ("for ever", "default")}
+    assert left["for ever"] == -1 and 604700 < left["default"] <= 604800
+    with pytest.raises(LookupError, match="time to live"):
+        gone.get()
+    for wrong in (-1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="ttl"):
+            clupy.put("x", 1, ttl=wrong)
+
+
+def test_a_thousand_gets_of_a_value_that_is_being_replaced_are_each_of_one_piece(redis, monkeypatch):
+    allocations, memory = [], clupy._memory
+    monkeypatch.setattr(clupy, "PIECE", 1 << 14)           # many windows, so that some are replaced between two
+    monkeypatch.setattr(clupy, "_memory", lambda sizes: allocations.append(1) or memory(sizes))
+    clupy.put("replaced", bytes(100_000))
+    with Dialogue("""
+        clupy.PIECE = 1 << 14
+        number = 0
+        while True:
+            number = (number + 1) % 256
+            clupy.put("replaced", bytes([number]) * (200_000 + 1000 * number))
+            if number == 1: print("again")
+    """) as writer:
+        writer.hears()
+        seen = set()
+        for _ in range(1000):
+            value = clupy.get("replaced")
+            assert value.count(value[0]) == len(value) and len(value) in (100_000, 200_000 + 1000 * value[0])
+            seen.add(value[0])
+    assert len(seen) > 5 and len(allocations) > 1000       # some were noticed to be torn, and read again
+
+
+def test_csv_pandas_and_numpy_read_and_write_files_that_redis_keeps(redis):
+    numpy, pandas = pytest.importorskip("numpy"), pytest.importorskip("pandas")
+    frame = pandas.DataFrame({"x": numpy.arange(1000.0), "name": [f"Zeile\t{i} ü" for i in range(1000)]})
+    for mode, options in [("", {"newline": ""}), ("b", {})]:
+        with clupy.open("table.csv", "w" + mode, **options) as file:
+            frame.to_csv(file, index=False)
+        with clupy.open("table.csv", "r" + mode) as file:
+            pandas.testing.assert_frame_equal(pandas.read_csv(file), frame)
+    array = numpy.random.default_rng(1).random((1000, 500))
+    with clupy.open("array.npy", "wb") as file:
+        numpy.save(file, array)
+    with clupy.open("array.npy", "rb") as file:
+        numpy.testing.assert_array_equal(numpy.load(file), array)
+    with clupy.open("rows.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["a", "b\nc"], ["ü", ""]])
+    with clupy.open("rows.csv", newline="") as file:
+        assert list(csv.reader(file)) == [["a", "b\nc"], ["ü", ""]]
+    assert clupy.get("array.npy")[:6] == b"\x93NUMPY"
+    pytest.importorskip("pyarrow")
+    with clupy.open("table.parquet", "wb") as file:
+        frame.to_parquet(file)
+    with clupy.open("table.parquet", "rb") as file:
+        pandas.testing.assert_frame_equal(pandas.read_parquet(file, columns=["name"]), frame[["name"]])
+
+
+def test_a_file_is_seekable_and_appears_whole_when_it_is_closed_or_not_at_all(redis):
+    file = clupy.open("f", "wb")
+    file.write(b"0123456789" * 300_000)
+    assert not clupy.exists("f")
+    file.close()
+    file.close()
+    with clupy.open("f", "rb") as file:
+        assert file.seek(-5, os.SEEK_END) == 2_999_995 and file.read() == b"56789"
+        assert file.seek(1_048_575) and file.read(2) == b"56"
+    with clupy.open("f", "w") as file:
+        file.write("short\r\nlines\n")
+    assert clupy.open("f").readlines() == ["short\n", "lines\n"] and clupy.open("f", newline="").read() == "short\r\nlines\n"
+    for mode in ("w", "wb", "a"):
+        with pytest.raises(ZeroDivisionError), clupy.open("f", mode) as file:
+            file.write(b"new" if "b" in mode else "new")
+            1 / 0
+    assert clupy.get("f") == b"short\r\nlines\n"
+    with clupy.open("empty", "w"):
+        pass
+    assert clupy.open("empty").read() == "" and clupy.get("empty") == b""
+    with clupy.open("latin", "w", encoding="latin-1") as file:
+        file.write("ü")
+    assert clupy.get("latin") == b"\xfc" and clupy.open("latin", encoding="latin-1").read() == "ü"
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        clupy.open("nothing")
+    for mode in ("r+", "x", "", "br", "rwb"):
+        with pytest.raises(ValueError, match="mode"):
+            clupy.open("f", mode)
+
+
+def test_lines_that_many_processes_append_are_all_there(redis):
+    with dialogues(4, """
+        for number in range(40):
+            with clupy.open("log", "a") as file: file.write(f"{sys.argv[1]} {number}\\n")
+        print("done")
+    """) as processes:
+        assert [process.hears() for process in processes] == ["done"] * 4
+    lines = list(clupy.open("log"))
+    assert sorted(lines) == sorted(f"{name} {number}\n" for name in range(4) for number in range(40))
+    assert [line for line in lines if line[0] == "0"] == [f"0 {number}\n" for number in range(40)]
+
+
+def test_a_counter_counts_and_a_queue_gives_each_item_to_one_taker_for_all_processes(redis):
+    queue, count = [pickle.loads(pickle.dumps(thing)) for thing in (clupy.queue("q"), clupy.counter("n"))]
+    for number in range(300):
+        queue.put(number)
+    assert len(queue) == 300 and queue
+    with dialogues(2, """
+        taken, count = [], clupy.counter("n")
+        for _ in range(200): count.add(2)
+        try:
+            while True: taken.append(clupy.queue("q").get(0.1))
+        except clupy.Empty:
+            print(taken)
+    """) as processes:
+        taken = [json.loads(process.hears()) for process in processes]
+    assert sorted(taken[0] + taken[1]) == list(range(300)) and all(part == sorted(part) for part in taken)
+    assert count.value == 800 and count.add(-1) == 799
+    count.set(5)
+    assert clupy.counter("n").value == 5 and clupy.counter("new").value == 0
+    with pytest.raises(TypeError):
+        count.add(0.5)
+
+
+def test_a_queue_waits_for_an_item_and_a_topic_reaches_those_who_listen(redis):
+    queue = clupy.queue("q")
+    for timeout in (0, -1, 0.0001, 1.2):
+        with pytest.raises(clupy.Empty):
+            queue.get(timeout)
+    with Dialogue("time.sleep(1.2); clupy.queue('q').put({'x': lambda: 7})"):
+        assert queue.get()["x"]() == 7
+    assert clupy.publish("news", 1) == 0
+    with clupy.subscribe("news", timeout=0.5) as first, clupy.subscribe("news", timeout=0.5) as second:
+        assert clupy.publish("news", {"x": 1}) == 2
+        clupy.publish("other", 3)
+        assert list(first) == list(second) == [{"x": 1}]
+
+
+# ---- Refs on one machine
+
+def test_a_ref_is_a_name_and_resolving_goes_one_level_deep(redis, copies):
+    numpy = pytest.importorskip("numpy")
+    value = {"array": numpy.arange(1_000_000.0), "list": [1, 2]}
+    ref = clupy.share(value)
+    value["array"][0] = 99
+    assert len(pickle.dumps(ref)) < 100
+    got = pickle.loads(pickle.dumps(ref)).get()
+    assert got["array"][0] == 0 and got["array"].flags.aligned and not got["array"].flags.writeable
+    got["list"].append(3)
+    assert ref.get()["list"] == [1, 2]
+    one, other, plain = clupy.share([1]), clupy.share("x"), ([1, 2], {"a": 1})
+    args, kwargs = clupy.resolve((one, [one, 5], (other,), {"k": other}, plain, [[one]]), {"r": one, "n": 1})
+    assert args[:4] == ([1], [[1], 5], ("x",), {"k": "x"}) and kwargs == {"r": [1], "n": 1}
+    assert args[4] is plain and args[5] == [[one]] and args[0] is args[1][0]
+
+
+def test_a_copy_of_a_ref_that_is_damaged_is_written_again_and_a_stale_one_removed(redis, copies):
+    ref, stale = clupy.share(os.urandom(1_000_000)), clupy.share("stale")
+    value = ref.get()
+    content = (copies / ref.name).read_bytes()
+    for damage in (b"", bytes(8) + content[8:], content[:500_000]):        # its writer was killed
+        (copies / ref.name).write_bytes(damage)
+        assert ref.get() == value
+    assert stale.get() == "stale"
+    os.utime(copies / stale.name, (1, 1))
+    clupy.remove_stale_refs(60)
+    assert os.listdir(copies) == [ref.name] and stale.get() == "stale"
+
+
+def test_a_machine_without_room_in_shared_memory_keeps_copies_on_disk_where_nobody_else_writes(
+        redis, tmp_path, monkeypatch):
+    folders, write, ref = [tmp_path / "full", tmp_path / "disk"], clupy._write, clupy.share(os.urandom(300_000))
+    for folder in folders:
+        folder.mkdir()
+
+    def full(file, start, buffer):
+        if start > 8 and "full" in os.readlink(f"/proc/self/fd/{file}"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(file, start, buffer)
+    with monkeypatch.context() as patch:
+        patch.setattr(clupy, "_ref_folders", lambda: iter(map(str, folders)))
+        patch.setattr(clupy, "_write", full)
+        assert len(ref.get()) == 300_000
+    assert (folders[0] / ref.name).stat().st_size == 0 and (folders[1] / ref.name).stat().st_size > 300_000
+    monkeypatch.setattr(clupy.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(clupy.os.path, "isdir", lambda path: path == str(tmp_path))
+    (tmp_path / f"clupy-{os.getuid()}").mkdir(mode=0o755)
+    with pytest.raises(clupy.ClupyError, match="0700"):
+        ref.get()
+
+
+# ---- Redis: faults
+
+def test_without_a_redis_every_use_says_so_within_seconds(settings, monkeypatch):
+    monkeypatch.setattr(clupy, "FIRST_CONTACT", 1.0)
+    settings(redis="")
+    for use in (lambda: clupy.put("x", 1), lambda: clupy.get("x"), clupy.counter("x").add, lambda: clupy.queue("x").get(),
+                lambda: clupy.subscribe("x"), lambda: clupy.publish("x", 1), lambda: clupy.open("x"), clupy.keys):
+        with raises_soon(clupy.Unavailable, "no Redis is configured.*CLUPY_REDIS.*to start a server"):
+            use()
+    with silent_server() as port:
+        for url in (f"redis://u:secret@127.0.0.1:{free_port()}/0", f"redis://:secret@127.0.0.1:{port}/3"):
+            settings(redis=url)
+            with raises_soon(clupy.Unavailable, f"redis://{url.partition('@')[2]}.*setting `redis`") as caught:
+                clupy.get("x")
+            assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", [
+    "localhost:6379", "http://h/0", "redis://h:port/0", "redis://:secret@h:6379?nonsense=secret", "redis://:se?cret@h",
+    "redis://u:secret/cret@h:1", "redis://h?db=secret", "redis://[::1", "secret", "redis://u:12?secret@h"])
+def test_an_address_that_is_none_is_told_at_once_without_its_password(settings, url):
+    settings(redis=url)
+    with pytest.raises(clupy.Unavailable, match="not an address.*expected redis://") as caught:
+        clupy.get("x")
+    text = repr(caught.value.__cause__) + str(caught.value) + repr(clupy._settings())
+    assert "se?cret" not in text and ("secret" not in text or url == "secret")
+
+
+def test_a_missing_or_wrong_password_is_told_at_once_and_the_right_one_works(tmp_path, settings):
+    with RedisServer(tmp_path / "redis", SERVICES_PASSWORD) as server:
+        for url in (server.url.replace(f":{SERVICES_PASSWORD}@", ""), server.url.replace("pass-word", "wrong-word")):
+            settings(redis=url)
+            for use in (lambda: clupy.get("x"), clupy.counter("x").add, lambda: clupy.subscribe("x")):
+                began = time.monotonic()
+                with pytest.raises(clupy.Unavailable, match="password") as caught:
+                    use()
+                assert time.monotonic() - began < 4 and "-word" not in str(caught.value)
+        settings(redis=server.url + "?decode_responses=True&socket_timeout=7")
+        clupy.put("x", b"\xff\x00")
+        assert clupy.get("x") == b"\xff\x00"
+
+
+def test_a_redis_that_is_killed_and_comes_back_costs_time_and_no_error(mortal_redis):
+    with Dialogue("""
+        for number in range(1_000_000):
+            value = number.to_bytes(4, "big") * 100_000
+            clupy.put("x", value)
+            assert clupy.get("x") == value and clupy.exists("x") and clupy.keys() == ["x"]
+            with clupy.open("f", "w") as file: file.write(str(number))
+            assert clupy.open("f").read() == str(number)
+            clupy.delete("f")
+            print(number)
+    """) as process:
+        for _ in range(2):
+            for _ in range(10):
+                process.hears()
+            mortal_redis.restart(after=0.4)
+        until(lambda: int(process.hears()) > 40)
+
+
+def test_a_redis_that_stays_away_is_unavailable_after_patience_and_usable_when_it_is_back(mortal_redis, settings):
+    settings(patience=1)
+    count, queue = clupy.counter("n"), clupy.queue("q")
+    for number in (1, 2):                                  # a restart while nobody asks costs not even counters an error
+        assert count.add() == number
+        queue.put(number)
+        mortal_redis.restart()
+    assert [queue.get(1), queue.get(1)] == [1, 2] and clupy.publish("t", 1) == 0
+    with clupy.subscribe("t") as values:
+        clupy.publish("t", 1)
+        assert next(values) == 1
+        mortal_redis.kill()
+        with pytest.raises(clupy.Unavailable, match="'t' may have been missed"):
+            next(values)
+    began = time.monotonic()
+    with raises_soon(clupy.Unavailable, "refused"):
+        clupy.get("x")
+    assert time.monotonic() - began > 0.9
+    mortal_redis.start().ready()
+    assert count.value == 2
+
+
+def test_what_was_sent_once_is_done_once_though_its_answer_is_lost(redis, settings):
+    queue = clupy.queue("q")
+    queue.put("taken")
+    with losing_answers(redis, [b"INCRBY", b"RPUSH", b"LPOP", b"BLPOP", b"PUBLISH", b"EVAL"]) as port:
+        settings(redis=f"redis://127.0.0.1:{port}/0")
+        file = clupy.open("log", "a")
+        file.write("line\n")
+        for use, name in [(file.close, "log"), (lambda: clupy.counter("n").add(5), "n"), (lambda: queue.get(1), "q"),
+                          (lambda: queue.put("put"), "q"), (lambda: clupy.publish("t", 1), "t")]:
+            with pytest.raises(clupy.Unavailable, match=f"'{name}' was lost.*may have been made or not"):
+                use()
+    settings(redis=redis.url)
+    assert clupy.counter("n").value == 5 and len(queue) == 1 and queue.get() == "put" and clupy.get("log") == b"line\n"
+    with losing_answers(redis, [b"HMGET"]) as port:        # what may be repeated is, until patience ends
+        settings(redis=f"redis://127.0.0.1:{port}/0", patience=1)
+        clupy.put("x", 2)
+        with raises_soon(clupy.Unavailable, "redis"):
+            clupy.get("x")
+
+
+def test_through_kills_a_counter_and_a_queue_hold_what_was_acknowledged_and_nothing_twice(mortal_redis):
+    sure, unsure, end = collections.Counter(), collections.Counter(), threading.Event()
+
+    def work(worker):
+        for number in itertools.takewhile(lambda _: not end.is_set(), itertools.count()):
+            for item, use in [(None, clupy.counter("n").add), ((worker, number), lambda: clupy.queue("q").put((worker, number)))]:
+                try:
+                    use()
+                    outcomes[worker][0][item] += 1
+                except clupy.Unavailable:
+                    outcomes[worker][1][item] += 1
+
+    def kill():
+        try:
+            for _ in range(3):
+                time.sleep(0.4)
+                mortal_redis.restart()
+        finally:
+            end.set()
+    outcomes = [(collections.Counter(), collections.Counter()) for _ in range(4)]
+    together(kill, *[functools.partial(work, number) for number in range(4)])
+    for mine in outcomes:
+        sure, unsure = sure + mine[0], unsure + mine[1]
+    assert 20 < sure[None] <= clupy.counter("n").value <= sure.pop(None) + unsure.pop(None, 0)
+    items = [clupy.queue("q").get(0) for _ in range(len(clupy.queue("q")))]
+    assert len(set(items)) == len(items) and set(sure) <= set(items) <= set(sure) | set(unsure)
+
+
+def test_many_threads_of_one_process_share_its_connections(redis):
+    def work(number):
+        for _ in range(20):
+            clupy.put(f"x{number}", number)
+            assert clupy.get(f"x{number}") == number
+            clupy.counter("n").add()
+    together(*[functools.partial(work, number) for number in range(16)])
+    assert clupy.counter("n").value == 320
+
+
+# ---- locks, semaphores, barriers, events, elections
+
+def test_a_lock_keeps_processes_apart(redis, zookeeper):
+    clupy.put("sum", 0)
+    with dialogues(4, """
+        for _ in range(25):
+            with clupy.lock("sum", timeout=30): clupy.put("sum", clupy.get("sum") + 1)
+        print("done")
+    """) as processes:
+        assert [process.hears() for process in processes] == ["done"] * 4
+    assert clupy.get("sum") == 100 and contenders("lock", "sum") == []
+
+
+def test_readers_share_a_lock_writers_do_not_tokens_grow_and_waiters_keep_their_turn(zookeeper):
+    tokens, order = [], []
+    with clupy.lock("x", shared=True) as first, clupy.lock("x", shared=True, timeout=5) as second:
+        assert first.held and second.held
+        tokens += [first.token, second.token]
+        with pytest.raises(TimeoutError, match="lock 'x': not within 0.3 s"):
+            clupy.lock("x", timeout=0.3).__enter__()
+    with clupy.lock("x", timeout=0) as writer:
+        tokens.append(writer.token)
+        for shared in (False, True):
+            with pytest.raises(TimeoutError):
+                clupy.lock("x", timeout=0, shared=shared).__enter__()
+    assert tokens == sorted(set(tokens)) and not writer.held and writer.token is None
+    with pytest.raises(clupy.LockLost, match="not held"):
+        writer.check()
+
+    def hold(shared):
+        with clupy.lock("x", shared=shared):
+            order.append("reader" if shared else "writer")
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        with clupy.lock("x", shared=True):
+            for number, shared in [(2, False), (3, True)]:
+                pool.submit(hold, shared)
+                until(lambda: len(contenders("lock", "x")) == number)
+            assert order == []
+    assert order == ["writer", "reader"] and contenders("lock", "x") == []
+
+
+def test_a_lock_object_serves_one_block_at_a_time_and_any_name_names_a_lock(zookeeper):
+    lock = clupy.lock("x", timeout=1)
+    with pytest.raises(ZeroDivisionError):
+        with lock:
+            with pytest.raises(RuntimeError, match="in use"):
+                lock.__enter__()
+            1 / 0
+    with lock:
+        assert lock.held and "held" in repr(lock)
+    for name in (".", "..", "a/b", "ü ", "\ud800", "zookeeper", "%2E"):
+        with clupy.lock(name, timeout=5) as lock, clupy.lock(name + "x", timeout=5):
+            lock.check()
+    for use, says in [(lambda: clupy.lock(""), "empty"), (lambda: clupy.semaphore("", 1), "empty"),
+                      (lambda: clupy.barrier("", 1), "empty"), (lambda: clupy.event(""), "empty"),
+                      (lambda: clupy.election(""), "empty"), (lambda: clupy.semaphore("x", 0), "n must be"),
+                      (lambda: clupy.barrier("x", 0), "n must be"), (lambda: clupy.election("e", "x" * 2_000_000), "short")]:
+        with pytest.raises(ValueError, match=says):
+            use()
+
+
+def test_a_semaphore_has_at_most_n_holders(zookeeper):
+    inside, most = [], []
+
+    def work():
+        for _ in range(5):
+            with clupy.semaphore("s", 3, timeout=PATIENCE):
+                inside.append(1)
+                most.append(len(inside))
+                time.sleep(0.005)
+                inside.pop()
+    together(*[work] * 8)
+    assert max(most) == 3 and len(most) == 40 and contenders("semaphore", "s") == []
+
+
+def test_eight_processes_pass_a_hundred_rounds_of_one_barrier(redis, zookeeper):
+    with dialogues(8, """
+        for number in range(100):
+            clupy.counter(f"round {number}").add()
+            clupy.barrier("b", 8, timeout=50)
+            assert clupy.counter(f"round {number}").value == 8, number
+        print("done")
+    """) as processes:
+        assert [process.hears() for process in processes] == ["done"] * 8
+    assert contenders("barrier", "b") == []
+
+
+def test_a_barrier_lets_a_crowd_through_in_groups_and_the_dead_and_the_late_do_not_count(zookeeper, settings):
+    settings(session=1)
+    passed = []
+
+    def come():
+        with contextlib.suppress(TimeoutError):
+            clupy.barrier("b", 3, timeout=1.5)
+            passed.append(1)
+    together(*[come] * 10)
+    assert len(passed) == 9 and contenders("barrier", "b") == []
+    with Dialogue("clupy.barrier('b', 3)"):
+        until(lambda: len(contenders("barrier", "b")) == 1)
+    until(lambda: contenders("barrier", "b") == [])        # its session has ended
+    with Dialogue("try: clupy.barrier('b', 3, timeout=1)\nexcept TimeoutError as error: print(error)") as late:
+        with pytest.raises(TimeoutError, match="barrier 'b': not within 1 s"):
+            clupy.barrier("b", 3, timeout=1)
+        assert late.hears() == "barrier 'b': not within 1 s"
+    with dialogues(2, "clupy.barrier('b', 3); print('passed')") as others:
+        clupy.barrier("b", 3, timeout=PATIENCE)
+        assert [other.hears() for other in others] == ["passed"] * 2
+
+
+def test_an_event_is_seen_by_all_and_outlives_who_set_it(zookeeper):
+    event = pickle.loads(pickle.dumps(clupy.event("e")))
+    assert not event.is_set() and event.wait(0.2) is False
+    with Dialogue("e = clupy.event('e'); print(e.is_set()); print(e.wait()); print(e.wait(0))") as waiter:
+        assert waiter.hears() == "False"
+        with Dialogue("clupy.event('e').set(); clupy.event('e').set(); print('set')") as setter:
+            setter.hears()
+        assert waiter.hears() == waiter.hears() == "True"
+    assert event.is_set()
+    event.clear()
+    event.clear()
+    assert not event.is_set()
+
+
+def test_an_election_has_one_leader_whom_all_know_and_a_successor(zookeeper, settings):
+    settings(session=1)
+    election = clupy.election("e", data="me")
+    assert election.leader() is None
+    with Dialogue("with clupy.election('e', data='first') as e: print(e.leader()); time.sleep(60)") as first:
+        assert first.hears() == election.leader() == "first"
+        with pytest.raises(TimeoutError):
+            clupy.election("e", data="late", timeout=0.3).__enter__()
+    with election:                                         # after the killed one's session
+        assert election.leader() == "me" and election.held
+    assert election.leader() is None
+
+
+# ---- ZooKeeper: faults
+
+def test_without_a_zookeeper_every_use_says_so_within_seconds(settings, monkeypatch):
+    monkeypatch.setattr(clupy, "FIRST_CONTACT", 1.0)
+    with silent_server() as silent:
+        for hosts, says in [("", "no ZooKeeper is configured.*CLUPY_ZOOKEEPER"), ("127.0.0.1:x", "not a list of addresses"),
+                            (f"127.0.0.1:{silent}", f"ZooKeeper at 127.0.0.1:{silent}: no answer"),
+                            ("127.0.0.1:1/app", "not a list of addresses"),
+                            (f"127.0.0.1:{free_port()}", "no answer within 1 s")]:
+            settings(zookeeper=hosts)
+            with raises_soon(clupy.Unavailable, says):
+                clupy.lock("x").__enter__()
+
+
+def test_an_absence_of_zookeeper_loses_no_lock_and_no_waiter(mortal_zookeeper, settings):
+    settings(session=1)
+    with clupy.lock("x") as lock, Dialogue("""
+        threading.Thread(target=lambda: (clupy.event("e").wait(), print("event"))).start()
+        with clupy.lock("x") as lock: print(lock.token)
+        clupy.barrier("b", 2)
+        print("passed")
+    """) as waiter:
+        until(lambda: len(contenders("lock", "x")) == 2)
+        mortal_zookeeper.kill()
+        until(lambda: not lock.held)
+        for use in (lambda: clupy.lock("z", timeout=0.5).__enter__(), lambda: clupy.barrier("c", 2, timeout=0.5)):
+            with raises_soon(TimeoutError, "not within 0.5 s"):
+                use()                                      # holds though nobody answers
+        mortal_zookeeper.start().ready()                   # and starts the clocks of all sessions anew
+        lock.check()
+        assert lock.held
+        token = lock.token
+        lock.__exit__(None, None, None)
+        assert int(waiter.hears()) > token
+        clupy.event("e").set()
+        clupy.barrier("b", 2, timeout=PATIENCE)
+        assert {waiter.hears(), waiter.hears()} == {"event", "passed"}
+        lock.__enter__()
+        with Dialogue("with clupy.lock('z', timeout=30): print('free')") as other:       # while our session lives
+            assert other.hears() == "free"
+        until(lambda: contenders("barrier", "c") == [])
+
+
+def test_an_absence_longer_than_patience_is_unavailable_and_the_next_use_starts_anew(mortal_zookeeper, settings):
+    settings(session=1, patience=2)
+    with pytest.raises(clupy.Unavailable, match="lock 'x': away for longer than 2 s"), clupy.lock("x") as lock:
+        mortal_zookeeper.kill()
+        lock.check()
+    mortal_zookeeper.start().ready()
+
+    def kill():
+        until(lambda: len(contenders("lock", "y")) == 2 and contenders("barrier", "b"))
+        mortal_zookeeper.kill()
+
+    def fails(what, use):
+        with pytest.raises(clupy.Unavailable, match=f"{what}: away for longer than 2 s"):
+            use()
+    together(kill, *[functools.partial(fails, what, use) for what, use in [
+        ("barrier 'b'", lambda: clupy.barrier("b", 2)), ("event 'e'", clupy.event("e").wait),
+        ("lock 'y'", lambda: clupy.lock("y").__enter__() and clupy.lock("y").__enter__())]])
+    mortal_zookeeper.start().ready()
+    with clupy.lock("x", timeout=PATIENCE):
+        pass
+
+
+def test_a_holder_that_slept_past_its_session_is_told_and_the_next_has_a_larger_token(zookeeper, settings):
+    settings(session=1)
+    with Dialogue("""
+        try:
+            with clupy.lock("x") as lock:
+                print(lock.token)
+                time.sleep(0.2)
+                try: lock.check()
+                except clupy.LockLost: print("checked")
+                print(lock.held)
+        except clupy.LockLost as error:
+            print(error)
+    """) as sleeper:
+        token = int(sleeper.hears())
+        sleeper.send(signal.SIGSTOP)
+        with clupy.lock("x", timeout=PATIENCE) as lock:
+            assert lock.token > token
+            sleeper.send(signal.SIGCONT)
+            assert sleeper.hears() == "checked" and sleeper.hears() == "False"
+            assert "lock 'x' was lost before its block ended" in sleeper.hears()
+            lock.check()
+    with pytest.raises(clupy.LockLost):
+        with clupy.lock("x") as lock:                      # somebody deletes its node
+            clupy._zookeeper().delete(f"{lock._path}/{contenders('lock', 'x')[0]}")
+    with Dialogue("clupy.barrier('b', 2); print('passed')") as sleeper:
+        until(lambda: len(contenders("barrier", "b")) == 1)
+        sleeper.send(signal.SIGSTOP)
+        clupy.barrier("b", 2, timeout=PATIENCE)            # counts it, as its session still lives
+        time.sleep(2)                                      # it does not any more
+        sleeper.send(signal.SIGCONT)
+        assert sleeper.hears() == "passed"
+
+
+def test_a_holder_that_ends_frees_at_once(zookeeper):
+    with Dialogue("clupy.lock('x').__enter__(); print('held')") as ends:
+        assert ends.hears() == "held"
+        ends.says_no_more()
+    with clupy.lock("x", timeout=5):                       # sooner than its session of 10 s would have ended
+        pass
+
+
+def test_a_forked_child_has_connections_of_its_own_and_leaves_its_parents_lock(redis, zookeeper):
+    clupy.put("x", 1)
+    with Dialogue("""
+        import multiprocessing
+        def child():
+            assert not lock.held and clupy.get("x") == 1
+            clupy.counter("n").add()
+            with clupy.lock("y", timeout=10), clupy.lock(sys.argv[1], timeout=10): pass
+            try: clupy.lock("x", timeout=0.5).__enter__()
+            except TimeoutError: clupy.counter("n").add()
+        with clupy.lock("x") as lock, clupy.lock("z"):
+            clupy.get("x")
+            children = [multiprocessing.get_context("fork").Process(target=child) for _ in range(3)]
+            for process in children: process.start()
+            for process in children: process.join()
+            lock.check()
+            print("pool", clupy.counter("n").value, lock.held, flush=True)
+            forked = os.fork()                  # leaves the with-block, and ends as any program does
+            if forked: os.wait()
+            else: child()
+        if forked: print("fork", clupy.counter("n").value)
+    """, "w") as process:
+        assert process.hears() == "pool 6 True" and process.hears() == "fork 8"
+        process.says_no_more()
+    with clupy.lock("x", timeout=5):
+        pass
+
+
+WAITS = {"lock": "clupy.lock('x').__enter__()", "shared lock": "clupy.lock('x', shared=True).__enter__()",
+         "semaphore": "clupy.semaphore('x', 1).__enter__()", "election": "clupy.election('x').__enter__()",
+         "barrier": "clupy.barrier('x', 2)", "event": "clupy.event('x').wait()", "queue": "clupy.queue('x').get()",
+         "topic": "next(clupy.subscribe('x'))"}
+
+
+def test_control_c_ends_every_wait_and_leaves_nothing_that_blocks(redis, zookeeper):
+    with contextlib.ExitStack() as stack:
+        for holder in (clupy.lock("x"), clupy.semaphore("x", 1), clupy.election("x")):
+            stack.enter_context(holder)
+        waiting = [(wait.split()[-1], stack.enter_context(Dialogue(f"""
+            clupy.exists("x"), clupy.event("x").is_set()
+            print("waits")
+            try: {WAITS[wait]}
+            except KeyboardInterrupt: print("interrupted")
+            time.sleep(60)
+        """))) for wait in WAITS]
+        assert {process.hears() for _, process in waiting} == {"waits"}
+        for kind, count in [("lock", 3), ("semaphore", 2), ("election", 2), ("barrier", 1)]:
+            until(lambda: len(contenders(kind, "x")) == count)
+        time.sleep(0.3)                                    # the others leave no trace of their waiting
+        for _, process in waiting:
+            process.send(signal.SIGINT)
+        assert {process.hears() for _, process in waiting} == {"interrupted"}
+        for kind, count in [("lock", 1), ("semaphore", 1), ("election", 1), ("barrier", 0)]:    # while their sessions live
+            until(lambda: len(contenders(kind, "x")) == count)
+
+
+def test_control_c_ends_the_wait_for_a_server_that_is_away(mortal_redis, mortal_zookeeper):
+    with contextlib.ExitStack() as stack:
+        waiting = [stack.enter_context(Dialogue(f"""
+            clupy.put("x", 1); clupy.event("x").is_set(); print("reached")
+            sys.stdin.readline()
+            print("waits")
+            try: {wait}
+            except KeyboardInterrupt: print("interrupted")
+        """)) for wait in ("clupy.get('x')", "clupy.lock('x').__enter__()", "clupy.event('x').set()")]
+        assert {process.hears() for process in waiting} == {"reached"}
+        mortal_redis.kill()
+        mortal_zookeeper.kill()
+        for process in waiting:
+            os.write(process.process.stdin.fileno(), b"\n")
+            assert process.hears() == "waits"
+        time.sleep(0.5)
+        for process in waiting:
+            process.send(signal.SIGINT)
+            assert process.hears() == "interrupted"
+
+
+def test_an_ensemble_that_loses_its_leader_loses_no_lock(tmp_path, settings):
+    members = [f"server.{number}=127.0.0.1:{free_port()}:{free_port()}" for number in (1, 2, 3)]
+    with contextlib.ExitStack() as stack:
+        servers = [ZooKeeperServer(tmp_path / str(number), number, members) for number in (1, 2, 3)]
+        for server in servers:
+            stack.callback(server.kill)
+            server.start()
+        for server in servers:
+            server.ready()
+        settings(zookeeper=",".join(server.hosts for server in servers), session=6)
+        with clupy.lock("x") as lock:
+            token = lock.token
+            next(server for server in servers if server.leads()).kill()
+            lock.check()
+            with Dialogue("with clupy.lock('y'), clupy.lock('x') as lock: print(lock.token)") as other:
+                until(lambda: len(contenders("lock", "x")) == 2)
+                lock.check()
+                lock.__exit__(None, None, None)
+                assert int(other.hears()) > token
+                lock.__enter__()
+
+
+# ==== Masters that stand in for each other ===================================
+
+SESSION = 2.0                                     # seconds; short, so that the stories are
+
+
+class Masters:
+    """Two masters that stand for election, two servers of one slot, and this process as their client."""
+
+    def __init__(self, folder, zookeeper):
+        self.folder, self.hosts = folder, zookeeper.hosts
+        self.ports = [free_port(), free_port()]
+        self.address = ",".join(f"127.0.0.1:{port}" for port in self.ports)
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self):
+        self.masters = [self.start(number) for number in range(2)]
+        for number in range(2):
+            self._stack.enter_context(Program(self.folder / f"server{number}", "-m", "clupy", "serve", "--master", self.address,
+                                              "--listen", "127.0.0.1:0", "--slots", 1))
+        self.leader()
+        clupy.connect(self.address)
+        return self
+
+    def __exit__(self, *_):
+        self._stack.close()
+
+    def start(self, number):
+        return self._stack.enter_context(Program(
+            self.folder / f"master{number}", "-m", "clupy", "master", "--listen", f"127.0.0.1:{self.ports[number]}",
+            CLUPY_ZOOKEEPER=self.hosts, CLUPY_SESSION=SESSION, CLUPY_PREFIX=f"test-{self.ports[0]}"))
+
+    def leader(self, other_than=None):
+        """The number of the master that leads and knows both servers, waited for."""
+        return until(lambda: [number for number in range(2) if number != other_than and self.knows(number)])[0]
+
+    def knows(self, number):
+        if self.masters[number].process.poll() is not None:
+            return False
+        done = subprocess.run([sys.executable, "-m", "clupy", "status", "--master", f"127.0.0.1:{self.ports[number]}", "--json"],
+                              cwd=self.folder, env=environ(), capture_output=True, text=True, timeout=PATIENCE)
+        tables = json.loads(done.stdout) if done.returncode == 0 else {"master": {"address": ""}, "servers": {}}
+        return tables["master"]["address"].endswith(f":{self.ports[number]}") and len(tables["servers"]) == 2
+
+
+def note(path, n):
+    """Note each start of the call n, and take a moment."""
+    with open(os.path.join(path, str(n)), "a") as file:
+        file.write("x")
+    time.sleep(0.002)
+    return n
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
+def test_no_call_fails_or_runs_twice_when_the_leading_master_ends(tmp_path, zookeeper_server, end):
+    with Masters(tmp_path, zookeeper_server) as cluster:
+        for turn in range(2):
+            leader = cluster.leader()
+            (tmp_path / str(turn)).mkdir()
+            results = [clupy.parallel(note)(str(tmp_path / str(turn)), n) for n in range(1000)]
+            until(lambda results=results: results[20].completed)
+            cluster.masters[leader].process.send_signal(end)
+            cluster.masters[leader].process.wait()
+            cluster.leader(other_than=leader)
+            assert clupy.wait_all(results, PATIENCE) and [r.value for r in results] == list(range(1000))
+            assert {(tmp_path / str(turn) / str(n)).stat().st_size for n in range(1000)} == {1}
+            cluster.masters[leader] = cluster.start(leader)
+
+
+def test_one_master_leads_again_after_zookeeper_was_away(tmp_path):
+    with ZooKeeperServer(tmp_path / "zookeeper") as zookeeper, Masters(tmp_path, zookeeper) as cluster:
+        for _ in range(2):
+            zookeeper.restart(after=2 * SESSION)
+            cluster.leader()
+            assert clupy.parallel(square)(7).result(PATIENCE) == 49
+
+
+def test_a_leader_that_was_stopped_past_its_session_says_nothing_before_it_looks_at_its_clock(tmp_path, zookeeper_server):
+    with Masters(tmp_path, zookeeper_server) as cluster:
+        old = cluster.leader()
+        cluster.masters[old].process.send_signal(signal.SIGSTOP)
+        new = until(lambda: cluster.knows(1 - old) and 1 - old + 1) - 1
+        cluster.masters[old].process.send_signal(signal.SIGCONT)
+        until(lambda: not cluster.knows(old))
+        assert new == 1 - old and clupy.parallel(square)(7).result(PATIENCE) == 49
+        assert cluster.leader() == new
+
+
+def test_a_leader_is_sure_of_its_office_for_two_thirds_of_its_session_only():
+    leadership = clupy_master.Leadership.__new__(clupy_master.Leadership)
+    leadership._until = 100.0
+    assert leadership.sure(99.9) and not leadership.sure(100.0)
 
 
 # ==== The wire: bytes by hand ================================================
