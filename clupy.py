@@ -2415,6 +2415,7 @@ class Slot:
     def on_opened(self, _, pid):
         self.pid = pid
         self.engine.broken.pop(self.link.id, None)
+        self.engine.clear_progress()
         self.engine.fill(self)
 
     def on_results(self, _, results, seconds):
@@ -2548,6 +2549,7 @@ class Engine:
         self.fatal = None                        # an error that every call gets from now on
         self._closing = False
         self._watching = self._stating = False
+        self._progress = False                    # a line of pip's stands on the terminal
         self._printer = None
         self.joined = threading.Event()           # a first share, or a fatal error, is there
         self.embedded = None                      # (Master, Server) of the embedded cluster
@@ -2715,7 +2717,7 @@ class Engine:
             self.fail_all(task.exception())
 
     def on_resolved(self, _, found, error):
-        show_progress("")
+        self.clear_progress()
         if error and self.libraries is None:
             self.fail_all(DependencyError(*error))
         elif error:
@@ -2751,7 +2753,13 @@ class Engine:
         self._show_progress(text)
 
     def _show_progress(self, line):
+        self._progress = True
         show_progress(f"clupy: {line}")
+
+    def clear_progress(self):
+        if self._progress:
+            self._progress = False
+            show_progress("")
 
     def master_lost(self):
         """Calls that have slots go on; `_judge` looks after the others."""
