@@ -2326,7 +2326,9 @@ class Limit:
         self.idle.set()
 
     def allows(self, slot):
-        return self.most is None or slot in self.slots or len(self.slots) < self.most
+        """Whether a call may be sent there; calls that wait for nested ones do not count."""
+        return (self.most is None or slot in self.slots or len(self.slots) < self.most
+                or sum(not other.suspended for other in self.slots) < self.most)
 
 
 class Slot:
@@ -2994,6 +2996,9 @@ class Engine:
             else:
                 again.append(call)
         slot.calls.clear()
+        if slot.nested and how["why"].startswith("max_nested") and self._queue and self._queue[0]._parent:
+            outcomes.append((self._queue.popleft(), False, ClupyError(
+                f"calls inside calls wait for each other in all workers of {slot.link.name} ({how['why']})")))
         self._requeue(again)
         self._finish(outcomes)
         self.balance()
@@ -3282,6 +3287,9 @@ class Engine:
             if parent in slot.calls:
                 slot.children[parent][number] = call
                 self._enqueue(call)
+        for limit in slot.limits:                 # its call does not count any more: another may run
+            if limit.waiting:
+                self._queue.appendleft(limit.waiting.popleft())
         self._update_wanted()
         self.balance()
 

@@ -1204,6 +1204,10 @@ class Server:
 
     async def _serve_slot(self, slot):
         """Wait for a free worker and hand the socket over."""
+        own = sum(other.nested for other in slot.session.slots.values() if other.process)
+        if slot.nested and own >= self.settings.max_nested:        # nobody else's end would make room
+            self._turn_away(slot, f"max_nested is {self.settings.max_nested}")
+            return
         self.waiting.append(slot)
         self.replenish()
         self.assign()
@@ -1212,9 +1216,13 @@ class Server:
         except asyncio.CancelledError:             # closed by the client before a worker was free
             if slot in self.waiting:
                 self.waiting.remove(slot)
-            slot.session.slots.pop(slot.number, None)
-            slot.sock.close()
-            slot.session.connection.send("ended", slot.number, {"pid": None, "begun": 0, "why": "closed"})
+            self._turn_away(slot, "closed")
+
+    def _turn_away(self, slot, why):
+        """End a slot that no worker serves."""
+        slot.session.slots.pop(slot.number, None)
+        slot.sock.close()
+        slot.session.connection.send("ended", slot.number, {"pid": None, "begun": 0, "why": why})
 
     # -- slots and workers
 

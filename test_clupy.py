@@ -998,6 +998,22 @@ def test_recursion_of_depth_30_on_one_slot():
     until(lambda: len(workers()) == 1)
 
 
+def limited_depth(n):
+    return 0 if n == 0 else 1 + clupy.parallel(limited_depth, max=1)(n - 1).result()
+
+
+def test_a_call_that_waits_for_its_children_does_not_count_for_max():
+    assert clupy.parallel(limited_depth, max=1)(5).result(PATIENCE) == 5
+
+
+def test_recursion_deeper_than_there_may_be_workers_is_an_error_and_no_deadlock():
+    clupy.connect(slots=1, max_nested=3)
+    assert clupy.parallel(depth)(3).result(PATIENCE) == 3
+    with pytest.raises(clupy.ClupyError, match="max_nested is 3"):
+        clupy.parallel(depth)(6).result(PATIENCE)
+    assert clupy.parallel(square)(3).result(PATIENCE) == 9
+
+
 def test_a_cancelled_parents_children_are_cancelled(tmp_path):
     def parent(path):
         def child(path):
