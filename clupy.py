@@ -2783,9 +2783,10 @@ class Engine:
         """How many slots the unfinished calls could use now."""
         if self.resolving or self.checking:
             return 0
-        limited = sum(min(limit.pending, limit.most or limit.pending) for limit in self._limits)
-        suspended = sum(slot.suspended for slot in self._slots())
-        return self._unlimited.pending + limited - suspended
+        suspended = collections.Counter(slot.calls[number]._limit for slot in self._slots() for number in slot.children
+                                        if number in slot.calls)
+        limited = sum(min(limit.pending - suspended[limit], limit.most or limit.pending) for limit in self._limits)
+        return self._unlimited.pending - suspended[None] + limited
 
     def _update_wanted(self):
         """After a change of the unfinished calls: a larger wish is stated at once, or after GATHER_TIME."""
