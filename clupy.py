@@ -335,7 +335,7 @@ def read_settings(role, file=None, **arguments):
 
     for key, value, line in _read_yaml(file or f"clupy.{role}.yaml", must_exist=file is not None):
         take(key, value, f"{file or f'clupy.{role}.yaml'}, line {line}")
-    for key in known & {name[6:].lower() for name in os.environ if name.startswith("CLUPY_")}:
+    for key in known & {name[6:].lower() for name, value in os.environ.items() if name.startswith("CLUPY_") and value}:
         take(key, os.environ[f"CLUPY_{key.upper()}"], f"environment variable CLUPY_{key.upper()}")
     for key, value in arguments.items():
         if value is not None:

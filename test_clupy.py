@@ -2394,6 +2394,22 @@ def test_the_advice_for_a_missing_library_works(tmp_path, index):
 # The stories start servers on free ports, kill and restart them.  They need redis-server, java and zookeeper.jar
 # (`make services`); where these are missing they are skipped by name, with CLUPY_TEST_SERVICES=required they fail.
 
+def needed(*paths):
+    """The first of these programs or files that this machine has; without any the test is skipped, or fails."""
+    for path in filter(None, map(shutil.which, paths)):
+        return path
+    if os.path.exists(paths[0]):
+        return paths[0]
+    give_up = pytest.fail if os.environ.get("CLUPY_TEST_SERVICES") == "required" else pytest.skip
+    give_up(f"{os.path.basename(paths[0])} is missing: make services")
+
+
+def die_with_parent():
+    """Before a child's exec: it is killed with us, also when we are killed ourselves (PR_SET_PDEATHSIG)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
 class Service:
     """A server that can be killed and started again on the same port with the same data; ended with the with-block."""
 
@@ -2404,28 +2420,18 @@ class Service:
         folder.mkdir(parents=True, exist_ok=True)
 
     def start(self):
-        self.process = subprocess.Popen(self.command(), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                                        stderr=subprocess.DEVNULL, preexec_fn=die_with_parent, executable=self.program())
+        program, *command = self.command()
+        self.process = subprocess.Popen(command, executable=program, preexec_fn=die_with_parent,
+                                        **dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL))
         return self
-
-    def program(self):
-        """The path of the first program or file of `needs` that this machine has."""
-        for name in self.needs:
-            if path := shutil.which(name):
-                return path
-        self.is_missing(self.needs[0])
-
-    def is_missing(self, what):
-        give_up = pytest.fail if os.environ.get("CLUPY_TEST_SERVICES") == "required" else pytest.skip
-        give_up(f"{what} is missing: make services")
 
     def ready(self):
-        until(self.answers)
+        until(lambda: self.answer().startswith(self.ready_answers))
         return self
 
-    def ask(self, words):
+    def answer(self):
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=1) as sock:
-            sock.sendall(words)
+            sock.sendall(self.question)
             return sock.recv(10000)
         return b""
 
@@ -2440,24 +2446,18 @@ class Service:
         self.start().ready()
 
     def __enter__(self):
-        try:
-            return self.start().ready()
-        except BaseException:
-            self.kill()
-            raise
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.kill)
+            self.start().ready()
+            stack.pop_all()
+        return self
 
     def __exit__(self, *_):
         self.kill()
 
 
-def die_with_parent():
-    """Before a child's exec: it is killed with us, also when we are killed ourselves (PR_SET_PDEATHSIG)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-
-
 class RedisServer(Service):
-    needs = "redis-server", "redis-check-rdb"           # the same program
+    question, ready_answers = b"PING\r\n", (b"+PONG", b"-NOAUTH")
 
     def __init__(self, folder, password="", durable=False):
         super().__init__(folder)
@@ -2468,17 +2468,13 @@ class RedisServer(Service):
 
     def command(self):
         (self.folder / "redis.conf").write_text("\n".join(self.settings))
-        return ["redis-server", self.folder / "redis.conf"]
-
-    def answers(self):
-        return self.ask(b"PING\r\n")[:5] in (b"+PONG", b"-NOAU")
+        return needed("redis-server", "redis-check-rdb"), "redis-server", self.folder / "redis.conf"    # one program
 
 
 class ZooKeeperServer(Service):
-    """Ticks of 0.5 s allow sessions from 1 s.  members: the lines of an ensemble's configuration, this one is `number`."""
+    """Ticks of 0.5 s allow sessions from 1 s.  members: the lines of an ensemble's settings; this is its `number`."""
 
-    needs = ("java",)
-    jars = "/usr/share/java/zookeeper.jar", "/usr/share/java/slf4j-nop.jar"
+    question, ready_answers = b"srvr", b"Zookeeper version"
 
     def __init__(self, folder, number=0, members=()):
         super().__init__(folder)
@@ -2486,21 +2482,15 @@ class ZooKeeperServer(Service):
         (folder / "myid").write_text(str(number))
 
     def command(self):
-        os.path.exists(self.jars[0]) or self.is_missing("zookeeper.jar")
         (self.folder / "zoo.cfg").write_text("\n".join([
             "tickTime=500", f"dataDir={self.folder}", f"clientPort={self.port}", "clientPortAddress=127.0.0.1",
             "maxClientCnxns=0", "admin.enableServer=false", "forceSync=no", "initLimit=20", "syncLimit=10",
             "4lw.commands.whitelist=srvr", *self.members]))
+        jars = needed("/usr/share/java/zookeeper.jar") + ":/usr/share/java/slf4j-nop.jar"
         main = "quorum.QuorumPeerMain" if self.members else "ZooKeeperServerMain"
-        return ["java", "-Xms32m", "-Xmx64m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-XX:-UsePerfData",
-                "-Dzookeeper.admin.enableServer=false", "-Dzookeeper.jmx.log4j.disable=true", "-cp", ":".join(self.jars),
-                f"org.apache.zookeeper.server.{main}", self.folder / "zoo.cfg"]
-
-    def answers(self):
-        return b"Mode:" in self.ask(b"srvr")
-
-    def leads(self):
-        return b"Mode: leader" in self.ask(b"srvr")
+        return [needed("java"), "java", "-Xms32m", "-Xmx64m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1",
+                "-XX:-UsePerfData", "-Dzookeeper.admin.enableServer=false", "-Dzookeeper.jmx.log4j.disable=true",
+                "-cp", jars, f"org.apache.zookeeper.server.{main}", self.folder / "zoo.cfg"]
 
 
 class Dialogue:
@@ -2508,8 +2498,8 @@ class Dialogue:
 
     def __init__(self, code, *arguments):
         code = "import os, pickle, sys, threading, time, clupy\n" + textwrap.dedent(code)
-        self.process = subprocess.Popen([sys.executable, "-u", "-W", "ignore::DeprecationWarning",    # fork's, from 3.12 on
-                                         "-c", code, *map(str, arguments)], preexec_fn=die_with_parent,
+        command = [sys.executable, "-u", "-W", "ignore::DeprecationWarning", "-c", code]     # fork's, from 3.12 on
+        self.process = subprocess.Popen([*command, *map(str, arguments)], preexec_fn=die_with_parent,
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         self._unread = b""
 
@@ -2532,11 +2522,9 @@ class Dialogue:
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *error):
         self.process.kill()
-        self.process.wait()
-        self.process.stdin.close()
-        self.process.stdout.close()
+        self.process.__exit__(*error)                      # closes the pipes and waits
 
 
 @contextlib.contextmanager
@@ -2640,11 +2628,9 @@ def losing_answers(server, requests):
         listener.shutdown(socket.SHUT_RDWR)
 
 
-@contextlib.contextmanager
 def silent_server():
-    """The port of one that accepts connections and never says a word."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        yield listener.getsockname()[1]
+    """Accepts connections and never says a word."""
+    return socket.create_server(("127.0.0.1", 0))
 
 
 def contenders(kind, name):
@@ -2688,7 +2674,7 @@ def deposit(amount):
     return clupy.counter("deposits").add(), os.getpid()
 
 
-def test_the_master_alone_says_where_redis_and_zookeeper_are_and_no_password_shows(tmp_path, zookeeper_server, monkeypatch):
+def test_the_master_alone_says_where_the_services_are_and_no_password_shows(tmp_path, zookeeper_server, monkeypatch):
     with RedisServer(tmp_path / "redis", SERVICES_PASSWORD) as server:
         with ServiceCluster(tmp_path, 2, redis=server.url, zookeeper=zookeeper_server.hosts) as cluster:
             monkeypatch.setenv("CLUPY_MASTER", cluster.address)
@@ -2829,7 +2815,7 @@ def test_a_ref_arrives_as_its_value_on_another_executor_too(settings):
 
 
 @pytest.mark.parametrize("name, says", [
-    ("shared_data", ["rows written: 4000", "{0: -0.0, 1: ", "rows done: 40", "as expected: True"]),
+    ("shared_data", ["rows written: 4000", "{0: 20.0, 1: 30.0, ", "rows done: 40", "as expected: True"]),
     ("coordination", ["balance: 200", "totals: [12, 12, 12]", "anna reports, and the leader is anna",
                       "ben reports, and the leader is ben"])])
 def test_the_examples_run_on_the_embedded_cluster(redis, zookeeper, tmp_path, name, says):
@@ -2872,13 +2858,13 @@ def test_another_process_gets_what_was_put_also_what_plain_pickle_refuses(redis)
 def test_arrays_and_frames_of_every_shape_come_back_equal_and_writable(redis):
     numpy, pandas = pytest.importorskip("numpy"), pytest.importorskip("pandas")
     big = numpy.random.default_rng(1).random((1000, 1200))
-    arrays = [numpy.array(5.0), numpy.zeros((0, 3)), numpy.arange(7), big, numpy.asfortranarray(big), big[::2, ::3], big.T]
+    arrays = [numpy.array(5.0), numpy.zeros((0, 3)), big, numpy.asfortranarray(big), big[::2, ::3], big.T]
     clupy.put("arrays", arrays)
     for original, copy in zip(arrays, clupy.get("arrays"), strict=True):
         numpy.testing.assert_array_equal(original, copy)
         assert copy.flags.writeable and copy.flags.aligned
         copy += 1
-    numpy.testing.assert_array_equal(clupy.get("arrays")[3], big)        # not what was added to the copies
+    numpy.testing.assert_array_equal(clupy.get("arrays")[2], big)        # not what was added to the copies
     frame = pandas.DataFrame({"x": big[:, 0], "name": [f"row {i}" for i in range(1000)]})
     clupy.put("frame", frame)
     pandas.testing.assert_frame_equal(clupy.get("frame"), frame)
@@ -2889,7 +2875,8 @@ def test_names_may_have_any_characters_and_the_mapping_agrees_with_the_functions
     for name in names:
         clupy.put(name, name)
     clupy.counter("count").add()
-    assert clupy.keys() == sorted([*names, "count"]) and clupy.keys("a?b") == ["a b", "a:b"] and clupy.keys("日?") == ["日本"]
+    assert clupy.keys() == sorted([*names, "count"]) and clupy.keys("a?b") == ["a b", "a:b"]
+    assert clupy.keys("日?") == ["日本"]
     assert dict(clupy.shared) == {name: name for name in names} and len(clupy.shared) == len(names)
     assert "." in clupy.shared and clupy.exists("count") and "z" not in clupy.shared
     assert clupy.delete(*names[1:], "count", "z") == len(names) and clupy.delete() == 0
@@ -3004,11 +2991,12 @@ def test_a_file_is_seekable_and_appears_whole_when_it_is_closed_or_not_at_all(re
         assert file.seek(1_048_575) and file.read(2) == b"56"
     with clupy.open("f", "w") as file:
         file.write("short\r\nlines\n")
-    assert clupy.open("f").readlines() == ["short\n", "lines\n"] and clupy.open("f", newline="").read() == "short\r\nlines\n"
+    assert clupy.open("f").readlines() == ["short\n", "lines\n"]
+    assert clupy.open("f", newline="").read() == "short\r\nlines\n"
     for mode in ("w", "wb", "a"):
         with pytest.raises(ZeroDivisionError), clupy.open("f", mode) as file:
             file.write(b"new" if "b" in mode else "new")
-            1 / 0
+            raise ZeroDivisionError
     assert clupy.get("f") == b"short\r\nlines\n"
     with clupy.open("empty", "w"):
         pass
@@ -3059,7 +3047,7 @@ def test_a_counter_counts_and_a_queue_gives_each_item_to_one_taker_for_all_proce
 
 def test_a_queue_waits_for_an_item_and_a_topic_reaches_those_who_listen(redis):
     queue = clupy.queue("q")
-    for timeout in (0, -1, 0.0001, 1.2):
+    for timeout in (0, -1, 0.0001):
         with pytest.raises(clupy.Empty):
             queue.get(timeout)
     with Dialogue("time.sleep(1.2); clupy.queue('q').put({'x': lambda: 7})"):
@@ -3129,11 +3117,12 @@ def test_a_machine_without_room_in_shared_memory_keeps_copies_on_disk_where_nobo
 def test_without_a_redis_every_use_says_so_within_seconds(settings, monkeypatch):
     monkeypatch.setattr(clupy, "FIRST_CONTACT", 1.0)
     settings(redis="")
-    for use in (lambda: clupy.put("x", 1), lambda: clupy.get("x"), clupy.counter("x").add, lambda: clupy.queue("x").get(),
+    for use in (lambda: clupy.put("x", 1), lambda: clupy.get("x"), clupy.counter("x").add, clupy.queue("x").get,
                 lambda: clupy.subscribe("x"), lambda: clupy.publish("x", 1), lambda: clupy.open("x"), clupy.keys):
         with raises_soon(clupy.Unavailable, "no Redis is configured.*CLUPY_REDIS.*to start a server"):
             use()
-    with silent_server() as port:
+    with silent_server() as silent:
+        port = silent.getsockname()[1]
         for url in (f"redis://u:secret@127.0.0.1:{free_port()}/0", f"redis://:secret@127.0.0.1:{port}/3"):
             settings(redis=url)
             with raises_soon(clupy.Unavailable, f"redis://{url.partition('@')[2]}.*setting `redis`") as caught:
@@ -3187,7 +3176,7 @@ def test_a_redis_that_is_killed_and_comes_back_costs_time_and_no_error(mortal_re
 def test_a_redis_that_stays_away_is_unavailable_after_patience_and_usable_when_it_is_back(mortal_redis, settings):
     settings(patience=1)
     count, queue = clupy.counter("n"), clupy.queue("q")
-    for number in (1, 2):                                  # a restart while nobody asks costs not even counters an error
+    for number in (1, 2):                                  # a restart while nobody asks costs no error at all
         assert count.add() == number
         queue.put(number)
         mortal_redis.restart()
@@ -3231,7 +3220,8 @@ def test_through_kills_a_counter_and_a_queue_hold_what_was_acknowledged_and_noth
 
     def work(worker):
         for number in itertools.takewhile(lambda _: not end.is_set(), itertools.count()):
-            for item, use in [(None, clupy.counter("n").add), ((worker, number), lambda: clupy.queue("q").put((worker, number)))]:
+            mine = worker, number
+            for item, use in [(None, clupy.counter("n").add), (mine, functools.partial(clupy.queue("q").put, mine))]:
                 try:
                     use()
                     outcomes[worker][0][item] += 1
@@ -3252,16 +3242,6 @@ def test_through_kills_a_counter_and_a_queue_hold_what_was_acknowledged_and_noth
     assert 20 < sure[None] <= clupy.counter("n").value <= sure.pop(None) + unsure.pop(None, 0)
     items = [clupy.queue("q").get(0) for _ in range(len(clupy.queue("q")))]
     assert len(set(items)) == len(items) and set(sure) <= set(items) <= set(sure) | set(unsure)
-
-
-def test_many_threads_of_one_process_share_its_connections(redis):
-    def work(number):
-        for _ in range(20):
-            clupy.put(f"x{number}", number)
-            assert clupy.get(f"x{number}") == number
-            clupy.counter("n").add()
-    together(*[functools.partial(work, number) for number in range(16)])
-    assert clupy.counter("n").value == 320
 
 
 # ---- locks, semaphores, barriers, events, elections
@@ -3311,7 +3291,7 @@ def test_a_lock_object_serves_one_block_at_a_time_and_any_name_names_a_lock(zook
         with lock:
             with pytest.raises(RuntimeError, match="in use"):
                 lock.__enter__()
-            1 / 0
+            raise ZeroDivisionError
     with lock:
         assert lock.held and "held" in repr(lock)
     for name in (".", "..", "a/b", "ü ", "\ud800", "zookeeper", "%2E"):
@@ -3320,7 +3300,8 @@ def test_a_lock_object_serves_one_block_at_a_time_and_any_name_names_a_lock(zook
     for use, says in [(lambda: clupy.lock(""), "empty"), (lambda: clupy.semaphore("", 1), "empty"),
                       (lambda: clupy.barrier("", 1), "empty"), (lambda: clupy.event(""), "empty"),
                       (lambda: clupy.election(""), "empty"), (lambda: clupy.semaphore("x", 0), "n must be"),
-                      (lambda: clupy.barrier("x", 0), "n must be"), (lambda: clupy.election("e", "x" * 2_000_000), "short")]:
+                      (lambda: clupy.barrier("x", 0), "n must be"),
+                      (lambda: clupy.election("e", "x" * 200_000), "short")]:
         with pytest.raises(ValueError, match=says):
             use()
 
@@ -3405,10 +3386,11 @@ def test_an_election_has_one_leader_whom_all_know_and_a_successor(zookeeper, set
 def test_without_a_zookeeper_every_use_says_so_within_seconds(settings, monkeypatch):
     monkeypatch.setattr(clupy, "FIRST_CONTACT", 1.0)
     with silent_server() as silent:
-        for hosts, says in [("", "no ZooKeeper is configured.*CLUPY_ZOOKEEPER"), ("127.0.0.1:x", "not a list of addresses"),
-                            (f"127.0.0.1:{silent}", f"ZooKeeper at 127.0.0.1:{silent}: no answer"),
-                            ("127.0.0.1:1/app", "not a list of addresses"),
-                            (f"127.0.0.1:{free_port()}", "no answer within 1 s")]:
+        port = silent.getsockname()[1]
+        for hosts, says in [("", "no ZooKeeper is configured.*CLUPY_ZOOKEEPER"), ("h:x", "not a list of addresses"),
+                            ("h:1/app", "not a list of addresses"),
+                            (f"127.0.0.1:{free_port()}", "no answer within 1 s"),
+                            (f"127.0.0.1:{port}", f"ZooKeeper at 127.0.0.1:{port}: no answer")]:
             settings(zookeeper=hosts)
             with raises_soon(clupy.Unavailable, says):
                 clupy.lock("x").__enter__()
@@ -3444,8 +3426,8 @@ def test_an_absence_of_zookeeper_loses_no_lock_and_no_waiter(mortal_zookeeper, s
 
 
 def test_an_absence_longer_than_patience_is_unavailable_and_the_next_use_starts_anew(mortal_zookeeper, settings):
-    settings(session=1, patience=2)
-    with pytest.raises(clupy.Unavailable, match="lock 'x': away for longer than 2 s"), clupy.lock("x") as lock:
+    settings(session=1, patience=1)
+    with pytest.raises(clupy.Unavailable, match="lock 'x': away for longer than 1 s"), clupy.lock("x") as lock:
         mortal_zookeeper.kill()
         lock.check()
     mortal_zookeeper.start().ready()
@@ -3455,7 +3437,7 @@ def test_an_absence_longer_than_patience_is_unavailable_and_the_next_use_starts_
         mortal_zookeeper.kill()
 
     def fails(what, use):
-        with pytest.raises(clupy.Unavailable, match=f"{what}: away for longer than 2 s"):
+        with pytest.raises(clupy.Unavailable, match=f"{what}: away for longer than 1 s"):
             use()
     together(kill, *[functools.partial(fails, what, use) for what, use in [
         ("barrier 'b'", lambda: clupy.barrier("b", 2)), ("event 'e'", clupy.event("e").wait),
@@ -3498,14 +3480,6 @@ def test_a_holder_that_slept_past_its_session_is_told_and_the_next_has_a_larger_
         assert sleeper.hears() == "passed"
 
 
-def test_a_holder_that_ends_frees_at_once(zookeeper):
-    with Dialogue("clupy.lock('x').__enter__(); print('held')") as ends:
-        assert ends.hears() == "held"
-        ends.says_no_more()
-    with clupy.lock("x", timeout=5):                       # sooner than its session of 10 s would have ended
-        pass
-
-
 def test_a_forked_child_has_connections_of_its_own_and_leaves_its_parents_lock(redis, zookeeper):
     clupy.put("x", 1)
     with Dialogue("""
@@ -3530,7 +3504,10 @@ def test_a_forked_child_has_connections_of_its_own_and_leaves_its_parents_lock(r
     """, "w") as process:
         assert process.hears() == "pool 6 True" and process.hears() == "fork 8"
         process.says_no_more()
-    with clupy.lock("x", timeout=5):
+    with Dialogue("clupy.lock('w').__enter__(); print('held')") as ends:
+        assert ends.hears() == "held"
+        ends.says_no_more()
+    with clupy.lock("x", timeout=5), clupy.lock("w", timeout=5):       # sooner than their sessions of 10 s would end
         pass
 
 
@@ -3558,7 +3535,7 @@ def test_control_c_ends_every_wait_and_leaves_nothing_that_blocks(redis, zookeep
         for _, process in waiting:
             process.send(signal.SIGINT)
         assert {process.hears() for _, process in waiting} == {"interrupted"}
-        for kind, count in [("lock", 1), ("semaphore", 1), ("election", 1), ("barrier", 0)]:    # while their sessions live
+        for kind, count in [("lock", 1), ("semaphore", 1), ("election", 1), ("barrier", 0)]:     # their sessions live
             until(lambda: len(contenders(kind, "x")) == count)
 
 
@@ -3595,7 +3572,7 @@ def test_an_ensemble_that_loses_its_leader_loses_no_lock(tmp_path, settings):
         settings(zookeeper=",".join(server.hosts for server in servers), session=6)
         with clupy.lock("x") as lock:
             token = lock.token
-            next(server for server in servers if server.leads()).kill()
+            next(server for server in servers if b"Mode: leader" in server.answer()).kill()
             lock.check()
             with Dialogue("with clupy.lock('y'), clupy.lock('x') as lock: print(lock.token)") as other:
                 until(lambda: len(contenders("lock", "x")) == 2)

@@ -14,7 +14,7 @@ import clupy
 def readings(sensor):
     """Measure, and leave a table for others in Redis, as if it were a folder that every computer has."""
     noise = numpy.random.default_rng(sensor)
-    table = pandas.DataFrame({"time": numpy.arange(1000), "value": noise.normal(sensor, 1, 1000)})
+    table = pandas.DataFrame({"time": numpy.arange(1000), "value": noise.normal(20 + 10 * sensor, 1, 1000)})
     with clupy.open(f"readings/{sensor}.csv", "w", newline="") as file:
         table.to_csv(file, index=False)
     return len(table)
