@@ -2025,10 +2025,13 @@ _DONE = (FINISHED, CANCELLED)
 
 
 class _Waiter:
-    """Wakes one thread when a future is done; the three methods are what concurrent.futures calls."""
-    __slots__ = ("lock",)
+    """Wakes one thread when a future is done; the three methods are what concurrent.futures calls.
 
-    def __init__(self):
+    handlers: not before its handlers have run."""
+    __slots__ = ("lock", "handlers")
+
+    def __init__(self, handlers):
+        self.handlers = handlers
         self.lock = threading.Lock()
         self.lock.acquire()
 
@@ -2103,7 +2106,7 @@ class Future(concurrent.futures.Future):
         Ctrl-C ends all unfinished calls of this client: whoever gives up waiting wants the cluster back."""
         if self._state in _DONE and not (handlers and self._handlers):
             return True
-        waiter = _Waiter()
+        waiter = _Waiter(handlers)
         with self._condition:
             if self._state in _DONE and not (handlers and self._handlers):
                 return True
@@ -2194,7 +2197,7 @@ class Future(concurrent.futures.Future):
 
     def _handle(self, succeeded, handler):
         with self._condition:
-            start = self._state in _DONE and not self._handlers
+            start = self._state in _DONE and self._handlers is None        # else somebody is at it, or will be
             self._handlers = (self._handlers or []) + [(succeeded, handler)]
         if start:
             threads.run(self._run_handlers)
@@ -2212,8 +2215,9 @@ class Future(concurrent.futures.Future):
             with self._condition:
                 self._handlers = self._handlers[len(entries):] or None
                 if self._handlers is None:
-                    for waiter in self._waiters:
-                        waiter.add_result(self)
+                    for waiter in self._waiting or ():
+                        if type(waiter) is _Waiter and waiter.handlers:
+                            waiter.add_result(self)
                     return
 
     # -- outcomes
@@ -2228,11 +2232,14 @@ class Future(concurrent.futures.Future):
             self._engine.cancel(self)
         return self._state == CANCELLED
 
-    def _after(self):
+    def _after(self, handle):
         """What user code wants to do now that it is done; in a thread that may block."""
         self._invoke_callbacks()
-        if self._handlers:
+        if handle:
             self._run_handlers()
+
+    def __reduce__(self):
+        raise TypeError(f"{self!r} cannot be pickled: pass its result to the call, or make the call there")
 
 
 def conclude(outcomes):
@@ -2252,18 +2259,19 @@ def conclude(outcomes):
                 call._packed = succeeded, value
             call._state = CANCELLED if type(value) is CancelledError else FINISHED
             call._arguments = None
-            if call._waiting and call._handlers is None:
-                for waiter in call._waiting:
-                    if call._state == CANCELLED:
-                        waiter.add_cancelled(call)
-                    elif succeeded:
-                        waiter.add_result(call)
-                    else:
-                        waiter.add_exception(call)
+            for waiter in call._waiting or ():
+                if call._handlers and type(waiter) is _Waiter and waiter.handlers:
+                    continue
+                if call._state == CANCELLED:
+                    waiter.add_cancelled(call)
+                elif succeeded:
+                    waiter.add_result(call)
+                else:
+                    waiter.add_exception(call)
             if call._callbacks or call._handlers:
-                followed.append(call)
-    for call in followed:
-        threads.run(call._after)
+                followed.append((call, call._handlers is not None))
+    for call, handle in followed:
+        threads.run(call._after, handle)
 
 
 class Threads:
@@ -2590,6 +2598,7 @@ class Engine:
             log.error("closing took more than %g s; leaving the rest to the servers", CLOSE_TIME + 2)
         self._soon(self.loop.stop)
         self._thread.join(CLOSE_TIME)
+        _engines.discard(self)
         conclude([(call, False, Closed("the client was closed")) for call in list(self._inbox)])
 
     def grow(self, slots):
@@ -2622,8 +2631,12 @@ class Engine:
         """In a forked child: close every descriptor by number, and tell the child's copies of calls that they are lost.
 
         Never through asyncio, which would take the parent's sockets out of the epoll that both share."""
+        if self.loop.is_closed():
+            return
         for number in self.descriptors():
             os.close(number)
+        for limit in self._limits:                # they outlive the engine, with the functions that have them
+            limit.__init__(limit.most)
         calls = [*self._inbox, *self._queue, *(call for slot in self._slots() for call in slot.calls.values())]
         conclude([(call, False, Closed("the call was made before this process was forked off")) for call in calls])
 
@@ -2845,7 +2858,7 @@ class Engine:
 
     # -- messages from the master
 
-    def on_share(self, connection, share, services):
+    def on_share(self, _, share, services):
         self._share = {id: ((host or self._master.host, port), slots) for id, ((host, port), slots) in share.items()}
         if services != self._services:
             self._services = services
@@ -2871,12 +2884,13 @@ class Engine:
         for id, (address, slots) in self._share.items():
             if slots and id not in self._links:
                 self._links[id] = ServerLink(self, id, address)
+        wanted = self._count_wanted()
         for link in list(self._links.values()):
             if link.session is not None and link.connection:
-                self._balance_link(link, self._share[link.id][1] if link.id in self._share else None)
+                self._balance_link(link, self._share[link.id][1] if link.id in self._share else None, wanted)
         self._dispatch()
 
-    def _balance_link(self, link, granted):
+    def _balance_link(self, link, granted, wanted):
         """granted: slots there by the share; None: it does not name the server, so keep what is open."""
         if granted is None and not link.draining:
             return
@@ -2889,7 +2903,7 @@ class Engine:
             for slot in active[:len(active) - allowed]:
                 if not (slot.nested and allowed and not slot.calls and now - slot.heard < LINGER_TIME):
                     self._leave(slot)
-        elif allowed and self._count_wanted() > 0:
+        elif allowed and wanted > 0:
             for _ in range(allowed - len(staying)):
                 self._open(link, nested=False)
             if not active and len(staying) >= allowed and self._queue:
@@ -3437,6 +3451,7 @@ def timed_out(call, slot, how):
 
 _engine = None
 _engines = weakref.WeakSet()    # all that this process has made, Executors' own included
+_executors = weakref.WeakSet()
 _engine_lock = threading.Lock()
 
 
@@ -3692,9 +3707,10 @@ class Executor(concurrent.futures.Executor):
             raise ValueError(f"max_workers is {max_workers!r}, but must be a whole number from 1, or None")
         if initializer is not None and not callable(initializer):
             raise TypeError(f"initializer must be a function, not {type(initializer).__name__}")
-        self._engine = _make_engine(read_settings("client", master=master)) if master else _current_engine()
-        self._own_engine = master is not None
+        self._own_engine = _make_engine(read_settings("client", master=master)) if master else None
+        self._engine = self._own_engine or _current_engine()
         self._limit = Limit(max_workers)
+        _executors.add(self)
         self._setup = None
         if initializer is not None:
             self._setup = capture(functools.partial(initializer, *initargs))
@@ -3705,6 +3721,10 @@ class Executor(concurrent.futures.Executor):
     def submit(self, fn, /, *args, **kwargs):
         if self._shut:
             raise RuntimeError("cannot submit a call after shutdown()")
+        if self._engine is None:                  # this process was forked off
+            if self._own_engine:
+                raise RuntimeError("this Executor has a cluster of the process that made it; make one here")
+            self._engine, self._limit = _current_engine(), Limit(self._limit.most)
         function = capture(fn)
         if self._setup:
             function = function_of(function.payload, function.name, self._setup.payload)
@@ -3712,6 +3732,8 @@ class Executor(concurrent.futures.Executor):
 
     def shutdown(self, wait=True, *, cancel_futures=False):
         self._shut = True
+        if self._engine is None:                  # the affair of the process that made it
+            return
         if cancel_futures:
             self._engine.cancel_limit(self._limit)
         if wait:
@@ -3807,6 +3829,8 @@ def _after_fork():
     for engine in {*_engines, *filter(None, [_engine])}:
         engine.abandon()
         _parents.append(engine)
+    for executor in _executors:
+        executor._engine = None
     _engine, _engines = None, weakref.WeakSet()
 
 

@@ -21,6 +21,7 @@ import linecache
 import os
 import pickle
 import pkgutil
+import re
 import select
 import shutil
 import signal
@@ -302,6 +303,37 @@ def test_handlers_run_before_waiting_ends_and_may_make_calls():
     assert failed.wait(timeout=PATIENCE) and seen[-1] == "on purpose"
     late = results[0].succeed(lambda value: seen.append("late"))
     assert late.wait("5s") and seen[-1] == "late"
+
+
+def test_handlers_run_once_and_do_not_delay_who_waits_for_the_result_alone():
+    seen, slow = [], []
+    futures = [clupy.parallel(square)(n) for n in range(50)]
+    for future in futures:
+        future.add_done_callback(lambda _: None)
+        future.succeed(seen.append)
+    late = clupy.parallel(fails)("on purpose").fail(lambda error: (time.sleep(1), slow.append(error)))
+    done, rest = concurrent.futures.wait([late, clupy.parallel(sleepy)(60)], PATIENCE, concurrent.futures.FIRST_EXCEPTION)
+    assert done == {late} and late.exception(timeout=0.5) and not slow
+    assert late.wait(PATIENCE) and len(slow) == 1 and [future.cancel() for future in rest] == [True]
+    assert clupy.wait_all(futures, PATIENCE) and sorted(seen) == [n * n for n in range(50)]
+    futures[0].succeed(seen.append)
+    assert len(list(clupy.as_completed(futures, PATIENCE))) == 50
+
+
+def test_a_result_does_not_wait_for_a_long_call_behind_it():
+    clupy.connect(slots=1)
+    assert clupy.wait_all([clupy.parallel(sleepy)(0) for _ in range(20)], PATIENCE)
+    short, long = clupy.parallel(sleepy)(0, "short"), clupy.parallel(sleepy)(60)
+    assert short.result(10) == "short" and long.cancel()
+
+
+def test_a_future_says_what_it_is_and_that_it_cannot_be_pickled():
+    future = clupy.parallel(sleepy)(0.5)
+    until(future.running)
+    assert re.fullmatch(r"<Future sleepy running on \S+ \d+ for \d+[.]\d s>", repr(future))
+    assert future.wait(PATIENCE) and re.fullmatch(r"<Future sleepy finished on \S+ \d+ in \d[.]\d+ s>", repr(future))
+    with pytest.raises(TypeError, match="pass its result"):
+        pickle.dumps(future)
 
 
 def test_an_exception_in_a_handler_is_logged_and_hurts_nobody(caplog):
@@ -1137,12 +1169,17 @@ def test_a_forked_child_gets_an_engine_of_its_own(tmp_path):
         warnings.simplefilter("ignore")
         def pid():
             return os.getpid()
+        clupy.parallel(pid)().result(30)
+        clupy.close()                             # a closed engine is of no interest to a child
         first = clupy.parallel(pid)().result(30)
+        executor, limited = clupy.Executor(), clupy.parallel(__import__("time").sleep, max=1)
+        running = limited(1)
         pending = clupy.parallel(__import__("time").sleep)(0.5)
         child = os.fork()
         if child == 0:
             assert isinstance(pending.exception(5), clupy.Closed)
             assert clupy.parallel(pid)().result(30) != first
+            assert limited(0).result(30) is None and executor.submit(pid).result(30) != first
             clupy.close()
             os._exit(42)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 42
