@@ -26,10 +26,10 @@ if __name__ == "__main__":
         else:
             print(n, "failed:", r.failure)
 
-    # 2. Say what is to happen with each, then wait until it has.
+    # 2. Say what is to happen with each, then wait until it has; larger numbers, so that there is work for all workers.
     workers = Counter()
-    results = [clupy.parallel(primes, max=10)(n) for n in range(100, 200)]
+    results = [clupy.parallel(primes, max=10)(n) for n in range(100_000, 100_100)]
     for r in results:
         r.succeed(lambda value: workers.update([value[1]])).fail(lambda error: print("failed:", error))
     clupy.wait_all(results, time_out=30)
-    print(f"{sum(workers.values())} calls ran in {len(workers)} worker processes")
+    print(f"{sum(workers.values())} calls ran in {len(workers)} worker processes: {dict(workers)}")
