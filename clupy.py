@@ -416,42 +416,50 @@ def find_secret(settings, create=False):
 #
 # A *statement* is complete and replaces the one before; sent on connecting, on change and every STATEMENT_TIME.
 #
-# from -> to        kind     fields                                        answer      if it fails
-# server -> master  server   id, address, python, slots, held {client: n}, cluster     next master of the list
-#                            state {load, draining, environments, ...}
-# client -> master  client   id, python, wanted, unreachable, environment  share       back-off; `patience` without slots
-# master -> client  share    {server: (address, n)}, services              -           stands until replaced
-# master -> server  cluster  services, silent clients, hash of libraries   -           the last one stands
-# any -> master     libraries  hash, or None for the cluster's             libraries   again with the next statement
-# server -> master  wheel    sha256                                        wheel       pip says that it is not there
-# client -> master  resolve  libraries, pip options, {sha256: wheel}       resolved    again after reconnecting
-# any -> master     status   -                                             tables      an error text
-# standby -> any    leader   (host, port) or None                          go there    next master of the list
-# anyone -> dialer  refused  error type, text                              -           the connection is closed
-# client -> server  hello    client, python, libraries (None: the          welcome     told to the master, again later
-#                            cluster's), output
-# server -> client  welcome  session, name of the server, {its versions}   -
-# client -> server  close    number                                        ended       control lost: all are closed
-# client -> server  kill     number, call                                  ended, late the future has its outcome already
-# server -> client  ended    number, a dict: pid, begun, why, reason, peak, lines, stack      1 s after the slot's end
-# server -> client  late     number, call: it is over, or has not begun    -           asked again while it is out
-# server -> client  output   pid, stream, text, dropped lines              seen        over UNSEEN_OUTPUT: dropped
-# client -> server  seen     bytes                                         -
-# server -> client  notice   what, text: draining, alive, renew (the cluster's libraries changed: give slots back),
-#                            building (a line of pip's), broken (why)      -
-# client -> worker  opening  the client's own top-level modules            opened      the slot ends
-# worker -> client  opened   pid                                           -
-# client -> worker  calls    [(number, function id, arguments, time-out), results     the slot's end and `ended`
-#                             (0, function id, payload or None to drop it, name)], in the order to be done
-# worker -> client  results  [(number, succeeded, value or payload)], seconds          -
-# client -> worker  recall   -                                             returned    none: they stay sent
-# worker -> client  returned [numbers]                                     -
-# worker -> client  fetch    request, what (module or Ref), its name, ...  fetched     the slot ends
-# client -> worker  fetched  request, answer                               -
-# worker -> client  serve    name, buffers of a Ref shared in a call       -
-# worker -> client  nested   [(number, parent, function id, arguments, time-out, retries, max)],
-#                            {function id: (payload, name)}                results     the slot's end
-# worker -> client  forget   [numbers of nested calls]                     -
+# from -> to        kind      fields                                       answer      if it fails
+# server -> master  server    id, address, python, slots,                  cluster     next master of the list
+#                             held {client: n}, state {load, draining, ...}
+# client -> master  client    id, python, wanted slots, unreachable        share       back-off; `patience` without slots
+#                             servers, hash of its libraries
+# master -> client  share     {server: (address, n)}, services             -           stands until replaced
+# master -> server  cluster   services, silent clients, hash of libraries  -           the last one stands
+# standby -> any    leader    (host, port) or None                         go there    next master of the list
+# any -> master     libraries hash, or None for the cluster's              libraries   again with the next statement
+# server -> master  wheel     sha256                                       wheel       pip says that it is not there
+# client -> master  resolve   libraries, pip options, {sha256: wheel}      resolved    again after reconnecting
+# any -> master     status    -                                            tables      an error text
+# any -> dialer     refused   error type, text                             -           the connection is closed
+# client -> server  hello     client, python, libraries (None: the         welcome     told to the master, again later
+#                             cluster's), whether output is wanted
+# server -> client  welcome   session, name of the server, {its versions}  -
+# client -> server  close     number                                       ended       control lost: all are closed
+# client -> server  kill      number, call                                 ended, late the future has its outcome already
+# server -> client  ended     number, {pid, begun, why, reason, code,      -           1 s after the slot's end: lost
+#                             peak, limit, lines, stack}
+# server -> client  late      number, call: it is over, or has not begun   -           asked again while it is out
+# server -> client  output    pid, stream, text, dropped lines             seen        over UNSEEN_OUTPUT: dropped
+# client -> server  seen      characters                                   -
+# any -> client     notice    what, text: draining, alive, renew (the      -
+#                             libraries changed: give slots back), broken
+#                             (why), building or resolving (pip's line)
+# client -> worker  opening   the client's own top-level modules           opened      the slot ends
+# worker -> client  opened    pid                                          -
+# client -> worker  calls     in the order to be done:                     results     the slot's end and `ended`
+#                             (number, function id, arguments, time-out),
+#                             (0, function id, payload or None: drop it,
+#                             (name, payload to be called first or None))
+# worker -> client  results   [(number, succeeded, plain value or          -
+#                             payload)], seconds that they took
+# client -> worker  recall    -                                            returned    none: they stay sent
+# worker -> client  returned  [numbers]                                    -
+# worker -> client  fetch     request, what (module, ref), its fields      fetched     the slot ends
+# client -> worker  fetched   request, answer                              -
+# worker -> client  serve     name, buffers of a Ref shared in a call      -
+# worker -> client  nested    [(number, parent, function id, arguments,    results     the slot's end
+#                             time-out, retries, max)],
+#                             {function id: (payload, name)}
+# client -> worker  results   [(number, succeeded, plain value or payload)] of nested calls
+# worker -> client  forget    [numbers of nested calls]                    -
 #
 # Kind `share` is answered by the method `on_share` of the class that owns the receiver's state.
 
