@@ -74,7 +74,7 @@ import types
 import warnings
 import weakref
 from collections.abc import MutableMapping
-from concurrent.futures import CancelledError
+from concurrent.futures import BrokenExecutor, CancelledError
 from queue import Empty, SimpleQueue
 
 
@@ -335,7 +335,7 @@ def read_settings(role, file=None, **arguments):
 
     for key, value, line in _read_yaml(file or f"clupy.{role}.yaml", must_exist=file is not None):
         take(key, value, f"{file or f'clupy.{role}.yaml'}, line {line}")
-    for key in known & {name[6:].lower() for name, value in os.environ.items() if name.startswith("CLUPY_") and value}:
+    for key in known & {name[6:].lower() for name in os.environ if name.startswith("CLUPY_")}:
         take(key, os.environ[f"CLUPY_{key.upper()}"], f"environment variable CLUPY_{key.upper()}")
     for key, value in arguments.items():
         if value is not None:
@@ -2292,22 +2292,17 @@ class Threads:
 
     def run(self, job, *args):
         with self._lock:
-            self._jobs.put((job, args))
             if self._idle:
                 self._idle -= 1
+                self._jobs.put((job, args))
                 return
-        threading.Thread(target=self._work, name="clupy-job", daemon=True).start()
+        try:
+            threading.Thread(target=self._work, args=(job, args), name="clupy-job", daemon=True).start()
+        except RuntimeError as error:  # the interpreter is ending: callbacks of what was still under way are lost
+            log.debug("%s is not run: %s", getattr(job, "__qualname__", job), error)
 
-    def _work(self):
-        while True:
-            try:
-                job, args = self._jobs.get(timeout=10)
-            except Empty:
-                with self._lock:
-                    if self._jobs.empty():
-                        self._idle -= 1
-                        return
-                continue
+    def _work(self, job, args):
+        while job is not None:
             try:
                 job(*args)
             except Exception:          # a thread's edge: a user's callback raised
@@ -2315,6 +2310,18 @@ class Threads:
             del job, args
             with self._lock:
                 self._idle += 1
+            job, args = self._next()
+
+    def _next(self):
+        """The next job, or None after a while without one."""
+        while True:
+            try:
+                return self._jobs.get(timeout=10)
+            except Empty:
+                with self._lock:
+                    if self._jobs.empty():
+                        self._idle -= 1
+                        return None, None
 
 
 threads = Threads()
@@ -2607,7 +2614,7 @@ class Engine:
         self._soon(self.loop.stop)
         self._thread.join(CLOSE_TIME)
         _engines.discard(self)
-        conclude([(call, False, Closed("the client was closed")) for call in list(self._inbox)])
+        self._lose()
 
     def grow(self, slots):
         """At least so many slots, if this is an embedded cluster."""
@@ -2623,11 +2630,15 @@ class Engine:
 
     def settle(self, limit):
         """Wait until no call of this limit is unfinished."""
+        if self._closing:
+            return
         asyncio.run_coroutine_threadsafe(self._pumped(), self.loop).result()
         limit.idle.wait()
 
     def cancel_limit(self, limit):
         """Cancel the calls of this limit that have not been sent to a worker."""
+        if self._closing:
+            return
         asyncio.run_coroutine_threadsafe(self._pumped(), self.loop).result()
         for call in [call for call in [*self._queue, *limit.waiting] if call._limit is limit]:
             call.cancel()
@@ -2639,20 +2650,29 @@ class Engine:
         """In a forked child: close every descriptor by number, and tell the child's copies of calls that they are lost.
 
         Never through asyncio, which would take the parent's sockets out of the epoll that both share."""
-        if self.loop.is_closed():
-            return
-        for number in self.descriptors():
+        for number in () if self.loop.is_closed() else self.descriptors():
             os.close(number)
+        self._inbox.extend([*self._waiting(), *(call for slot in self._slots() for call in slot.calls.values())])
         for limit in self._limits:                # they outlive the engine, with the functions that have them
             limit.__init__(limit.most)
-        calls = [*self._inbox, *self._queue, *(call for slot in self._slots() for call in slot.calls.values())]
-        conclude([(call, False, Closed("the call was made before this process was forked off")) for call in calls])
+        self._soon = self._lose
+        self._lose()
 
     def _soon(self, function, *args):
         try:
             self.loop.call_soon_threadsafe(function, *args)
-        except RuntimeError:                      # the loop is closed: so are the calls
-            conclude([(call, False, Closed("the client was closed")) for call in list(self._inbox)])
+        except RuntimeError:                      # the loop is closed
+            self._lose()
+
+    def _lose(self, *_):
+        """No loop will look at the inbox any more."""
+        self._awake, calls = False, list(self._inbox)
+        why = "the client was closed" if self.pid == os.getpid() else "the call is one of the process that forked this one off"
+        conclude([(call, False, Closed(why)) for call in calls])
+
+    def _waiting(self):
+        """The calls that wait for a slot."""
+        return [*self._queue, *(call for limit in self._limits for call in limit.waiting)]
 
     def descriptors(self):
         """The numbers of the engine's open files: a forked child closes them, and nothing else of the engine."""
@@ -2848,8 +2868,7 @@ class Engine:
             if link.connection and now - heard > SILENCE_TIME and any(slot.calls for slot in link.slots.values()):
                 log.warning("server %s has been silent for %g s; it is lost", link.name, SILENCE_TIME)
                 link.connection.close()
-        waiting = self._queue or any(limit.waiting for limit in self._limits)
-        if waiting and not self._slots() and self.masterless(now) > self.settings.patience:
+        if not self._slots() and self._waiting() and self.masterless(now) > self.settings.patience:
             self._fail_waiting(self.unreachable())
 
     def masterless(self, now):
@@ -3049,9 +3068,6 @@ class Engine:
         self._dispatch()
 
     def _enqueue(self, call):
-        if self.fatal or self._closing:
-            conclude([(call, False, self.fatal or Closed("the client was closed"))])
-            return
         if call._state in _DONE:
             return
         call._number = next(self._numbers)
@@ -3061,7 +3077,9 @@ class Engine:
             limit.idle.clear()
             self._limits.add(limit)
         call._counted = True
-        if call._parent:
+        if self.fatal or self._closing:
+            self._finish([(call, False, self.fatal or Closed("the client was closed"))])
+        elif call._parent:
             self._queue.appendleft(call)
         else:
             self._queue.append(call)
@@ -3116,21 +3134,28 @@ class Engine:
         """The next call that may be sent to this slot, or None."""
         for limit in slot.limits:
             while limit.waiting:
+                if self._must_be_alone(limit.waiting[0]) and slot.calls:
+                    return None
                 call = limit.waiting.popleft()
                 if call._state not in _DONE:
                     return call
         queue = self._queue
         while queue:
-            call = queue[0]
-            if call._state not in _DONE:
-                if slot.calls and call._tries >= call._retries:
-                    return None                   # its last try: alone, to an idle slot
-                if call._limit and not call._limit.allows(slot):
-                    call._limit.waiting.append(queue.popleft())
-                    continue
-                return queue.popleft()
-            queue.popleft()
+            if self._must_be_alone(queue[0]) and slot.calls:
+                return None
+            call = queue.popleft()
+            if call._state in _DONE:
+                self._unpark(call._limit)         # it was here for all of its limit that are put aside
+            elif call._limit and not call._limit.allows(slot):
+                call._limit.waiting.append(call)
+            else:
+                return call
         return None
+
+    @staticmethod
+    def _must_be_alone(call):
+        """A call on its last try goes to an idle slot, so that it is known whether it began."""
+        return call._tries >= call._retries and call._state not in _DONE
 
     def _learn(self, slot, function, items):
         """Send the function along if the worker does not know it; let it drop what was not used for long."""
@@ -3161,8 +3186,15 @@ class Engine:
             limit.slots[slot] -= 1
             if not limit.slots[slot]:
                 del limit.slots[slot], slot.limits[limit]
-                if limit.waiting:                 # another slot may work on these now
-                    self._queue.appendleft(limit.waiting.popleft())
+                self._unpark(limit)
+
+    def _unpark(self, limit):
+        """Another slot may work on the calls of this limit: one of those put aside goes back to the front."""
+        while limit and limit.waiting:
+            call = limit.waiting.popleft()
+            if call._state not in _DONE:
+                self._queue.appendleft(call)
+                return
 
     def _requeue(self, calls):
         """Back to the front of the queue, in their order; they may be cancelled as waiting calls again."""
@@ -3277,9 +3309,8 @@ class Engine:
 
     def _cancel_all(self):
         self._pump()
-        waiting = [call for limit in self._limits for call in limit.waiting]
         sent = [call for slot in self._slots() for call in slot.calls.values()]
-        for call in [*self._queue, *waiting, *sent]:
+        for call in [*self._waiting(), *sent]:
             if not call._parent:
                 call.cancel()
 
@@ -3291,7 +3322,7 @@ class Engine:
         self._fail_waiting(error)
 
     def _fail_waiting(self, error):
-        waiting = [*self._queue] + [call for limit in self._limits for call in limit.waiting]
+        waiting = self._waiting()
         self._queue.clear()
         for limit in self._limits:
             limit.waiting.clear()
@@ -3310,9 +3341,10 @@ class Engine:
             if parent in slot.calls:
                 slot.children[parent][number] = call
                 self._enqueue(call)
+            else:                                 # made by a thread that its call left behind
+                slot.send("results", [(number, False, pack_exception(CancelledError()))])
         for limit in slot.limits:                 # its call does not count any more: another may run
-            if limit.waiting:
-                self._queue.appendleft(limit.waiting.popleft())
+            self._unpark(limit)
         self._update_wanted()
         self.balance()
 
@@ -3359,7 +3391,8 @@ class Engine:
                 lines.append(f"... {dropped} lines were not shown: more than {UNSEEN_OUTPUT >> 10} KiB were waiting")
             if target is not None:
                 try:
-                    target.write("".join(f"[{server} {pid}] {line}\n" for line in lines))
+                    for line in lines:            # one write each: what this program prints does not come in between
+                        target.write(f"[{server} {pid}] {line}\n")
                     target.flush()
                 except (OSError, ValueError) as error:      # a closed pipe or stream: output ends, calls do not
                     log.debug("output of %s cannot be shown: %s", server, error)
@@ -3468,7 +3501,8 @@ def connect(master=None, *, executor=None, config=None, **settings):
 
     master: "host", "host:port" or several with commas; None: that of clupy.client.yaml or CLUPY_MASTER, else one that
     answers on localhost, else the cores of this machine.  executor: a concurrent.futures.Executor that runs the calls
-    instead.  config: a YAML file; settings: any key of it.  Returns when the master has answered.
+    instead, where `max`, `timeout` and `retries` do not apply.  config: a YAML file; settings: any key of it.  Returns
+    when the master has answered.
     Raises ConfigurationError, SecretError, VersionMismatch, MasterUnreachable, or RuntimeError if connected already."""
     global _engine
     with _engine_lock:
@@ -3760,7 +3794,7 @@ class ExecutorEngine:
         self._running = {}                        # {call: the executor's future}
 
     def submit(self, call):
-        theirs = self.executor.submit(run_packed, call._function.payload, call._arguments)
+        theirs = self.executor.submit(run_packed, call._function.payload, call._function.setup, call._arguments)
         self._running[call] = theirs
         theirs.add_done_callback(functools.partial(self._done, call))
 
@@ -3799,9 +3833,26 @@ class ExecutorEngine:
         self.cancel_all()
 
 
-def run_packed(function, arguments):
+_set_up = {}                    # {payload of an initializer: None, or the exception that it raised here}
+
+
+def set_up(setup, unpack=unpack):
+    """Run an Executor's initializer, a payload, once in this process. Raises BrokenExecutor if it raised."""
+    if setup not in _set_up:
+        try:
+            unpack(setup)()
+            _set_up[setup] = None
+        except BaseException as error:            # whatever it raised, it is why no call can run here
+            _set_up[setup] = error
+    if _set_up[setup] is not None:
+        raise BrokenExecutor("the initializer raised") from _set_up[setup]
+
+
+def run_packed(function, setup, arguments):
     """(succeeded, value or payload) of a call whose function and arguments are payloads; raises nothing."""
     try:
+        if setup is not None:
+            set_up(setup)
         args, kwargs = resolve(*unpack_arguments(arguments))
         value = unpack(function)(*args, **kwargs)
         if inspect.iscoroutine(value):
@@ -4428,7 +4479,7 @@ def share(value, ttl=None):
     With Redis configured it lives `ttl` seconds after its last use (None: the setting, 0: for ever), also without
     this process; without, as long as the client. Later changes of `value` do not matter."""
     name, buffers = uuid.uuid4().hex, _parts_of(value)
-    in_redis = "redis" in _settings().given
+    in_redis = "redis" in _settings().given and bool(_settings().redis)
     if in_redis:
         _store(_key(name, "ref"), "ref", buffers, _ttl(ttl))
     else:

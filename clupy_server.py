@@ -138,7 +138,6 @@ class Worker:
         self.todo = collections.deque()            # items of `calls` that have not begun
         self.functions = {}                        # {id: the function, or Unopened until its first call}
         self.names = {}                            # {id: its name, for messages}
-        self.set_up = {}                           # {payload of an initializer: None, or the exception it raised}
         self.current = 0                           # number of the call that runs
         self.results = collections.deque()         # (number, succeeded, value) that were not sent
         self.held_since = 0.0                      # when the oldest of them was made
@@ -217,20 +216,9 @@ class Worker:
         if type(known) is Unopened:
             payload, setup = known
             if setup is not None:
-                self._set_up(setup)
+                clupy.set_up(setup, unpack_call)
             known = self.functions[id] = unpack_call(payload)
         return known
-
-    def _set_up(self, setup):
-        """Run an Executor's initializer, once in this worker."""
-        if setup not in self.set_up:
-            try:
-                unpack_call(setup)()
-                self.set_up[setup] = None
-            except BaseException as error:         # whatever it raised, it is why no call can run here
-                self.set_up[setup] = error
-        if self.set_up[setup] is not None:
-            raise concurrent.futures.BrokenExecutor("the initializer raised") from self.set_up[setup]
 
     def _learn(self, id, payload, name):
         if payload is None:

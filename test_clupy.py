@@ -1232,6 +1232,7 @@ def test_without_master_and_slots_calls_fail_after_patience(tmp_path):
         assert clupy.parallel(square)(3).result(PATIENCE) == 9
         for program in (cluster.master, *cluster.servers):
             program.process.kill()
+        until(lambda: not workers())
         with pytest.raises(clupy.MasterUnreachable, match="is `python -m clupy master` running"):
             clupy.parallel(square)(4).result(PATIENCE)
     with pytest.raises(clupy.MasterUnreachable):
@@ -1244,6 +1245,7 @@ def test_all_servers_gone_and_one_back_later(tmp_path):
         clupy.connect(cluster.address)
         assert clupy.parallel(square)(3).result(PATIENCE) == 9
         cluster.servers[0].process.kill()
+        until(lambda: not workers())
         future = clupy.parallel(square)(4)
         assert not future.wait(2)
         cluster.add_server()
@@ -2852,7 +2854,7 @@ def test_a_ref_arrives_as_its_value_on_another_executor_too(settings):
 
 
 @pytest.mark.parametrize("name, says", [
-    ("shared_data", ["rows written: 4000", "{0: 20.0, 1: 30.0, ", "rows done: 40", "as expected: True"]),
+    ("shared_data", ["rows written: 4000", "{0: 20.0, 1: ", "rows done: 40", "as expected: True"]),
     ("coordination", ["balance: 200", "totals: [12, 12, 12]", "anna reports, and the leader is anna",
                       "ben reports, and the leader is ben"])])
 def test_the_examples_run_on_the_embedded_cluster(redis, zookeeper, tmp_path, name, says):
