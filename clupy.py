@@ -457,7 +457,7 @@ def find_secret(settings, create=False):
 # worker -> client  serve     name, buffers of a Ref shared in a call      -
 # worker -> client  nested    [(number, parent, function id, arguments,    results     the slot's end
 #                             time-out, retries, max)],
-#                             {function id: (payload, name)}
+#                             {function id: (payload, name) or None: drop it}
 # client -> worker  results   [(number, succeeded, plain value or payload)] of nested calls
 # worker -> client  forget    [numbers of nested calls]                    -
 #
@@ -2432,7 +2432,7 @@ class Slot:
         return False
 
     def connection_lost(self, _):
-        self.gone = True
+        self.gone, self._frames = True, None      # a future may keep the slot, but not this memory
         self.engine.slot_ending(self)
 
     # -- messages from the worker
@@ -3331,8 +3331,11 @@ class Engine:
     # -- nested calls: made by a call that runs in a slot, queued here like any other, newest first
 
     def take_nested(self, slot, calls, functions):
-        for id, (payload, name) in functions.items():
-            slot.nested_functions[id] = function_of(payload, name)
+        for id, function in functions.items():
+            if function is None:
+                slot.nested_functions.pop(id, None)
+            else:
+                slot.nested_functions[id] = function_of(*function)
         for number, parent, function, arguments, timeout, retries, most in calls:
             function = slot.nested_functions[function]
             call = Future(self, function, arguments, timeout, retries, function.limit(most) if most else None)

@@ -81,15 +81,16 @@ def shares(servers, clients, now):
     free = {id: row.slots for id, row in servers.items() if row.usable}
     amounts = fair_amounts({id: row.wanted for id, row in clients.items()}, sum(free.values()), clients, now)
     result = {id: {} for id in clients}
-    for id, row in clients.items():                # what is held stays where it is, as far as the amount goes
-        for server, held in sorted(row.share.items(), key=lambda item: -item[1]):
-            if server not in row.unreachable:
-                place(result[id], free, server, min(held, amounts[id]))
-                amounts[id] -= result[id].get(server, 0)
-    for id, row in sorted(clients.items(), key=lambda item: amounts[item[0]]):
-        while amounts[id] and (server := roomiest(free, row.unreachable)) is not None:
-            place(result[id], free, server, 1)
-            amounts[id] -= 1
+    picky = [id for id, row in clients.items() if row.unreachable]         # they choose first: others may go anywhere
+    for group in picky, [id for id in clients if id not in picky]:
+        for id in group:                           # what is held stays where it is, as far as the amount goes
+            for server, held in sorted(clients[id].share.items(), key=lambda item: -item[1]):
+                if server not in clients[id].unreachable:
+                    amounts[id] -= place(result[id], free, server, min(held, amounts[id]))
+        for id in sorted(group, key=amounts.get):
+            fill(result[id], free, amounts[id], clients[id].unreachable)
+    for id in sorted(clients, key=lambda id: sum(result[id].values())):    # slots that picky clients could not have
+        fill(result[id], free, clients[id].wanted - sum(result[id].values()), clients[id].unreachable)
     for id, row in clients.items():                # nobody wants the rest: who has it keeps it, warm
         for server, held in row.share.items():
             if server not in row.unreachable and now - row.heard < SILENT_CLIENT:
@@ -97,12 +98,19 @@ def shares(servers, clients, now):
     return result
 
 
+def fill(share, free, count, unreachable):
+    """Move up to `count` slots into the share, each from the server that has the most free ones."""
+    while count > 0 and (server := roomiest(free, unreachable)) is not None:
+        count -= place(share, free, server, 1)
+
+
 def place(share, free, server, count):
-    """Move `count` slots of the server, or as many as are free, into the share."""
-    count = min(count, free.get(server, 0))
-    if count > 0:
+    """Move `count` slots of the server, or as many as are free, into the share; returns how many."""
+    count = max(0, min(count, free.get(server, 0)))
+    if count:
         share[server] = share.get(server, 0) + count
         free[server] -= count
+    return count
 
 
 def roomiest(free, unreachable):

@@ -168,7 +168,6 @@ class Worker:
                 number, function, arguments, timeout = todo.popleft()
             except IndexError:
                 self.send_results()
-                BOARD.pack_into(self.board, 0, self.current, IDLE)
                 flush_output()
                 self._wake.acquire()
                 continue
@@ -184,6 +183,7 @@ class Worker:
         BOARD.pack_into(self.board, 0, number, time.monotonic() + timeout if timeout else 0.0)
         self.current = number
         succeeded, value = self._outcome(function, arguments)
+        BOARD.pack_into(self.board, 0, number, IDLE)
         if os.getpid() != self.pid:                # a forked child came back from the call: only its parent answers
             os._exit(0)
         end = time.perf_counter()
@@ -382,13 +382,16 @@ class NestedCalls:
         self._worker = worker
         self._calls = {}                           # {number: call} without an outcome
         self._numbers = iter(range(1, 1 << 62))
-        self._functions = set()                    # ids that the client knows
+        self._functions = collections.OrderedDict()    # {id: None} that the client knows, least recently used first
 
     def submit(self, call):
         worker, function = self._worker, call._function
         number = call._number = next(self._numbers)
         new = {} if function.id in self._functions else {function.id: (function.payload, function.name)}
-        self._functions.add(function.id)
+        self._functions[function.id] = None
+        self._functions.move_to_end(function.id)
+        if len(self._functions) > clupy.Slot.KNOWN:
+            new[self._functions.popitem(last=False)[0]] = None
         self._calls[number] = call
         most = call._limit.most if call._limit else None
         try:
@@ -756,7 +759,8 @@ class Process:
         self.tail = {1: b"", 2: b""}               # output without a line's end yet
         self.last_lines = collections.deque(maxlen=LAST_LINES)
         self.stack = b""                           # what faulthandler wrote
-        self.dead = asyncio.get_running_loop().create_future()     # (status, resource usage) of wait4
+        self.dead = asyncio.get_running_loop().create_future()     # (exit code, peak memory)
+        self._stopping = asyncio.Lock()            # held while it is stopped and looked at
         self._start()
 
     def __repr__(self):
@@ -888,17 +892,21 @@ class Process:
         if why == "timeout" and self.runs(number):
             self._signal(STACK_SIGNAL, group=False)
             await asyncio.sleep(STACK_TIME)
-        if not self.runs(number) or self.dead.done():
-            return False
-        self._signal(signal.SIGSTOP, group=False)
-        while os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-            await asyncio.sleep(0.001)
-        if not self.runs(number):
-            self._signal(signal.SIGCONT, group=False)
-            return False
-        self.why = why
-        self.kill()
-        return True
+        async with self._stopping:
+            if self.dead.done() or not self.runs(number):
+                return False
+            self._signal(signal.SIGSTOP, group=False)
+            while os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+                await asyncio.sleep(0.001)
+                if self.dead.done():
+                    return False
+            if not self.runs(number):
+                self._signal(signal.SIGCONT, group=False)
+                return False
+            self.why = why
+            self.kill()
+            await asyncio.shield(self.dead)
+            return True
 
     def _await_end(self, loop):
         """Where there is no pidfd: wait in a thread."""

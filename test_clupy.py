@@ -763,6 +763,15 @@ def test_shares_move_as_little_as_possible():
     assert again == shares
 
 
+def test_who_cannot_reach_a_server_gets_slots_where_others_could_go_elsewhere():
+    servers = {"s1": server_row(1), "s2": server_row(1)}
+    clients = {"free": row(5, s1=1), "picky": row(5, unreachable=["s2"])}
+    assert clupy_master.shares(servers, clients, 100.0) == {"free": {"s2": 1}, "picky": {"s1": 1}}
+    servers = {"s1": server_row(1), "s2": server_row(3)}
+    shares = clupy_master.shares(servers, {"free": row(10), "picky": row(10, unreachable=["s2"])}, 100.0)
+    assert totals(shares) == {"free": 3, "picky": 1}
+
+
 def test_idle_slots_stay_with_who_has_them_until_somebody_wants_them():
     servers = {"s1": server_row(4)}
     assert clupy_master.shares(servers, {"idle": row(0, s1=4)}, 100.0) == {"idle": {"s1": 4}}
