@@ -2831,6 +2831,8 @@ class Engine:
 
     def _update_wanted(self):
         """After a change of the unfinished calls: a larger wish is stated at once, or after GATHER_TIME."""
+        if not self._limits and self._unlimited.pending <= self._wanted[0]:
+            return
         wanted = self._count_wanted()
         if wanted > self._wanted[0]:
             self._wanted = wanted, time.monotonic()
@@ -3088,7 +3090,7 @@ class Engine:
         slots = [slot for slot in self._slots() if slot.open and not slot.leaving]
         if not slots or not (self._queue or any(limit.waiting for limit in self._limits)):
             return
-        slots.sort(key=lambda slot: (slot.load, slot.heard))      # of the idle ones that which was idle longest
+        slots.sort(key=lambda slot: (slot.load, -slot.heard))     # of the idle ones that which is still warm
         quota = -(-len(self._queue) // len(slots)) or 1
         for slot in slots:
             self.fill(slot, quota)

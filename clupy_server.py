@@ -269,7 +269,7 @@ class Worker:
         pending = getattr(self.sock, "pending", lambda: 0)        # bytes that TLS has read already
         try:
             while True:
-                if not pending() and not poller.poll(FLUSH_TICK if self.todo or self.results else None):
+                if (self.todo or self.results) and not pending() and not poller.poll(FLUSH_TICK):
                     self.send_results()            # a call that takes long began before they were old enough
                     continue
                 count = self.sock.recv_into(self._frames.space())
