@@ -501,6 +501,13 @@ def slot_key(key, number):
     return proof(key, b"slot", struct.pack(">Q", number))
 
 
+def forwarded(payload):
+    """A payload that arrived, for another message: its buffers, memory now, travel beside the pickle again."""
+    if type(payload) is tuple and payload and type(payload[-1]) is list:
+        return *payload[:-1], [pickle.PickleBuffer(buffer) for buffer in payload[-1]]
+    return payload
+
+
 def encode(message):
     """The frame of a message as a list of buffers, large ones uncopied."""
     buffers = []
@@ -2708,7 +2715,8 @@ class Engine:
                 tasks.create_task(self._master.run(self))
                 tasks.create_task(self._tick())
         except* Exception as group:               # the engine's edge: no call may wait for an engine that is no more
-            log.error("the engine failed", exc_info=group)
+            if not self._closing:                 # else the interpreter ends, and has begun to take things away
+                log.error("the engine failed", exc_info=group)
             self.fail_all(ClupyError(f"the engine failed: {group.exceptions[0]!r}"))
 
     async def _find_masters(self):
@@ -2923,8 +2931,9 @@ class Engine:
         """granted: slots there by the share; None: it does not name the server, so keep what is open."""
         if granted is None and not link.draining:
             return
-        allowed = 0 if link.draining else granted
-        staying = [slot for slot in link.slots.values() if not slot.leaving and slot.ended is None and not slot.gone]
+        staying = [slot for slot in link.slots.values()
+                   if (slot.suspended or not slot.leaving) and slot.ended is None and not slot.gone]
+        allowed = granted if not link.draining else int(any(slot.suspended for slot in staying))    # children must run
         active = [slot for slot in staying if not slot.suspended]
         if len(active) > allowed:
             now = time.monotonic()
@@ -3067,7 +3076,10 @@ class Engine:
             self._awake = True
             self.loop.call_soon(self._pump)
         self._update_wanted()
-        self._dispatch()
+        if self._queue and not self._slots():
+            self.balance()                        # the last slot has ended, but not the share
+        else:
+            self._dispatch()
 
     def _enqueue(self, call):
         if call._state in _DONE:
@@ -3115,7 +3127,7 @@ class Engine:
                 self._mark_sent(slot, call, now)
                 batch.append(call)
                 quota -= 1
-        if not batch:
+        if not items:                             # there may be a function alone, as its call was cancelled just now
             return
         with Future._condition:
             for call in batch:
@@ -3276,7 +3288,7 @@ class Engine:
                 self._end_child(slot, call)
                 if isinstance(value, BaseException):
                     value = pack_exception(value)
-                answers[slot].append((number, succeeded, value))
+                answers[slot].append((number, succeeded, forwarded(value)))
         conclude(outcomes)
         for slot, results in answers.items():
             slot.send("results", results)
@@ -3337,10 +3349,12 @@ class Engine:
             if function is None:
                 slot.nested_functions.pop(id, None)
             else:
-                slot.nested_functions[id] = function_of(*function)
+                payload, name = function
+                slot.nested_functions[id] = function_of(forwarded(payload), name)
         for number, parent, function, arguments, timeout, retries, most in calls:
             function = slot.nested_functions[function]
-            call = Future(self, function, arguments, timeout, retries, function.limit(most) if most else None)
+            limit = function.limit(most) if most else None
+            call = Future(self, function, forwarded(arguments), timeout, retries, limit)
             call._parent = slot, number
             call._outer = parent
             if parent in slot.calls:

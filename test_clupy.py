@@ -1039,6 +1039,37 @@ def test_recursion_of_depth_30_on_one_slot():
     until(lambda: len(workers()) == 1)
 
 
+def test_large_arrays_travel_through_nested_calls():
+    import numpy
+
+    def outer(array):
+        return clupy.parallel(lambda a: a * 2)(array + 1).result()
+    assert clupy.parallel(outer)(numpy.zeros(1_000_000)).result(PATIENCE).sum() == 2_000_000
+
+
+def test_a_call_that_must_give_its_slot_back_or_whose_server_drains_still_gets_its_children(tmp_path):
+    def outer(path):
+        open(path, "w").close()
+        while os.path.exists(path):
+            time.sleep(0.02)
+        return clupy.parallel(square)(4).result()
+    with Cluster(tmp_path, slots=1) as cluster:
+        clupy.connect(cluster.address)
+        for name, end in ("passed on", None), ("draining", signal.SIGTERM):
+            future = clupy.parallel(outer)(str(tmp_path / name))
+            until((tmp_path / name).exists)
+            with contextlib.ExitStack() as stack:
+                if end:
+                    cluster.servers[0].process.send_signal(end)
+                else:
+                    stack.enter_context(Program(tmp_path / "other", "-c", textwrap.dedent(CALLS), 3,
+                                                CLUPY_MASTER=cluster.address))
+                    until(lambda: len(cluster.status()["clients"]) == 2)
+                time.sleep(1.5)                            # the share passes on, or the client hears of the draining
+                (tmp_path / name).unlink()
+                assert future.result(PATIENCE) == 16
+
+
 def limited_depth(n):
     return 0 if n == 0 else 1 + clupy.parallel(limited_depth, max=1)(n - 1).result()
 
