@@ -2971,6 +2971,8 @@ class Engine:
             log.warning("no slot at %s: %s", link.name, error)
             slot.gone = True
             slot.ended = {"why": "unreachable", "begun": 0}
+            if link.connection:
+                link.connection.close()           # as a server that cannot be reached: again after RETRY_TIME
             self.slot_ending(slot)
             return
         slot.send("opening", own_modules())
@@ -3405,7 +3407,7 @@ class Engine:
         while (entry := entries.get()) is not None:
             connection, server, pid, stream, text, dropped = entry
             target = sys.stderr if stream == "err" else sys.stdout
-            lines = text.splitlines()
+            lines = text.removesuffix("\n").split("\n") if text else []
             if dropped:
                 lines.append(f"... {dropped} lines were not shown: more than {UNSEEN_OUTPUT >> 10} KiB were waiting")
             if target is not None:

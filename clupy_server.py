@@ -53,7 +53,7 @@ BOARD = struct.Struct("=qd")       # number of the call begun last; its deadline
 IDLE = -1.0
 HOLD_TIME = 0.0002                 # results younger than this wait for more; more is fewer frames, and later results
 FLUSH_TICK = 20                    # milliseconds; after so long a call has left results behind that are not sent
-OUTPUT_TIME = 0.5                  # a dead worker's pipes are read so long at most, should an orphan hold them open
+PIPE_READS = 64                    # of 64 KiB from a dead worker's pipe, which holds 1 MiB at most: an orphan may fill it
 GRACE_TIME = 1.0                   # a worker whose slot was closed may end by itself for so long
 WATCH_TIME = 0.1                   # deadlines are looked at so often, while slots are open
 STACK_TIME = 0.1                   # a worker that is to be killed writes its Python stack for so long
@@ -383,26 +383,32 @@ class NestedCalls:
         self._calls = {}                           # {number: call} without an outcome
         self._numbers = iter(range(1, 1 << 62))
         self._functions = collections.OrderedDict()    # {id: None} that the client knows, least recently used first
+        self._sending = threading.Lock()               # so that no call overtakes its function
 
     def submit(self, call):
         worker, function = self._worker, call._function
         number = call._number = next(self._numbers)
-        new = {} if function.id in self._functions else {function.id: (function.payload, function.name)}
-        self._functions[function.id] = None
-        self._functions.move_to_end(function.id)
-        if len(self._functions) > clupy.Slot.KNOWN:
-            new[self._functions.popitem(last=False)[0]] = None
-        self._calls[number] = call
         most = call._limit.most if call._limit else None
+        item = number, worker.current, function.id, call._arguments, call._timeout, call._retries, most
+        self._calls[number] = call
         try:
             if worker.ended:
                 raise ConnectionError("the slot has ended")
             worker.send_results()
-            worker.send("nested", [(number, worker.current, function.id, call._arguments, call._timeout, call._retries,
-                                    most)], new)
+            with self._sending:
+                worker.send("nested", [item], self._news_of(function))
         except OSError as error:
             del self._calls[number]
             clupy.conclude([(call, False, clupy.Closed(f"the client is gone: {error}"))])
+
+    def _news_of(self, function):
+        """{id: (payload, name), or None to drop it} of what the client has to learn to run this function."""
+        news = {} if function.id in self._functions else {function.id: (function.payload, function.name)}
+        self._functions[function.id] = None
+        self._functions.move_to_end(function.id)
+        if len(self._functions) > clupy.Slot.KNOWN:
+            news[self._functions.popitem(last=False)[0]] = None
+        return news
 
     def take_results(self, results):
         clupy.conclude([(self._calls.pop(number), succeeded, value)
@@ -767,31 +773,30 @@ class Process:
         return f"<Process {self.pid} {self.slot or ('ready' if self.ready else 'starting')}>"
 
     def _start(self):
-        self.environment = self.libraries.hold()   # Environment, in use until this worker is dead; None: our own Python
         loop = asyncio.get_running_loop()
-        channel, theirs = socket.socketpair()
-        lifeline, self.lifeline = os.pipe()
-        out, err, stack = os.pipe(), os.pipe(), os.pipe()
-        board = make_board()
-        self.board = mmap.mmap(board, mmap.PAGESIZE)
-        inherited = [theirs.fileno(), lifeline, stack[1], board]
-        arguments = json.dumps({"channel": theirs.fileno(), "lifeline": lifeline, "stack": stack[1], "board": board,
-                                "memory_limit": self.server.settings.memory_limit})
-        boot = BOOT.format(folder=os.path.dirname(os.path.abspath(__file__)), arguments=arguments)
-        python, environ = worker_environment(self.environment and self.environment.path, self.server.worker_environ())
-        try:
+        with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:      # theirs are closed here in any case
+            self.environment = self.libraries.hold()   # in use until this worker is dead; None: our own Python
+            if self.environment:
+                ours.callback(self.environment.close)
+            self.channel, channel = (stack.enter_context(end)
+                                     for stack, end in zip((ours, theirs), socket.socketpair(), strict=True))
+            lifeline, self.lifeline = make_pipe(theirs, ours)
+            (out_here, out), (err_here, err), (stack_here, stack) = (make_pipe(ours, theirs) for _ in range(3))
+            board = make_board()
+            theirs.callback(os.close, board)
+            self.board = ours.enter_context(mmap.mmap(board, mmap.PAGESIZE))
+            given = {"channel": channel.fileno(), "lifeline": lifeline, "stack": stack, "board": board,
+                     "memory_limit": self.server.settings.memory_limit}
+            boot = BOOT.format(folder=os.path.dirname(os.path.abspath(__file__)), arguments=json.dumps(given))
+            python, environ = worker_environment(self.environment and self.environment.path, self.server.worker_environ())
             self.popen = subprocess.Popen(
-                [python, "-P", "-c", boot], stdin=subprocess.DEVNULL, stdout=out[1], stderr=err[1],
-                pass_fds=inherited, start_new_session=True, env=environ)
-        finally:
-            theirs.close()
-            for fd in (lifeline, out[1], err[1], stack[1], board):
-                os.close(fd)
+                [python, "-P", "-c", boot], stdin=subprocess.DEVNULL, stdout=out, stderr=err,
+                pass_fds=[channel.fileno(), lifeline, stack, board], start_new_session=True, env=environ)
+            ours.pop_all()
         self.pid = self.popen.pid
-        self.channel = channel
-        channel.setblocking(False)
-        loop.add_reader(channel, self._channel_readable)
-        self.pipes = {out[0]: 1, err[0]: 2, stack[0]: 0}           # {fd: stream; 0: the stack}
+        self.channel.setblocking(False)
+        loop.add_reader(self.channel, self._channel_readable)
+        self.pipes = {out_here: 1, err_here: 2, stack_here: 0}     # {fd: stream; 0: the stack}
         for fd in self.pipes:
             os.set_blocking(fd, False)
             loop.add_reader(fd, self._pipe_readable, fd)
@@ -820,10 +825,11 @@ class Process:
     # -- output
 
     def _pipe_readable(self, fd):
+        """Pass on what is there; whether there was anything."""
         try:
             data = os.read(fd, 1 << 16)
         except BlockingIOError:
-            return
+            return False
         stream = self.pipes[fd]
         if not data:
             self._close_pipe(fd)
@@ -831,6 +837,7 @@ class Process:
             self.stack = (self.stack + data)[-LINE_SIZE:]
         else:
             self._pass_on(stream, data)
+        return bool(data)
 
     def _close_pipe(self, fd):
         asyncio.get_running_loop().remove_reader(fd)
@@ -933,18 +940,27 @@ class Process:
         self.dead.set_result((self.popen.returncode, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)))
         self.server.ended(self)
 
-    async def last_output(self):
-        """Read what the pipes still hold; an orphan that keeps them open costs OUTPUT_TIME."""
-        deadline = time.monotonic() + OUTPUT_TIME
-        while self.pipes and time.monotonic() < deadline:
-            await asyncio.sleep(0.002)
+    def last_output(self):
+        """Read what the pipes still hold, and close them: all that the worker wrote is there, whoever else has them."""
         for fd in list(self.pipes):
-            self._close_pipe(fd)
+            for _ in range(PIPE_READS):
+                if fd not in self.pipes or not self._pipe_readable(fd):
+                    break
+            if fd in self.pipes:
+                self._close_pipe(fd)
         self.board.close()
 
     def descriptors(self):
         own = [self.channel.fileno(), *self.pipes, self.pidfd, self.lifeline]
         return [fd for fd in own if fd is not None]
+
+
+def make_pipe(reader, writer):
+    """(end to read, end to write) of a pipe, each closed by its ExitStack."""
+    ends = os.pipe()
+    for stack, end in zip((reader, writer), ends, strict=True):
+        stack.callback(os.close, end)
+    return ends
 
 
 def make_board():
@@ -1228,7 +1244,8 @@ class Server:
 
     def assign(self):
         """Give free workers to the slots that wait, first come first served."""
-        free = [process for process in self.processes.values() if process.ready and not process.why]
+        free = [process for process in self.processes.values()
+                if process.ready and not process.why and not process.dead.done()]
         for slot in list(self.waiting):
             libraries = self._libraries_for(slot)
             fitting = [process for process in free if process.libraries is libraries]
@@ -1325,7 +1342,7 @@ class Server:
         self.replenish()
         self.assign()
         self.state_soon()
-        await process.last_output()
+        process.last_output()
         if slot:
             slot.session.connection.send("ended", slot.number, {
                 "pid": process.pid, "begun": begun, "why": process.why or "died", "reason": describe_exit(code),
