@@ -83,8 +83,8 @@ def workers():
 def environ(**more):
     """The environment of a process of the tests: of CLUPY_* variables only those named."""
     clean = {name: value for name, value in os.environ.items()
-             if not name.startswith("CLUPY_") and name != "PYTHONDONTWRITEBYTECODE"}      # compiled once, not per process
-    return {**clean, "CLUPY_SECRET": SECRET, "PYTHONPATH": HERE, "PYTHONUNBUFFERED": "1",
+             if not name.startswith("CLUPY_") and name not in ("PYTHONDONTWRITEBYTECODE", "PYTHONUNBUFFERED")}
+    return {**clean, "CLUPY_SECRET": SECRET, "CLUPY_PORT": os.environ["CLUPY_PORT"], "PYTHONPATH": HERE,
             **{name: str(value) for name, value in more.items()}}
 
 
