@@ -2380,7 +2380,7 @@ class Slot:
         self._outgoing = collections.deque()      # pieces of frames that the transport has not been given yet
         self._full = False                        # it wants no more for now
         self.alone = False                        # runs a call on its last try, and nothing else
-        self.stalled = False                      # gave back what had not begun; no more until a result arrives
+        self.stalled = False                      # was asked for what had not begun; no more until a result arrives
         self.leaving = False                      # to be closed when `calls` is empty
         self.asked_to_close = False
         self.ended = None                         # what the server said of its end
@@ -3222,17 +3222,18 @@ class Engine:
         self._queue.extendleft(reversed(calls))
 
     def _watch(self):
-        """Look after STALL_TIME whether short calls wait behind a long one."""
+        """Look after STALL_TIME whether calls wait behind a long one, or behind many while another slot idles."""
         if not self._watching:
             self._watching = True
             self.loop.call_later(STALL_TIME, self._recall_stalled)
 
     def _recall_stalled(self):
         self._watching = False
-        now = time.monotonic()
-        for slot in self._slots():
+        now, slots = time.monotonic(), self._slots()
+        idle = not self._queue and any(slot.open and not slot.leaving and not slot.calls for slot in slots)
+        for slot in slots:
             if len(slot.calls) > 1:
-                if not slot.stalled and now - slot.heard >= STALL_TIME:
+                if not slot.stalled and (idle or now - slot.heard >= STALL_TIME):
                     slot.stalled = True
                     slot.send("recall")
                 self._watch()

@@ -327,6 +327,13 @@ def test_a_result_does_not_wait_for_a_long_call_behind_it():
     assert short.result(10) == "short" and long.cancel()
 
 
+def test_calls_that_turn_out_long_are_shared_with_an_idle_slot():
+    clupy.connect(slots=2)
+    assert clupy.wait_all([clupy.parallel(sleepy_pid)(0) for _ in range(200)], PATIENCE)     # it seems to take no time
+    assert clupy.wait_all([clupy.parallel(sleepy)(0.3) for _ in range(2)], PATIENCE)         # both slots are open
+    assert len({future.result(PATIENCE) for future in [clupy.parallel(sleepy_pid)(0.02) for _ in range(60)]}) == 2
+
+
 def test_a_future_says_what_it_is_and_that_it_cannot_be_pickled():
     future = clupy.parallel(sleepy)(0.5)
     until(future.running)
