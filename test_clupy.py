@@ -896,8 +896,7 @@ def test_a_call_that_dies_hurts_only_itself(how):
         assert doomed.result(PATIENCE) == ([1, 2] if how == "multiprocessing" else "lived")
     assert clupy.wait_all(neighbours, time_out=PATIENCE)
     assert [f.value for f in neighbours] == list(range(40))
-    again = [clupy.parallel(sleepy_pid)(0.2) for _ in range(2)]
-    assert len({f.result(PATIENCE) for f in again}) == 2
+    until(lambda: len({f.result(PATIENCE) for f in [clupy.parallel(sleepy_pid)(0.2) for _ in range(2)]}) == 2)
 
 
 def test_the_last_words_of_a_worker_are_in_the_error():
