@@ -34,6 +34,7 @@ services:  ## install redis-server and ZooKeeper where they are missing (Debian;
 	@sh .ci/services
 
 $(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit("CluPy needs Python 3.11 or later" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/ready: setup.cfg pyproject.toml $(MODULES) | $(VENV)/bin/python

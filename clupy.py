@@ -85,7 +85,13 @@ class _Lazy:
         self._name = name
 
     def __getattr__(self, attribute):
-        return getattr(importlib.import_module(self._name), attribute)
+        try:
+            module = importlib.import_module(self._name)
+        except ModuleNotFoundError as error:
+            package = {"yaml": "pyyaml"}.get(error.name, error.name)
+            raise ModuleNotFoundError(f"{error}: CluPy needs it here; run: python -m pip install {package}",
+                                      name=error.name) from None
+        return getattr(module, attribute)
 
 
 (argparse, ast, asyncio, cloudpickle, difflib, dis, fcntl, fnmatch, metadata, inspect, kazoo, kazoo_errors, kazoo_retry,
@@ -111,9 +117,11 @@ STALL_TIME = 0.02                 # a slot without a result for so long gives ba
 LINGER_TIME = 1.0                 # an extra slot for nested calls stays open so long when idle; a new one costs a worker
 MASTER_SILENCE = 6.0              # a master that answers no statement for so long is left for the next of several
 RETRY_TIME = 10.0                 # an unreachable server is tried again after it
+UNSERVED_TIME = 3.0               # calls that wait so long without any slot are told of in the log
 SILENCE_TIME = 60.0               # a server from which nothing came for so long, while a call is out, is lost
 ALIVE_TIME = 10.0                 # a server says so often that it is alive
 CLOSE_TIME = 5.0                  # closing waits for the last lines of output no longer
+MIN_MEMORY = 64 << 20             # bytes that a worker needs to start
 MAX_CONTROL = 1 << 31             # bytes of one frame on control and master connections: wheels travel there, too
 MAX_FRAME = 1 << 40               # bytes of one frame on a slot; checked before memory is spent
 MAX_BUFFERS = 1 << 20             # out-of-band buffers of one frame
@@ -342,6 +350,8 @@ def read_settings(role, file=None, **arguments):
             take(key, value, "argument")
     if values.get("slots") == 0:
         raise ConfigurationError("slots is 0, but must be at least 1")
+    if (values.get("memory_limit") or MIN_MEMORY) < MIN_MEMORY:
+        raise ConfigurationError(f"memory_limit is {values['memory_limit']} bytes, but a worker needs {MIN_MEMORY >> 20}MB")
     return Settings(values, given)
 
 
@@ -776,7 +786,11 @@ async def admit(sock, peer, mine, secret, settings):
         theirs, nonce = await reader.readexactly(NONCE_SIZE), os.urandom(NONCE_SIZE)
         bound = mine, theirs, nonce
         writer.write(mine + nonce + proof(secret, b"admit", *bound))
-        if not hmac.compare_digest(await reader.readexactly(PROOF_SIZE), proof(secret, b"dial", *bound)):
+        try:
+            answer = await reader.readexactly(PROOF_SIZE)
+        except asyncio.IncompleteReadError:
+            raise SecretError("it hung up on our proof, so it has another secret") from None
+        if not hmac.compare_digest(answer, proof(secret, b"dial", *bound)):
             raise SecretError("it has another secret")
         return Connection(reader, writer, peer, proof(secret, b"key", *bound))
     except BaseException:
@@ -828,7 +842,10 @@ class Listener:
                 role = read_preamble(data)
                 life = await self._greet(sock, peer, role, data)
         except (ClupyError, OSError, EOFError) as error:
-            log.warning("refused %s: %s", peer, str(error) or f"no handshake within {HANDSHAKE_TIME:g} s")
+            silent = isinstance(error, EOFError) and error.args[1:] == (0,)        # somebody only looked who is here
+            why = error.args[0] if isinstance(error, EOFError) else str(error)
+            log.log(logging.DEBUG if silent else logging.WARNING, "refused %s: %s", peer,
+                    why or f"no handshake within {HANDSHAKE_TIME:g} s")
             if isinstance(error, VersionMismatch):
                 sock.send(preamble(SLOT))           # a few bytes always fit; it tells the peer which version this is
             sock.close()
@@ -855,7 +872,7 @@ async def read_exactly(sock, count):
     while len(data) < count:
         part = await asyncio.get_running_loop().sock_recv(sock, count - len(data))
         if not part:
-            raise EOFError(f"it closed the connection after {len(data)} of {count} bytes")
+            raise EOFError(f"it closed the connection after {len(data)} of {count} bytes", len(data))
         data += part
     return data
 
@@ -2581,8 +2598,9 @@ class Engine:
         self.fatal = None                        # an error that every call gets from now on
         self._closing = False
         self._watching = self._stating = False
+        self._unserved = None                     # since when calls wait without any slot; inf: it was said
         self._progress = False                    # a line of pip's stands on the terminal
-        self._printer = None
+        self._printer = self._printing = None     # queue and thread that show what calls print
         self.joined = threading.Event()           # a first share, or a fatal error, is there
         self.embedded = None                      # (Master, Server) of the embedded cluster
         self._selector = selectors.DefaultSelector()
@@ -2618,6 +2636,8 @@ class Engine:
             asyncio.run_coroutine_threadsafe(self._close(), self.loop).result(CLOSE_TIME + 2)
         except TimeoutError:
             log.error("closing took more than %g s; leaving the rest to the servers", CLOSE_TIME + 2)
+        if self._printing:
+            self._printing.join(CLOSE_TIME)       # the last lines are read, but may not be shown yet
         self._soon(self.loop.stop)
         self._thread.join(CLOSE_TIME)
         _engines.discard(self)
@@ -2878,6 +2898,14 @@ class Engine:
             if link.connection and now - heard > SILENCE_TIME and any(slot.calls for slot in link.slots.values()):
                 log.warning("server %s has been silent for %g s; it is lost", link.name, SILENCE_TIME)
                 link.connection.close()
+        if self._slots() or not self._waiting():
+            self._unserved = None
+        elif self._unserved is None:
+            self._unserved = now
+        elif 0 < now - self._unserved > UNSERVED_TIME and self._master and self._master.connection:
+            self._unserved = math.inf             # said once
+            log.warning("%s calls wait: the master at %s has no server with a slot for them; start one with: "
+                        "python -m clupy serve", len(self._waiting()), self._master.connection.peer)
         if not self._slots() and self._waiting() and self.masterless(now) > self.settings.patience:
             self._fail_waiting(self.unreachable())
 
@@ -3401,7 +3429,8 @@ class Engine:
     def show(self, connection, server, pid, stream, text, dropped):
         if self._printer is None:
             self._printer = SimpleQueue()
-            threading.Thread(target=self._print, args=(self._printer,), name="clupy-output", daemon=True).start()
+            self._printing = threading.Thread(target=self._print, args=(self._printer,), name="clupy-output", daemon=True)
+            self._printing.start()
         self._printer.put((connection, server, pid, stream, text, dropped))
 
     def _print(self, entries):
@@ -3487,15 +3516,16 @@ def died(call, slot, how):
         return WorkerDied(f"server {server} was lost while worker {pid} had {call._function.name}, try {call._tries} of "
                           f"{call._retries + 1}; why is not known: is the machine up, and what does the server's log say?")
     what = how.get("reason", how["why"]) if how["why"] == "died" else f"was ended ({how['why']})"
-    text = (f"worker {pid} on {server} {'got ' if what.startswith('signal') else ''}{what} while running "
+    verb = {"signal": "got ", "exit": "ended with "}.get(what.split()[0], "")
+    text = (f"worker {pid} on {server} {verb}{what} while running "
             f"{call._function.name}, try {call._tries} of {call._retries + 1}")
     if how.get("peak"):
-        of = f" of {how['limit'] / 2**30:.1f}" if how.get("limit") else ""
-        text += f"; peak memory {how['peak'] / 2**30:.1f}{of} GB"
+        of = f" of {how['limit'] / 2**30:.2f}" if how.get("limit") else ""
+        text += f"; peak memory {how['peak'] / 2**30:.2f}{of} GB"
     if how.get("code") == -9 and how["why"] == "died":
         text += "; nobody here sent it, so the system may have been out of memory"
     for title, lines in (("its last lines of standard error", how.get("lines")),
-                         ("it was at", how.get("stack", "").splitlines())):
+                         ("it was at", [line for line in how.get("stack", "").splitlines() if "clupy" not in line])):
         if lines:
             text += f"; {title}:\n  " + "\n  ".join(lines)
     return WorkerDied(text)
@@ -5242,7 +5272,18 @@ def _command_master(arguments):
 def _command_serve(arguments):
     import clupy_server
     settings = read_settings("server", arguments.pop("config"), **arguments)
-    asyncio.run(clupy_server.run(settings, find_secret(settings)))
+    asyncio.run(clupy_server.run(settings, _await_secret(settings)))
+
+
+def _await_secret(settings):
+    """The secret; waited for as long as `patience` where the first master of this machine may be about to make it."""
+    path, deadline = os.path.expanduser(settings.secret_file), time.monotonic() + settings.patience
+    if not os.environ.get("CLUPY_SECRET") and not os.path.exists(path):
+        log.warning("there is no %s yet: the first master of this machine makes it; on another machine, copy it from there",
+                    path)
+        while not os.path.exists(path) and time.monotonic() < deadline:
+            time.sleep(0.2)
+    return find_secret(settings)
 
 
 def _command_status(arguments):

@@ -58,6 +58,7 @@ GRACE_TIME = 1.0                   # a worker whose slot was closed may end by i
 WATCH_TIME = 0.1                   # deadlines are looked at so often, while slots are open
 STACK_TIME = 0.1                   # a worker that is to be killed writes its Python stack for so long
 STACK_SIGNAL = signal.SIGRTMIN + 3 if hasattr(signal, "SIGRTMIN") else signal.SIGUSR2
+MAX_FAILURES = 3                   # workers that die in a row at their start; then there is a pause
 LAST_LINES = 10                    # of standard error that an error message shows
 LINE_SIZE = 16 << 10               # bytes after which a line is passed on without its end
 
@@ -1207,8 +1208,10 @@ class Server:
         key = session.connection.key if session else os.urandom(32)
         if not clupy.hmac.compare_digest(slot_head(key, id, number, nested), head):
             raise clupy.SecretError("a slot was asked for with a wrong or an old key")
-        if number in session.numbers:
-            raise ProtocolError(f"slot {number} was opened or closed before")
+        if number in session.numbers:              # its client closed it before it was here
+            log.debug("slot %s was opened or closed before", number)
+            sock.close()
+            return None
         session.numbers.add(number)
         tune(sock, user_timeout=False)
         slot = session.slots[number] = SlotRow(session, number, nested, sock)
@@ -1271,7 +1274,7 @@ class Server:
     def replenish(self):
         """Have a worker for every slot, and for the nested ones that are open or waited for: first in the environments
         that are waited for, then, warm, in the cluster's."""
-        if self._closing:
+        if self._closing or self._failures >= MAX_FAILURES:
             return
         nested = self.open_slots(nested=True) + sum(slot.nested for slot in self.waiting)
         target = self.slots + min(nested, self.settings.max_nested)
@@ -1317,9 +1320,9 @@ class Server:
             self._failures += 1
             code = process.popen.returncode
             log.error("worker %s died before it had a slot: %s", process.pid, describe_exit(code))
-        if self._failures < 3:
+        if self._failures < MAX_FAILURES:
             self.replenish()
-        elif self._failures == 3 and not self._closing:
+        elif self._failures == MAX_FAILURES and not self._closing:
             log.error("workers keep dying at their start; trying again every 10 s")
             asyncio.get_running_loop().call_later(10.0, self._try_again)
 
@@ -1568,7 +1571,8 @@ class Server:
         await self._listener.close()
         for process in list(self.processes.values()):
             process.end("server closed")
-        await asyncio.gather(*(process.dead for process in self.processes.values()))
+        if self.processes:
+            await asyncio.wait([process.dead for process in self.processes.values()])
         while self.processes:
             await asyncio.sleep(0.002)
         for session in list(self.sessions.values()):

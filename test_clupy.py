@@ -736,6 +736,11 @@ def test_a_wrong_setting_is_refused_with_file_line_and_the_nearest_valid_one(tmp
     assert message in str(caught.value)
 
 
+def test_a_memory_limit_in_which_no_worker_can_start_is_refused():
+    with pytest.raises(clupy.ConfigurationError, match="a worker needs 64MB"):
+        clupy.read_settings("server", memory_limit=100)
+
+
 def test_passwords_do_not_show():
     settings = clupy.read_settings("client", redis="redis://:secret-word@host:6379/0")
     assert "secret-word" not in repr(settings) and "host:6379" in repr(settings)
@@ -1137,6 +1142,21 @@ def test_what_calls_print_appears_with_server_and_pid_and_in_order(tmp_path):
     assert [line for line in done.stdout.splitlines() if mark in line] == [f"{mark} line 1", f"{mark} from C 1"]
     for words in ("error 1", "warned 1", "logged 1"):
         assert any(line.startswith(mark) and words in line for line in done.stderr.splitlines())
+
+
+def test_the_last_lines_are_shown_when_the_program_ends_at_once(tmp_path, cluster):
+    text = "import clupy\nclupy.parallel(print)('the last words').result(30)"
+    for _ in range(5):
+        assert "the last words" in run_script(tmp_path / "client", text, CLUPY_MASTER=cluster.address).stdout
+
+
+def test_calls_that_no_server_can_take_are_told_of(tmp_path, caplog):
+    with Cluster(tmp_path, servers=0) as cluster:
+        clupy.connect(cluster.address)
+        future = clupy.parallel(square)(3)
+        until(lambda: "has no server with a slot" in caplog.text)
+        cluster.add_server()
+        assert future.result(PATIENCE) == 9
 
 
 def test_output_can_be_switched_off(tmp_path):

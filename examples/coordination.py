@@ -31,14 +31,15 @@ def report(name):
 
 if __name__ == "__main__":
     clupy.put("balance", 0)
-    clupy.wait_all([clupy.parallel(deposit)(10) for _ in range(20)])
+    for call in [clupy.parallel(deposit)(10) for _ in range(20)]:
+        call.result()
     print("balance:", clupy.get("balance"))
 
     parts = [clupy.parallel(simulate)(part, 3, 5) for part in range(3)]
-    clupy.wait_all(parts)
-    print("totals:", [part.value for part in parts])
+    print("totals:", [part.result() for part in parts])
 
-    clupy.wait_all([clupy.parallel(report)(name) for name in ("anna", "ben")])
+    for call in [clupy.parallel(report)(name) for name in ("anna", "ben")]:
+        call.result()
     reports = clupy.queue("reports")
     while len(reports):
         print(reports.get(timeout=5))

@@ -1,5 +1,6 @@
 """Share data between calls: a table as CSV and Parquet, one large array for all, and a count of what is done.
 
+    python -m pip install numpy pandas pyarrow
     redis-server &                          # or the address of yours in CLUPY_REDIS
     python examples/shared_data.py
 """
