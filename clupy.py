@@ -2976,6 +2976,7 @@ class Engine:
                 self._open(link, nested=True)
 
     def _open(self, link, nested):
+        self._start_printing()
         number = next(self._numbers)
         slot = link.slots[number] = Slot(link, number, nested)
         slot.task = asyncio.create_task(self._connect(slot))
@@ -3426,11 +3427,14 @@ class Engine:
             answer = error.__class__.__name__ + ": " + str(error)
         self._soon(slot.send, "fetched", request, answer)
 
-    def show(self, connection, server, pid, stream, text, dropped):
-        if self._printer is None:
+    def _start_printing(self):
+        """Before the first slot: when the interpreter ends, and the last lines come, no thread can be started."""
+        if self._printer is None and self.settings.output:
             self._printer = SimpleQueue()
             self._printing = threading.Thread(target=self._print, args=(self._printer,), name="clupy-output", daemon=True)
             self._printing.start()
+
+    def show(self, connection, server, pid, stream, text, dropped):
         self._printer.put((connection, server, pid, stream, text, dropped))
 
     def _print(self, entries):
