@@ -1252,7 +1252,7 @@ class Server:
         for slot in list(self.waiting):
             libraries = self._libraries_for(slot)
             fitting = [process for process in free if process.libraries is libraries]
-            if not fitting:
+            if not fitting or slot.waiter.done():          # done: cancelled, and about to leave the queue
                 continue
             if slot.nested and self.open_slots(nested=True) >= self.settings.max_nested:
                 continue
