@@ -1465,8 +1465,8 @@ class Server:
 
     async def _drain_socket(self, sock):
         """Close the socket once the client has: closing one with unread input would lose what is still under way."""
-        sock.setblocking(False)
         try:
+            sock.setblocking(False)
             async with asyncio.timeout(clupy.CLOSE_TIME):
                 while await asyncio.get_running_loop().sock_recv(sock, 1 << 16):
                     pass
