@@ -669,6 +669,16 @@ def test_the_first_master_makes_the_secret_and_one_machine_needs_no_set_up(tmp_p
             assert run_script(tmp_path / "client", text, **env, CLUPY_PORT=address.split(":")[1]).stdout == "1024\n"
 
 
+def test_numerical_libraries_get_the_cores_divided_by_the_slots_unless_the_user_says_otherwise(monkeypatch):
+    names = "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MKL_NUM_THREADS", "7")
+    clupy.connect(slots=1)
+    threads = clupy.parallel(lambda names: [os.environ[name] for name in names])(names).result(PATIENCE)
+    assert threads == [str(os.cpu_count()), str(os.cpu_count()), "7"]
+
+
 def test_a_worker_never_has_the_secret(cluster):
     clupy.connect(cluster.address)
     assert "CLUPY_SECRET" not in clupy.parallel(lambda: dict(os.environ))().result(PATIENCE)
