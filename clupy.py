@@ -1409,7 +1409,7 @@ def _by_value_pickler():
     """The class, made late: cloudpickle takes 16 ms to import."""
     class Pickler(cloudpickle.Pickler):
         dispatch_table = cloudpickle.Pickler.dispatch_table.new_child(
-            {functools._lru_cache_wrapper: _reduce_cached})
+            {functools._lru_cache_wrapper: _reduce_cached, types.CodeType: _reduce_code})
 
         def reducer_override(self, obj):
             if type(obj) is types.FunctionType and _is_wrapped(obj):
@@ -1454,6 +1454,16 @@ def _reduce_cached(cached):
 
 def _make_cached(func, parameters):
     return functools.lru_cache(**parameters)(func)
+
+
+def _reduce_code(code):
+    """With its file's name, which cloudpickle leaves out from 3.1.3 on: tracebacks show their lines by it."""
+    _, arguments = cloudpickle.Pickler.dispatch_table[types.CodeType](code)
+    return _make_code, (arguments, code.co_filename)
+
+
+def _make_code(arguments, filename):
+    return types.CodeType(*arguments).replace(co_filename=filename)
 
 
 class _Raw:
