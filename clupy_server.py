@@ -52,6 +52,7 @@ log = logging.getLogger("clupy.server")
 BOARD = struct.Struct("=qd")       # number of the call begun last; its deadline (monotonic), 0: none, IDLE: it is over
 IDLE = -1.0
 HOLD_TIME = 0.0002                 # results younger than this wait for more; more is fewer frames, and later results
+SHORT_TIME = 0.005                 # seconds a call may run before the reader thread reads; less wakes it more often
 FLUSH_TICK = 20                    # milliseconds; after so long a call has left results behind that are not sent
 PIPE_READS = 64                    # of 64 KiB from a dead worker's pipe, which holds 1 MiB at most: an orphan may fill it
 GRACE_TIME = 1.0                   # a worker whose slot was closed may end by itself for so long
@@ -131,7 +132,9 @@ Unopened = collections.namedtuple("Unopened", "payload setup")     # a function 
 class Worker:
     """The state of a worker process, from its slot's opening to its end.
 
-    The main thread runs calls in the order of `todo`; the reader thread reads the socket; any thread may write."""
+    The main thread runs calls in the order of `todo`, and reads the socket itself while there are none: so a short call
+    costs one change of threads less.  The reader thread reads while user code runs, from SHORT_TIME after it began or
+    as soon as an answer is waited for.  Who reads has the lock `_reading`; any thread may write."""
 
     def __init__(self, board, sock, given):
         self.board, self.sock, self.server = board, sock, given["server"]
@@ -146,8 +149,10 @@ class Worker:
         self.ended = False                         # the slot is over
         self.nested = NestedCalls(self)
         self.requests = {}                         # {request: queue for its answer}
-        self._wake = threading.Lock()              # held while there is nothing to do
-        self._wake.acquire()
+        self.idle = False                          # the main thread has nothing to do: it reads, or waits for who does
+        self._reading = threading.Lock()           # held by the thread that reads
+        self._main, self._reader = Bell(), Bell()  # what the two threads wait for
+        self._dozing = False                       # the reader thread sleeps until it is called
         self._writing = threading.Lock()
         self._frames = clupy.Frames()
         clupy.use_services(given["services"])
@@ -162,7 +167,7 @@ class Worker:
 
     def run(self):
         """Run calls until the slot ends."""
-        threading.Thread(target=self._read, name="clupy-reader", daemon=True).start()
+        threading.Thread(target=self._read_beside, name="clupy-reader", daemon=True).start()
         todo = self.todo
         while not self.ended:
             try:
@@ -170,12 +175,23 @@ class Worker:
             except IndexError:
                 self.send_results()
                 flush_output()
-                self._wake.acquire()
+                self._await_work()
                 continue
             if number:
                 self._run_call(number, function, arguments, timeout)
             else:
                 self._learn(function, arguments, timeout)
+
+    def _await_work(self):
+        self.idle = True
+        if self._reading.acquire(blocking=False):
+            self._read()
+            self._reading.release()
+        else:
+            self._main.wait()
+        self.idle = False
+        if self._dozing:
+            self._reader.ring()
 
     def _run_call(self, number, function, arguments, timeout):
         begin = time.perf_counter()
@@ -255,6 +271,7 @@ class Worker:
             if self.ended:
                 raise ConnectionError("the slot has ended")
             self.send("fetch", request, what, *fields)
+            self.answer_expected()
             reply = answer.get()
         finally:
             del self.requests[request]
@@ -262,27 +279,52 @@ class Worker:
             raise ConnectionError("the slot has ended")
         return reply[0]
 
-    # -- reading, the reader thread: never runs user code, so it answers whatever that does
+    def answer_expected(self):
+        """Somebody here waits for what the client will say: the reader thread reads at once, whoever runs."""
+        self._reader.ring()
+
+    # -- reading: never runs user code, so that in the reader thread it answers whatever that does
 
     def _read(self):
-        poller = select.poll()
-        poller.register(self.sock, select.POLLIN)
-        pending = getattr(self.sock, "pending", lambda: 0)        # bytes that TLS has read already
+        """Read what is there, or wait for it, and do what it says; at its end the slot has ended."""
         try:
-            while True:
-                if (self.todo or self.results) and not pending() and not poller.poll(FLUSH_TICK):
-                    self.send_results()            # a call that takes long began before they were old enough
-                    continue
-                count = self.sock.recv_into(self._frames.space())
-                if not count:
-                    break
+            count = self.sock.recv_into(self._frames.space())
+            if count:
                 for message in self._frames.filled(count):
                     dispatch(self, self, message)
+                return
         except OSError:
             pass                                   # the client is gone, as at the end
         except ClupyError as error:
             print(f"clupy worker: {error}", file=sys.stderr)
         self._end()
+
+    def _read_beside(self):
+        """The reader thread: read while a call takes long."""
+        seen = None
+        while not self.ended:
+            if self.idle and seen == self.current:
+                self._dozing = True                # before it looks again, as the main thread looks after it went to work
+                self._reader.wait(None if self.idle else SHORT_TIME)
+                self._dozing = False
+            else:
+                seen = self.current
+                self._reader.wait(SHORT_TIME)
+            if not self.idle and self._reading.acquire(blocking=False):
+                self._read_while_busy()
+                self._reading.release()
+                self._main.ring()                  # it may have seen that we read
+
+    def _read_while_busy(self):
+        poller = select.poll()
+        poller.register(self.sock, select.POLLIN)
+        pending = getattr(self.sock, "pending", lambda: 0)        # bytes that TLS has read already
+        self.send_results()                        # a call that takes long began before they were old enough
+        while not self.idle and not self.ended:
+            if (self.todo or self.results) and not pending() and not poller.poll(FLUSH_TICK):
+                self.send_results()
+            else:
+                self._read()
 
     def _end(self):
         self.ended = True
@@ -290,11 +332,8 @@ class Worker:
         for answer in list(self.requests.values()):
             answer.put(None)
         self.nested.lose_all()
-        self._rouse()
-
-    def _rouse(self):
-        if self._wake.locked():
-            self._wake.release()
+        self._main.ring()
+        self._reader.ring()
 
     def on_opening(self, _, own_modules):
         Finder(functools.partial(self.fetch, "module"), own_modules, self.server).install()
@@ -302,7 +341,6 @@ class Worker:
 
     def on_calls(self, _, items):
         self.todo.extend(items)
-        self._rouse()
 
     def on_recall(self, _):
         back = []
@@ -322,6 +360,23 @@ class Worker:
 
     def on_results(self, _, results):
         self.nested.take_results(results)
+
+
+class Bell:
+    """What one thread waits for; rung before it waits, it is heard once."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._lock.acquire()
+
+    def ring(self):
+        try:
+            self._lock.release()
+        except RuntimeError:
+            pass                                   # it was rung already
+
+    def wait(self, timeout=None):
+        self._lock.acquire(timeout=-1 if timeout is None else timeout)
 
 
 class TlsSocket:
@@ -398,6 +453,7 @@ class NestedCalls:
             worker.send_results()
             with self._sending:
                 worker.send("nested", [item], self._news_of(function))
+            worker.answer_expected()
         except OSError as error:
             del self._calls[number]
             clupy.conclude([(call, False, clupy.Closed(f"the client is gone: {error}"))])
