@@ -4613,6 +4613,9 @@ def _machine_copy(name, in_redis):
                 if error.errno != errno.ENOSPC:
                     raise
                 continue                # Docker's /dev/shm has 64 MB: on disk, then
+            except LookupError:
+                os.unlink(os.path.join(folder, name))
+                raise
             if in_redis:
                 _refresh(file, name, ttl)
             content = memoryview(mmap.mmap(file, 0, access=mmap.ACCESS_READ))
