@@ -2634,8 +2634,12 @@ class Engine:
         self._soon(self._cancelled, call)
 
     def cancel_all(self):
-        """Cancel every unfinished call of this client."""
+        """Cancel every unfinished call of this client; those made after it returned are not among them."""
+        done = threading.Event()
         self._soon(self._cancel_all)
+        self._soon(done.set)
+        if not self._closing:
+            done.wait(CLOSE_TIME)
 
     def close(self):
         """End all calls and slots; returns when the last output was shown, after CLOSE_TIME at most."""

@@ -1225,26 +1225,38 @@ def test_leaving_the_program_never_hangs_and_leaves_nothing(tmp_path, end):
     assert len(done.stderr.splitlines()) <= (6 if "x" in end or "2" in end else 1), done.stderr
 
 
+WAYS_TO_WAIT = ["clupy.wait_all(futures)", "clupy.wait_all(futures, progress=True)", "futures[0].result()",
+                "futures[0].wait(None)", "futures[0].exception(60)", "next(clupy.as_completed(futures))",
+                "next(clupy.map(time.sleep, [60] * 3))", "asyncio.run(asyncio.wait_for(futures[0], 60))"]
+
+
 def test_ctrl_c_in_a_wait_ends_the_calls_and_the_prompt_is_back(tmp_path):
     script = """
-        import clupy, os, time
-        futures = [clupy.parallel(time.sleep)(60) for _ in range(10)]
+        import asyncio, clupy, os, time
+        futures = [clupy.parallel(time.sleep)(60) for _ in range(3)]
         while not futures[0].running():
             time.sleep(0.01)
         print("ready", flush=True)
         try:
-            clupy.wait_all(futures)
+            {}
         except KeyboardInterrupt:
-            print("interrupted")
-        print(all(f.wait(5) for f in futures), {f.cancelled() for f in futures})
+            print("interrupted", flush=True)
+        [f.cancel() for f in futures]                   # what is left: only this one call was waited for
+        print(all(f.wait(5) for f in futures), {{f.cancelled() for f in futures}})
         print(clupy.parallel(pow)(2, 5).result(30))
         """
-    (tmp_path / "s.py").write_text(textwrap.dedent(script))
-    with Program(tmp_path / "client", tmp_path / "s.py") as program:
-        until(lambda: "ready" in program.out.read_text())
-        program.process.send_signal(signal.SIGINT)
-        assert program.process.wait(PATIENCE) == 0, program.log
-        assert program.out.read_text().split("\n")[1:4] == ["interrupted", "True {True}", "32"]
+    with contextlib.ExitStack() as stack:
+        programs = [stack.enter_context(Program(tmp_path / str(n), "-c", textwrap.dedent(script.format(wait))))
+                    for n, wait in enumerate(WAYS_TO_WAIT)]
+        for program in programs:
+            until(lambda program=program: "ready" in program.out.read_text())
+        time.sleep(0.5)                                 # until they wait
+        for program in programs:
+            program.process.send_signal(signal.SIGINT)
+        for program, wait in zip(programs, WAYS_TO_WAIT, strict=True):
+            until(lambda program=program: "interrupted" in program.out.read_text(), 5)
+            assert program.process.wait(PATIENCE) == 0, (wait, program.log)
+            assert program.out.read_text().split("\n")[1:4] == ["interrupted", "True {True}", "32"], wait
 
 
 def test_a_forked_child_gets_an_engine_of_its_own(tmp_path):
@@ -1284,17 +1296,95 @@ def test_many_threads_may_make_calls_at_once():
 # ---- Who is stopped, and who is gone
 
 def test_a_stopped_client_master_or_server_is_not_dead(tmp_path):
-    with Cluster(tmp_path) as cluster:
-        clupy.connect(cluster.address)
-        future = clupy.parallel(sleepy)(14, "done")
-        until(future.running)
-        for program in (cluster.master, cluster.servers[0]):
+    script = """
+        import clupy, ctypes, os, sys, time
+        def work(path, seconds):
+            with open(path, "a") as file:
+                file.write("x")
+            print("begun", flush=True)
+            time.sleep(seconds)
+            return "done"
+        calls = [clupy.parallel(work, retries=0)(os.path.abspath(f"{sys.argv[1]}{n}"), n) for n in (1, 31)]
+        while not calls[1].running():
+            time.sleep(0.01)
+        print("ready", flush=True)
+        if sys.argv[1] == "busy":
+            ctypes.PyDLL(None).sleep(30)                # holds the GIL all the time
+        print(*[call.result(60) for call in calls], clupy.parallel(pow)(2, 5).result(30), flush=True)
+        """
+    with Cluster(tmp_path, servers=2) as cluster, contextlib.ExitStack() as stack:
+        busy, stopped = [stack.enter_context(Program(tmp_path / "client", "-c", textwrap.dedent(script), name,
+                                                     CLUPY_MASTER=cluster.address)) for name in ("busy", "stopped")]
+        until(lambda: busy.out.read_text().count("ready") == 2)            # both write there
+        for program in (stopped, cluster.master, cluster.servers[0]):
             program.process.send_signal(signal.SIGSTOP)
-        time.sleep(12)
+        time.sleep(20)
         for program in (cluster.master, cluster.servers[0]):
             program.process.send_signal(signal.SIGCONT)
-        assert future.result(PATIENCE) == "done"
-        assert clupy.parallel(square)(3).result(PATIENCE) == 9
+        time.sleep(10)
+        stopped.process.send_signal(signal.SIGCONT)
+        for program in (busy, stopped):
+            assert program.process.wait(PATIENCE) == 0, program.log
+        assert busy.out.read_text().count("done done 32") == 2
+        assert {path.read_text() for path in (tmp_path / "client").glob("*[13]*")} == {"x"}
+        assert len(cluster.status()["servers"]) == 2
+
+
+class Network:
+    """A host of its own on this machine, a network namespace, by whose cable all others reach it."""
+
+    def __init__(self, number):
+        self.name = f"clupy-test-{os.getpid()}"
+        self.here, self.there = f"10.77.{number}.1", f"10.77.{number}.2"
+
+    def __enter__(self):
+        if subprocess.run([needed("/usr/sbin/ip", "ip"), "netns", "add", self.name], capture_output=True).returncode:
+            pytest.skip("no leave to make a network")
+        cable = f"clupy{os.getpid()}"
+        for command in (f"link add {cable} type veth peer name cable netns {self.name}",
+                        f"addr add {self.here}/24 dev {cable}", f"link set {cable} up",
+                        f"-n {self.name} addr add {self.there}/24 dev cable"):
+            subprocess.run(["ip", *command.split()], check=True)
+        self.plug("up")
+        return self
+
+    def plug(self, state):
+        subprocess.run(["ip", "-n", self.name, "link", "set", "cable", state], check=True)
+
+    def __exit__(self, *_):
+        subprocess.run(["ip", "netns", "del", self.name], check=True)
+
+    def command(self, *arguments):
+        """For a Program: `python -m clupy` with these arguments, on that host."""
+        return "-c", (f"import ctypes, os; ctypes.CDLL(None).setns(os.open('/run/netns/{self.name}', os.O_RDONLY), 0); "
+                      f"import clupy; raise SystemExit(clupy.main({list(map(str, arguments))!r}))")
+
+
+def test_a_server_that_is_cut_off_runs_no_call_twice_that_may_start_once(tmp_path):
+    """The cable is pulled while a server runs two calls; it goes on, and cannot tell anybody."""
+    with contextlib.ExitStack() as stack:
+        network = stack.enter_context(Network(random.randrange(250)))
+        port = free_port()
+        for name, command in (("master", ("-m", "clupy", "master", "--listen", f"{network.here}:{port}")),
+                              ("far", network.command("serve", "--master", network.here, "--port", port, "--slots", 2,
+                                                      "--listen", f"{network.there}:0"))):
+            stack.enter_context(Program(tmp_path / name, *command))
+            if name == "master":
+                until(lambda: answers(f"{network.here}:{port}"))
+        clupy.connect(f"{network.here}:{port}")
+        once = clupy.parallel(count_starts, retries=0)(str(tmp_path / "once"), 25)
+        again = clupy.parallel(count_starts)(str(tmp_path / "again"), 25)
+        until(lambda: (tmp_path / "once").exists() and (tmp_path / "again").exists())
+        network.plug("down")
+        stack.enter_context(Program(tmp_path / "near", "-m", "clupy", "serve", "--master", network.here, "--port", port,
+                                    "--listen", f"{network.here}:0", "--slots", 2))
+        with pytest.raises(clupy.WorkerDied, match=f"server .* was lost while worker .* try 1 of 1"):
+            once.result(PATIENCE)
+        assert not again.completed
+        until(lambda: (tmp_path / "again").read_text() == "xx")            # on the other server
+        network.plug("up")
+        assert again.result(2 * PATIENCE) >= 2 and (tmp_path / "once").read_text() == "x"
+        assert {f.result(PATIENCE) for f in [clupy.parallel(square)(n) for n in range(4)]} == {0, 1, 4, 9}
 
 
 def test_calls_go_on_without_a_master_and_with_the_next_one(tmp_path):
@@ -3449,15 +3539,24 @@ def test_a_semaphore_has_at_most_n_holders(zookeeper):
     assert max(most) == 3 and len(most) == 40 and contenders("semaphore", "s") == []
 
 
-def test_eight_processes_pass_a_hundred_rounds_of_one_barrier(redis, zookeeper):
-    with dialogues(8, """
-        for number in range(100):
+def test_eight_processes_pass_a_hundred_rounds_of_one_barrier_though_one_is_killed(redis, zookeeper, settings):
+    settings(session=2)
+    rounds = """
+        first = int(sys.argv[1]) == 8 and 50            # it comes in the place of the one that is killed in round 50
+        for number in range(first, 100):
+            if number == 50 and int(sys.argv[1]): clupy.event("go").wait(60)
             clupy.counter(f"round {number}").add()
-            clupy.barrier("b", 8, timeout=50)
-            assert clupy.counter(f"round {number}").value == 8, number
+            clupy.barrier("b", 8, timeout=60)
+            assert clupy.counter(f"round {number}").value == 8 + (number == 50), number
         print("done")
-    """) as processes:
-        assert [process.hears() for process in processes] == ["done"] * 8
+    """
+    with dialogues(8, rounds) as processes:
+        until(lambda: clupy.counter("round 50").value and len(contenders("barrier", "b")) == 1, 2 * PATIENCE)
+        processes[0].process.kill()
+        until(lambda: contenders("barrier", "b") == [])    # its session has ended
+        clupy.event("go").set()
+        with Dialogue(rounds, 8) as other:
+            assert [process.hears() for process in [*processes[1:], other]] == ["done"] * 8
     assert contenders("barrier", "b") == []
 
 
