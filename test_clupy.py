@@ -1378,7 +1378,7 @@ def test_a_server_that_is_cut_off_runs_no_call_twice_that_may_start_once(tmp_pat
         network.plug("down")
         stack.enter_context(Program(tmp_path / "near", "-m", "clupy", "serve", "--master", network.here, "--port", port,
                                     "--listen", f"{network.here}:0", "--slots", 2))
-        with pytest.raises(clupy.WorkerDied, match=f"server .* was lost while worker .* try 1 of 1"):
+        with pytest.raises(clupy.WorkerDied, match="server .* was lost while worker .* try 1 of 1"):
             once.result(PATIENCE)
         assert not again.completed
         until(lambda: (tmp_path / "again").read_text() == "xx")            # on the other server
