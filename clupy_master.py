@@ -466,15 +466,17 @@ class Master:
             self._spawn(self._resolve_for(connection, *self.own[connection]))
 
     async def _resolve_for(self, connection, own, wheels):
-        """A client's list, together with the master's."""
+        """A client's list, together with the master's, once that is known."""
+        await self.resolved.wait()
+        both, found, error = self.list.merged(own), None, None
         try:
-            found = await self.resolutions.of(self.list.merged(own), {**self.wheels, **wheels},
+            found = await self.resolutions.of(both, {**self.wheels, **wheels},
                                               lambda line: connection.send("notice", "resolving", line))
-        except DependencyError as error:
-            log.warning("the libraries of %s cannot be resolved: %s", connection.peer, error)
-            connection.send("resolved", None, error.args)
-        else:
-            connection.send("resolved", found.plain, None)
+        except DependencyError as caught:
+            log.warning("the libraries of %s cannot be resolved: %s", connection.peer, caught)
+            error = caught.args
+        if both == self.list.merged(own):          # else the master's list has changed, and its answer is on its way
+            connection.send("resolved", found and found.plain, error)
 
     def on_status(self, connection):
         if self._leads(connection):
@@ -536,8 +538,9 @@ class Master:
                     self.list, self.wheels, self.libraries, self.fault = own, wheels, found, ""
                     self.known[found.hash] = found
                     log.info("libraries: %s", ", ".join(f"{pin.name} {pin.version}" for pin in found.pins) or "none")
-                    for connection, (libraries, built) in self.own.items():
-                        self._spawn(self._resolve_for(connection, libraries, built))
+                    if self.resolved.is_set():     # else they wait for it
+                        for connection, (libraries, built) in self.own.items():
+                            self._spawn(self._resolve_for(connection, libraries, built))
                 self.resolved.set()
                 for row in self.servers.values():
                     self._send_cluster(row)

@@ -2541,6 +2541,45 @@ def test_a_server_that_was_away_while_the_list_changed_follows(tmp_path, index):
         until(lambda: in_step(cluster, 2))
 
 
+def test_a_clients_list_waits_for_the_masters_and_no_answer_of_yesterday_comes_late(tmp_path, index):
+    """A connection by hand, whose question is there before the master has looked at its own list."""
+    class ByHand(list):
+        __hash__, peer = object.__hash__, "a client"
+
+        def send(self, kind, *fields):
+            if kind == "resolved":
+                self.append(fields)
+    answers = connection = ByHand()
+
+    async def answer(count):
+        while len(answers) < count:
+            await asyncio.sleep(0.02)
+        (pins, _), error = answers[count - 1]
+        assert error is None
+        return [f"{name} {version}" for name, version, *_ in pins]
+
+    async def story():
+        ask(tmp_path, "master", index, "figures<2")
+        settings = clupy.default_settings("master", listen=("127.0.0.1", 0))
+        master = clupy_master.Master(settings, SECRET.encode(), tmp_path / "clupy.master.dependency.yaml")
+        try:
+            master.on_resolve(connection, ["own"], list_of(index).pip_options, {})
+            assert await answer(1) == ["figures 1.0", "own 1.0"]
+            master.list = list_of(index, "figures")                # it changes while pip looks at the old one
+            master.on_resolve(connection, ["own"], list_of(index).pip_options, {})
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            master.list = list_of(index, "figures==2.0")
+            master.on_resolve(connection, ["own"], list_of(index).pip_options, {})
+            assert await answer(2) == ["figures 2.0", "own 1.0"]
+            await asyncio.gather(*[answer.task for answer in master.resolutions._answers.values()])
+            await asyncio.sleep(0.1)
+            assert len(answers) == 2
+        finally:
+            await master.close()
+    asyncio.run(story())
+
+
 def test_a_client_with_its_own_list_has_the_masters_too_and_follows_it(tmp_path, index):
     ask(tmp_path, "client", index, "own")
     with stocked(tmp_path, index, "figures<2") as cluster:
