@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 MODULES = clupy.py clupy_master.py clupy_server.py
-PYTEST = $(VENV)/bin/python -m pytest -q -p no:cacheprovider -n 4 test_clupy.py     # four at a time: most of it is waiting
+PYTEST = $(VENV)/bin/python -m pytest -q -p no:cacheprovider -n 4 --dist worksteal test_clupy.py     # four at a time: most of it is waiting
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14

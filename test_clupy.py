@@ -166,10 +166,8 @@ class Cluster:
         return program
 
     def status(self):
-        done = subprocess.run([sys.executable, "-m", "clupy", "status", "--master", self.address, "--json"],
-                              cwd=self.folder, env=environ(**self.options), capture_output=True, text=True, timeout=PATIENCE)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
+        """What `python -m clupy status --json` prints, without starting a Python for it."""
+        return tables_of(self.address, tls_ca=self.options.get("CLUPY_TLS_CA"))
 
     def __enter__(self):
         return self
@@ -179,6 +177,11 @@ class Cluster:
         if error[0]:
             for program in [self.master, *self.servers]:
                 print(program.out.parent.name, program.log, sep=":\n")
+
+
+def tables_of(address, **settings):
+    """What the master there knows."""
+    return asyncio.run(clupy._ask_master(clupy.read_settings("client", master=address, **settings), "status"))
 
 
 def answers(address):
@@ -530,14 +533,14 @@ def test_clients_find_the_cluster_by_yaml_environment_or_argument(tmp_path, how)
 
 def test_status_shows_servers_slots_and_clients(cluster):
     clupy.connect(cluster.address)
-    future = clupy.parallel(sleepy)(2)
+    future = clupy.parallel(sleepy)(60)
     tables = until(lambda: (t := cluster.status()) and sum(s["used"] for s in t["servers"].values()) and t)
     server, = tables["servers"].values()
     client, = tables["clients"].values()
     assert server["slots"] == 2 and client["share"] >= 1 and not server["draining"]
-    text = subprocess.run([sys.executable, "-m", "clupy", "status", "--master", cluster.address], env=environ(),
-                          capture_output=True, text=True).stdout
+    text = shown(cluster, "status")
     assert "SERVER" in text and "CLIENT" in text and "ready" in text
+    assert json.loads(shown(cluster, "status", "--json"))["servers"].keys() == tables["servers"].keys()
     assert future.cancel()
 
 
@@ -704,7 +707,7 @@ def test_everything_travels_under_tls_where_a_certificate_is_configured(tmp_path
                     "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", "key.pem", "-out", "cert.pem"],
                    check=True, capture_output=True, cwd=tmp_path)
     cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
-    paths = {"CLUPY_TLS_CERT": cert, "CLUPY_TLS_KEY": key, "CLUPY_TLS_CA": cert}
+    paths = {"CLUPY_TLS_CERT": cert, "CLUPY_TLS_KEY": key, "CLUPY_TLS_CA": str(cert)}
     with Cluster(tmp_path, **paths) as cluster:
         clupy.connect(cluster.address, tls_ca=str(tmp_path / "cert.pem"))
         results = [clupy.parallel(square)(n) for n in range(500)]
@@ -2364,31 +2367,26 @@ def add_server(cluster, folder):
     return cluster.add_server()
 
 
-def tables_of(cluster):
-    """What `python -m clupy status --json` shows, faster."""
-    return asyncio.run(clupy._ask_master(clupy.read_settings("client", master=cluster.address), "status"))
-
-
 def environments_of(cluster):
-    return [row["environment"] for row in tables_of(cluster)["servers"].values()]
+    return [row["environment"] for row in cluster.status()["servers"].values()]
 
 
 def faults_of(cluster):
-    tables = tables_of(cluster)
+    tables = cluster.status()
     return "\n".join(sum((row["faults"] for row in tables["servers"].values()), tables["faults"]))
 
 
 def in_step(cluster, servers=1):
     """Whether so many servers have the environment that the master wants, and nothing is wrong."""
-    tables = tables_of(cluster)
+    tables = cluster.status()
     wanted, rows = tables["environment"], tables["servers"].values()
     return (wanted and [row["environment"] for row in rows] == [wanted] * servers
             and not any([tables["faults"], *(row["faults"] for row in rows)]))
 
 
-def shown(cluster, command):
+def shown(cluster, *command):
     """What a command of `python -m clupy` prints."""
-    return subprocess.run([sys.executable, "-m", "clupy", command, "--master", cluster.address], env=environ(),
+    return subprocess.run([sys.executable, "-m", "clupy", *command, "--master", cluster.address], env=environ(),
                           capture_output=True, text=True, timeout=PATIENCE).stdout
 
 
@@ -2507,7 +2505,7 @@ def test_a_full_disk_is_one_servers_fault_and_the_others_work(tmp_path, index):
         clupy.connect(cluster.address)
         ask(tmp_path / "master", "master", index, "figures", "large")
         assert calls_until(lambda: "No space left on device" in faults_of(cluster)) <= {"1.0", "2.0"}
-        until(lambda: set(environments_of(cluster)) > {tables_of(cluster)["environment"]})
+        until(lambda: set(environments_of(cluster)) > {cluster.status()["environment"]})
         assert "No space left on device" in shown(cluster, "status") and calls()
 
 
@@ -3886,9 +3884,10 @@ class Masters:
     def knows(self, number):
         if self.masters[number].process.poll() is not None:
             return False
-        done = subprocess.run([sys.executable, "-m", "clupy", "status", "--master", f"127.0.0.1:{self.ports[number]}", "--json"],
-                              cwd=self.folder, env=environ(), capture_output=True, text=True, timeout=PATIENCE)
-        tables = json.loads(done.stdout) if done.returncode == 0 else {"master": {"address": ""}, "servers": {}}
+        try:
+            tables = tables_of(f"127.0.0.1:{self.ports[number]}")
+        except (OSError, clupy.ClupyError, EOFError):
+            return False
         return tables["master"]["address"].endswith(f":{self.ports[number]}") and len(tables["servers"]) == 2
 
 
