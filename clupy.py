@@ -343,8 +343,12 @@ def read_settings(role, file=None, **arguments):
 
     for key, value, line in _read_yaml(file or f"clupy.{role}.yaml", must_exist=file is not None):
         take(key, value, f"{file or f'clupy.{role}.yaml'}, line {line}")
-    for key in known & {name[6:].lower() for name in os.environ if name.startswith("CLUPY_")}:
-        take(key, os.environ[f"CLUPY_{key.upper()}"], f"environment variable CLUPY_{key.upper()}")
+    for variable in [name for name in os.environ if name.startswith("CLUPY_")]:
+        key = variable[6:].lower()
+        if key in known:
+            take(key, os.environ[variable], f"environment variable {variable}")
+        elif key not in SETTINGS and (near := difflib.get_close_matches(key, [*SETTINGS, "secret"], 1, 0.8)) and near != [key]:
+            log.warning("the environment variable %s is no setting; did you mean CLUPY_%s?", variable, near[0].upper())
     for key, value in arguments.items():
         if value is not None:
             take(key, value, "argument")

@@ -757,6 +757,14 @@ def test_a_wrong_setting_is_refused_with_file_line_and_the_nearest_valid_one(tmp
     assert message in str(caught.value)
 
 
+def test_a_variable_that_is_nearly_a_setting_is_told_of(monkeypatch, caplog):
+    for name in ("CLUPY_SLOTZ", "CLUPY_SECRET", "CLUPY_SOMETHING_ELSE", "CLUPY_DRAIN_TIME"):
+        monkeypatch.setenv(name, "3")
+    clupy.read_settings("client")
+    assert [record.getMessage() for record in caplog.records] == [
+        "the environment variable CLUPY_SLOTZ is no setting; did you mean CLUPY_SLOTS?"]
+
+
 def test_a_memory_limit_in_which_no_worker_can_start_is_refused():
     with pytest.raises(clupy.ConfigurationError, match="a worker needs 64MB"):
         clupy.read_settings("server", memory_limit=100)
