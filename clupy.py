@@ -243,16 +243,18 @@ def _level(value):
 
 
 def parse_address(value, port=0):
-    """(host, port) of "host", "host:port" or "[v6]:port"."""
+    """(host, port) of "host", "host:port", "port" or "[v6]:port"."""
+    if isinstance(value, int) or isinstance(value, str) and value.strip().isdigit():
+        value = f":{value}"                     # no host is named so
     match = re.fullmatch(r"\s*(?:\[([^\]]*)\]|([^:]*))(?::(\d+))?\s*", value) if isinstance(value, str) else None
     if not match or match[3] and int(match[3]) > 65535:
-        raise ValueError("an address: HOST or HOST:PORT")
+        raise ValueError("an address: HOST, HOST:PORT or PORT")
     return match[1] or match[2] or "", int(match[3]) if match[3] else port
 
 
 def _addresses(value):
     """[(host, port), ...] of a text with commas or a list; a port that is not named is None."""
-    parts = value.split(",") if isinstance(value, str) else value
+    parts = value.split(",") if isinstance(value, (str, int)) and str(value).strip() else value
     if not isinstance(parts, (list, tuple)) or not parts:
         raise ValueError("an address, or several: HOST:PORT,HOST:PORT")
     return [parse_address(part, None) for part in parts]
@@ -298,7 +300,7 @@ class Settings:
 
 def masters_of(settings):
     """[(host, port), ...] of the masters; localhost where none is named."""
-    return [(host, port or settings.port) for host, port in settings.master or [("localhost", None)]]
+    return [(host or "localhost", port or settings.port) for host, port in settings.master or [("", None)]]
 
 
 def default_settings(role, **values):
@@ -356,6 +358,9 @@ def read_settings(role, file=None, **arguments):
         raise ConfigurationError("slots is 0, but must be at least 1")
     if (values.get("memory_limit") or MIN_MEMORY) < MIN_MEMORY:
         raise ConfigurationError(f"memory_limit is {values['memory_limit']} bytes, but a worker needs {MIN_MEMORY >> 20}MB")
+    for key in ("tls_cert", "tls_key", "tls_ca"):
+        if values.get(key) and not os.path.isfile(os.path.expanduser(values[key])):
+            raise ConfigurationError(f"{key} is {values[key]!r}, but there is no such file")
     return Settings(values, given)
 
 
@@ -1246,25 +1251,24 @@ def installed(name):
         return None
 
 
-def differences(pins, own=Dependencies(), installed=installed):       # noqa: B008  it is immutable
+def differences(pins, installed=installed):
     """[(library, version here, version in the cluster)], those that travel as pickles first. A library that
-    is missing here is no difference, what comes from it cannot travel either; unless the client's own list
-    names it: then it is here None. installed: a function from name to version or None."""
-    named = {canonical(re.match(r"[\w.-]*", line)[0]) for line in own.libraries}
+    is missing here is no difference: what comes from it cannot travel either. installed: a function from name
+    to version or None."""
     found = [(pin.name, installed(pin.name), pin.version) for pin in pins]
-    return sorted(((name, here, cluster) for name, here, cluster in found
-                   if here != cluster and (here is not None or name in named)),
+    return sorted(((name, here, cluster) for name, here, cluster in found if here not in (None, cluster)),
                   key=lambda difference: (difference[0] not in PICKLED, difference[0]))
 
 
-def check_libraries(pins, own=Dependencies(), library_check="warn", stacklevel=2):     # noqa: B008
+def check_libraries(pins, library_check="warn", stacklevel=2):
     """Warn with LibraryMismatch, or raise it, if this client's libraries differ from pins. "off" does not
     even look."""
-    found = differences(pins, own) if library_check != "off" else []
+    found = differences(pins) if library_check != "off" else []
     if not found:
         return
-    lines = [f"{name}: {here or 'not installed'} here, {there} in the cluster" for name, here, there in found]
-    advice = "libraries differ from the cluster's: install its versions, or change its list, or library_check"
+    lines = [f"{name}: {here} here, {there} in the cluster" for name, here, there in found]
+    advice = ("libraries differ from the cluster's: install its versions, or change its list, or set `library_check: off` "
+              "in clupy.client.yaml")
     mismatch = LibraryMismatch("\n  ".join([advice, *lines]))
     if library_check == "error":
         raise mismatch
@@ -1272,19 +1276,20 @@ def check_libraries(pins, own=Dependencies(), library_check="warn", stacklevel=2
 
 
 def libraries_text(servers, installed=installed):
-    """What `python -m clupy libraries` prints. servers: [(address, id of its environment, pins, fault or
-    "")]; those with the same environment share a table."""
-    groups, faults = {}, []
+    """What `python -m clupy libraries` prints. servers: [(address, id of an environment there, None: its own
+    Python, pins, fault or "")]; those with the same environment share a table."""
+    groups, faults = {}, {}
     for address, environment, pins, fault in servers:
         groups.setdefault((environment, tuple(pins)), []).append(address)
-        faults += [f"{address}: {fault}"] if fault else []
+        if fault:
+            faults[f"{address}: {fault}"] = None
     lines = []
     for (environment, pins), addresses in groups.items():
         lines.append(f"environment {environment} on {', '.join(addresses)}" if environment else
                      f"the server's own Python on {', '.join(addresses)}")
         width = max((len(pin.name) for pin in pins), default=0)
         for pin in pins:
-            here = installed(pin.name)
+            here = platform.python_version() if pin.name == "python" else installed(pin.name)
             note = "" if here == pin.version else f"   here: {here or 'not installed'}"
             lines.append(f"  {pin.name:{width}}  {pin.version}{note}")
     return "\n".join(lines + faults)
@@ -2661,6 +2666,11 @@ class Engine:
         _engines.discard(self)
         self._lose()
 
+    def unfinished(self):
+        """About how many calls have no outcome yet."""
+        return 0 if self._closing else len(self._inbox) + self._unlimited.pending + sum(
+            limit.pending for limit in list(self._limits))
+
     def grow(self, slots):
         """At least so many slots, if this is an embedded cluster."""
         self._soon(self._grow, slots)
@@ -2829,7 +2839,7 @@ class Engine:
 
     def _check_in_thread(self, pins):
         try:
-            check_libraries(pins, self.dependencies, self.settings.library_check)
+            check_libraries(pins, self.settings.library_check)
         except LibraryMismatch as error:
             self._soon(self.fail_all, error)
         self._soon(self._checked)
@@ -2916,14 +2926,18 @@ class Engine:
             if link.connection and now - heard > SILENCE_TIME and any(slot.calls for slot in link.slots.values()):
                 log.warning("server %s has been silent for %g s; it is lost", link.name, SILENCE_TIME)
                 link.connection.close()
-        if self._slots() or not self._waiting():
+        if self._slots() or not self._waiting() or not self._count_wanted():
             self._unserved = None
         elif self._unserved is None:
             self._unserved = now
-        elif 0 < now - self._unserved > UNSERVED_TIME and self._master and self._master.connection:
+        elif now - self._unserved > UNSERVED_TIME and self._master:
             self._unserved = math.inf             # said once
-            log.warning("%s calls wait: the master at %s has no server with a slot for them; start one with: "
-                        "python -m clupy serve", len(self._waiting()), self._master.connection.peer)
+            if self._master.connection:
+                log.warning("calls wait (%s): the master at %s has no server with a slot for them; start one with: "
+                            "python -m clupy serve", len(self._waiting()), self._master.connection.peer)
+            else:
+                log.warning("calls wait (%s), for %g s at most: %s", len(self._waiting()), self.settings.patience,
+                            self.unreachable())
         if not self._slots() and self._waiting() and self.masterless(now) > self.settings.patience:
             self._fail_waiting(self.unreachable())
 
@@ -3028,7 +3042,7 @@ class Engine:
         """cloudpickle is in no list as a rule, but everything travels by it."""
         if not self.embedded and versions.get("cloudpickle"):      # before a slot is opened
             try:
-                check_libraries([Pin("cloudpickle", versions["cloudpickle"])], library_check=self.settings.library_check)
+                check_libraries([Pin("cloudpickle", versions["cloudpickle"])], self.settings.library_check)
             except LibraryMismatch as error:
                 self.fail_all(error)
 
@@ -3100,7 +3114,8 @@ class Engine:
         slot.calls.clear()
         if slot.nested and how["why"].startswith("max_nested") and self._queue and self._queue[0]._parent:
             outcomes.append((self._queue.popleft(), False, ClupyError(
-                f"calls inside calls wait for each other in all workers of {slot.link.name} ({how['why']})")))
+                f"calls inside calls wait for each other in all workers of {slot.link.name} ({how['why']}); a module that "
+                "makes calls when it is imported does so in every worker: put them under if __name__ == '__main__'")))
         self._requeue(again)
         self._finish(outcomes)
         self.balance()
@@ -3387,6 +3402,8 @@ class Engine:
 
     def _fail_waiting(self, error):
         waiting = self._waiting()
+        if waiting and not self._closing:
+            log.warning("calls cannot run (%s): %s", len(waiting), error)
         self._queue.clear()
         for limit in self._limits:
             limit.waiting.clear()
@@ -3583,6 +3600,8 @@ def connect(master=None, *, executor=None, config=None, **settings):
         if _engine is not None:
             raise RuntimeError("this process is connected already; call clupy.close() first")
         if executor is not None:
+            if not callable(getattr(executor, "submit", None)):
+                raise TypeError(f"executor must be a concurrent.futures.Executor, not {type(executor).__name__}")
             _engine = ExecutorEngine(executor)
             return
         engine = _engine = _make_engine(read_settings("client", config, master=master, **settings))
@@ -3692,7 +3711,9 @@ def parallel(func=None, *, max=None, timeout=None, retries=2):
         raise ValueError(f"max is {max!r}, but must be a whole number from 1, or None")
     if not isinstance(retries, int) or retries < 0:
         raise ValueError(f"retries is {retries!r}, but must be a whole number from 0")
-    return Parallel(func, max, None if timeout is None else _duration(timeout), retries)
+    if timeout is not None and not (timeout := _duration(timeout)) > 0:
+        raise ValueError(f"timeout is {timeout!r}, but must be more than 0 seconds, or None")
+    return Parallel(func, max, timeout, retries)
 
 
 def start(engine, func, function, args, kwargs, timeout, retries, limit):
@@ -3950,6 +3971,9 @@ _parents = []                   # in a forked child: kept for ever, as nothing o
 
 @atexit.register
 def _at_exit():
+    unfinished = sum(engine.unfinished() for engine in list(_engines))
+    if unfinished:
+        log.warning("the program ended before %s of its calls; clupy.wait_all() waits for them", unfinished)
     close()
     for engine in list(_engines):
         engine.close()
@@ -3984,6 +4008,7 @@ _redis_clients = {}     # address -> redis.Redis; guarded by _clients_lock, as t
 _zookeeper_clients = {}   # addresses -> KazooClient
 _clients_lock = threading.RLock()
 _reached = set()        # addresses that answered this process at least once
+_note_session = None    # a worker's: told (id, password) of its ZooKeeper session, None when that has ended
 
 
 # Where they are: what this process was told (configure, connect, CLUPY_* variables, clupy.client.yaml), else what the
@@ -4068,6 +4093,8 @@ def close_services():
         client.connection_pool.disconnect()      # close() would leave a pool that it did not make to the garbage collector
     for client in keepers:
         _close_zookeeper(client)
+    if keepers and _note_session:
+        _note_session(None)
 
 
 def _close_zookeeper(client):
@@ -4229,6 +4256,8 @@ def _zookeeper_client(hosts):
         client = None
     if client is None or client.chroot or not client.hosts:
         raise _unavailable("zookeeper", "not a list of addresses; expected host:2181,host:2181")
+    if _note_session:
+        client.add_listener(lambda state: _note_session(client.client_id) if client.client_id else None)
     try:
         if not client.start_async().wait(FIRST_CONTACT):
             raise _unavailable("zookeeper", f"no answer within {FIRST_CONTACT:g} s")
@@ -4237,6 +4266,18 @@ def _zookeeper_client(hosts):
         threading.Thread(target=_close_zookeeper, args=(client,), daemon=True).start()
         raise
     return client
+
+
+def end_session(hosts, session):
+    """End the ZooKeeper session (id, password) of a process that is dead, so that what it held is free at once."""
+    client = kazoo.KazooClient(hosts, client_id=session, logger=logging.getLogger("clupy.zookeeper"),
+                               connection_retry=kazoo_retry.KazooRetry(max_tries=-1, deadline=FIRST_CONTACT))
+    try:
+        client.start(FIRST_CONTACT)
+    except kazoo_threads.KazooTimeoutError as error:
+        log.debug("a dead worker's session ends by itself, as ZooKeeper cannot be reached: %s", error)
+    finally:
+        _close_zookeeper(client)
 
 
 def _is_over(client):
@@ -4346,7 +4387,7 @@ def _prefix(kind):
 
 def _ttl(ttl):
     """Milliseconds, 0 for ever."""
-    seconds = _settings().ttl if ttl is None else ttl
+    seconds = _settings().ttl if ttl is None else _duration(ttl)
     if not 0 <= seconds < math.inf:
         raise ValueError(f"ttl must be seconds, or 0 for ever, not {ttl!r}")
     return math.ceil(1000 * seconds)
@@ -5261,7 +5302,7 @@ def main(argv=None):
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     master = commands.add_parser("master", help="run the cluster's master")
-    master.add_argument("--listen", metavar="HOST:PORT", help=f"where to listen (default: every address, port {PORT})")
+    master.add_argument("--listen", metavar="HOST:PORT", help=f"where to listen, or the port (default: every address, {PORT})")
     serve = commands.add_parser("serve", help="run a server: the workers of this machine")
     serve.add_argument("--master", metavar="HOST", help="the master, or several with commas (default: localhost)")
     serve.add_argument("--port", type=int, help=f"the master's port (default: {PORT})")
@@ -5272,8 +5313,8 @@ def main(argv=None):
     status.add_argument("--json", action="store_true", help="for scripts")
     libraries = commands.add_parser("libraries", help="show the cluster's libraries, and how those here differ")
     libraries.add_argument("--master", metavar="HOST:PORT", help="the master (default: localhost)")
-    for command in (master, serve, status, libraries):
-        command.add_argument("--config", metavar="FILE", help="a YAML file instead of clupy.<role>.yaml here")
+    for command, role in ((master, "master"), (serve, "server"), (status, "client"), (libraries, "client")):
+        command.add_argument("--config", metavar="FILE", help=f"a YAML file instead of clupy.{role}.yaml here")
 
     arguments = vars(parser.parse_args(argv))
     command = arguments.pop("command")
@@ -5322,9 +5363,9 @@ def _command_libraries(arguments):
     settings = read_settings("client", arguments.pop("config"), **arguments)
     tables = asyncio.run(_ask_master(settings, "status"))
     print(libraries_text([
-        (f"{row['name']} ({row['address']})", row["environment"],
-         [Pin(*pin) for pin in tables["environments"].get(row["environment"], [])], "; ".join(row["faults"]))
-        for row in tables["servers"].values()]))
+        (f"{row['name']} ({row['address']})", environment, [Pin(*pin) for pin in tables["environments"].get(environment, [])]
+         if environment else [Pin("python", row["python"]), Pin("cloudpickle", row["cloudpickle"])], "; ".join(row["faults"]))
+        for row in tables["servers"].values() for environment in row["environments"] or [None]]))
     for fault in tables["faults"]:
         print(f"master: {fault}")
 
@@ -5336,6 +5377,8 @@ async def _ask_master(settings, *question):
     for address in addresses:
         try:
             connection = await dial(address, TO_MASTER, secret, settings)
+        except (SecretError, VersionMismatch):
+            raise
         except OSError as error:
             errors.append(f"{address[0]}:{address[1]}: {error or 'no answer'}")
             continue
@@ -5345,12 +5388,12 @@ async def _ask_master(settings, *question):
                 kind, answer = await connection.receive()
             if kind != "leader":
                 return answer
-            errors.append(f"{address[0]}:{address[1]}: does not lead")
+            errors.append(f"{address[0]}:{address[1]}: stands by, one leads when the last leader's session has ended")
             if answer and tuple(answer) not in addresses:
                 addresses.append(tuple(answer))
         finally:
             connection.close()
-    raise MasterUnreachable(f"no master answered ({'; '.join(errors)}); is `python -m clupy master` running there?")
+    raise MasterUnreachable(f"no master leads ({'; '.join(errors)}); is `python -m clupy master` running there?")
 
 
 def status_text(tables):
@@ -5360,7 +5403,7 @@ def status_text(tables):
              f"up {master['uptime']:.0f} s", ""]
     lines += _table(("SERVER", "ADDRESS", "SLOTS", "USED", "LOAD", "PYTHON", "ENVIRONMENT", "STATE"),
                     [(row["name"], row["address"], row["slots"], row["used"], f"{row['load']:.1f}", row["python"],
-                      row["environment"] or "own", "draining" if row["draining"] else "ready")
+                      row["environment"] or "own", "draining" if row["draining"] else "building" if row["building"] else "ready")
                      for row in tables["servers"].values()])
     lines += [""] + _table(("CLIENT", "ADDRESS", "WANTED", "SLOTS", "HEARD"),
                            [(id[:6], row["address"], row["wanted"], row["share"], f"{row['silent']:.0f} s ago")

@@ -283,7 +283,9 @@ class Leadership:
                 with election:
                     self._lead(election)
             except TimeoutError:       # somebody else leads
-                self.leader = self._ask(election)
+                leader, self.leader = self.leader, self._ask(election)
+                if self.leader != leader:
+                    log.info("standing by: %s leads", self.leader)
             except (clupy.LockLost, clupy.Unavailable) as error:
                 log.warning("not leading: %s", error)
                 self._stopped.wait(0.2)
@@ -329,7 +331,7 @@ class Master:
         self.wheels = {}               # {sha256: bytes} of the local libraries in the master's list
         self.list = Dependencies()     # the master's, packed
         self.libraries = None if dependencies else Resolution()    # what it was resolved to last; None: not yet
-        self.known = {Resolution().hash: Resolution()}             # {hash: Resolution} that servers may ask for
+        self.known = {Resolution().hash: Resolution()}             # {hash: Resolution}: the master's, clients'
         self.fault = ""                # why the list could not be resolved
         self.resolved = asyncio.Event()            # the list was resolved or refused once: clients' lists wait for that
         if not dependencies:
@@ -475,6 +477,8 @@ class Master:
         except DependencyError as caught:
             log.warning("the libraries of %s cannot be resolved: %s", connection.peer, caught)
             error = caught.args
+        if found:
+            self.known[found.hash] = found
         if both == self.list.merged(own):          # else the master's list has changed, and its answer is on its way
             connection.send("resolved", found and found.plain, error)
 
@@ -490,10 +494,10 @@ class Master:
                        "version": clupy.__version__, "uptime": time.time() - self.started},
             "libraries": [tuple(pin) for pin in self.libraries.pins] if self.libraries else [],
             "environments": {hash: [tuple(pin) for pin in self.known[hash].pins] for hash in
-                             {row.state["environment"] for row in self.servers.values()} & self.known.keys()},
+                             {hash for row in self.servers.values() for hash in row.state["environments"]} & self.known.keys()},
             "environment": self.libraries.hash if self.libraries and self.libraries.pins else None,
             "faults": [self.fault] if self.fault else [],
-            "servers": {id: {"address": f"{row.address[0] or 'the master'}:{row.address[1]}", "slots": row.slots,
+            "servers": {id: {"address": f"{row.address[0] or socket.gethostname()}:{row.address[1]}", "slots": row.slots,
                              "used": sum(row.held.values()), **row.state} for id, row in self.servers.items()},
             "clients": {id: {"address": row.peer, "wanted": row.wanted, "share": sum(row.share.values()),
                              "silent": now - row.heard} for id, row in self.clients.items()},

@@ -18,7 +18,8 @@
 
 The *board* is a page of memory shared by a worker and its server, on which the worker notes number and deadline of the
 call it begins.  So the server knows what had begun when a worker died, measures time-outs also while C code holds the
-GIL, and kills one call and no other: it stops the worker, reads the board, and kills it if the call still runs.
+GIL, and kills one call and no other: it stops the worker, reads the board, and kills it if the call still runs.  Its
+ZooKeeper session is there, too: the server ends it with the worker, so that a lock of a killed call is free at once.
 """
 
 import collections
@@ -51,6 +52,8 @@ log = logging.getLogger("clupy.server")
 
 BOARD = struct.Struct("=qd")       # number of the call begun last; its deadline (monotonic), 0: none, IDLE: it is over
 IDLE = -1.0
+SESSION = struct.Struct("=q16s")   # id and password of the worker's ZooKeeper session, id 0: none
+SESSION_AT = 64                    # where on the board
 HOLD_TIME = 0.0002                 # results younger than this wait for more; more is fewer frames, and later results
 SHORT_TIME = 0.005                 # seconds a call may run before the reader thread reads; less wakes it more often
 FLUSH_TICK = 20                    # milliseconds; after so long a call has left results behind that are not sent
@@ -94,7 +97,7 @@ def work(arguments):
     channel.send(b"r")
     slot = receive_slot(channel)
     if slot:
-        Worker(board, *slot).run()
+        Worker(board, given["memory_limit"], *slot).run()
 
 
 def arm_lifeline(lifeline):
@@ -136,8 +139,9 @@ class Worker:
     costs one change of threads less.  The reader thread reads while user code runs, from SHORT_TIME after it began or
     as soon as an answer is waited for.  Who reads has the lock `_reading`; any thread may write."""
 
-    def __init__(self, board, sock, given):
-        self.board, self.sock, self.server = board, sock, given["server"]
+    def __init__(self, board, memory_limit, sock, given):
+        self.board, self.memory_limit = board, memory_limit
+        self.sock, self.server = sock, given["server"]
         self.pid = os.getpid()
         self.todo = collections.deque()            # items of `calls` that have not begun
         self.functions = {}                        # {id: the function, or Unopened until its first call}
@@ -157,6 +161,7 @@ class Worker:
         self._frames = clupy.Frames()
         clupy.use_services(given["services"])
         clupy._serve, clupy._fetch = functools.partial(self.send, "serve"), functools.partial(self.fetch, "ref")
+        clupy._note_session = self._note_session
         clupy._engine = self.nested
         if given["tls"]:
             self.sock = TlsSocket(sock, *given["tls"])
@@ -164,6 +169,10 @@ class Worker:
 
     def __repr__(self):
         return f"<Worker {self.pid} {len(self.todo)} calls to do>"
+
+    def _note_session(self, session):
+        if os.getpid() == self.pid:                # a forked child has a session of its own
+            SESSION.pack_into(self.board, SESSION_AT, *(session or (0, b"")))
 
     def run(self):
         """Run calls until the slot ends."""
@@ -222,6 +231,8 @@ class Worker:
             if clupy.inspect.iscoroutine(value):
                 value = clupy.asyncio.run(value)
         except BaseException as error:             # the outcome of the call, whatever the user's code raised
+            if isinstance(error, MemoryError) and self.memory_limit:
+                error.add_note(f"memory_limit is {self.memory_limit >> 20} MB for a worker on {self.server}")
             return False, clupy.pack_exception(error, 1, f"{self.server} {self.pid}")
         try:
             return True, value if type(value) in clupy.PLAIN else clupy.pack_result(value, self.names[function])
@@ -820,7 +831,8 @@ class Process:
         self.slot = None                           # SlotRow it serves, or did
         self.why = None                            # why the server ended it; None: it ended by itself
         self.tail = {1: b"", 2: b""}               # output without a line's end yet
-        self.last_lines = collections.deque(maxlen=LAST_LINES)
+        self.last_lines = collections.deque(maxlen=LAST_LINES)     # of standard error, since this call began:
+        self.last_call = 0
         self.stack = b""                           # what faulthandler wrote
         self.dead = asyncio.get_running_loop().create_future()     # (exit code, peak memory)
         self._stopping = asyncio.Lock()            # held while it is stopped and looked at
@@ -911,6 +923,9 @@ class Process:
         if not lines:
             return
         if stream == 2:
+            if self.last_call != (call := self.begun()[0]):
+                self.last_call = call
+                self.last_lines.clear()
             self.last_lines.extend(lines[-LINE_SIZE:].decode(errors="replace").splitlines())
         if self.slot:
             self.slot.session.show(self.pid, "err" if stream == 2 else "out", lines)
@@ -922,6 +937,11 @@ class Process:
     def begun(self):
         """(number of the call begun last, its deadline) as the board says."""
         return BOARD.unpack_from(self.board)
+
+    def zookeeper_session(self):
+        """(id, password) of the session that the worker had when it died, or None."""
+        session = SESSION.unpack_from(self.board, SESSION_AT)
+        return session if session[0] else None
 
     def runs(self, number):
         begun, deadline = self.begun()
@@ -1390,12 +1410,16 @@ class Server:
         """Let the client read what the worker sent, and then say how it ended."""
         slot, (code, peak) = process.slot, process.dead.result()
         if slot:
+            if not process.why:
+                log.warning("worker %s of client %s died: %s", process.pid, slot.session.client[:6], describe_exit(code))
             slot.session.slots.pop(slot.number, None)
             try:
                 slot.sock.shutdown(socket.SHUT_WR)
             except OSError:
                 pass                               # the client closed it first
             begun, _ = process.begun()
+            if self.services.get("zookeeper") and (session := process.zookeeper_session()):
+                clupy.threads.run(clupy.end_session, self.services["zookeeper"], session)
             self._give_base(slot)
         del self.processes[process.pid]
         self.replenish()
@@ -1555,6 +1579,8 @@ class Server:
     # -- the master
 
     def master_joined(self, connection):
+        log.info("connected to the master at %s", connection.peer)
+        self._said = ""
         self._state()
 
     def master_lost(self):
@@ -1585,6 +1611,8 @@ class Server:
         self.link.connection.send("server", self.id, (host, port), PYTHON, self.slots, dict(held), {
             "name": self.name, "load": os.getloadavg()[0], "draining": self.draining, **self.versions,
             "environment": self.default.resolution.hash if self.default.resolution.pins else None,
+            "environments": [hash for hash, libraries in self.known.items() if libraries.environment],
+            "building": any(libraries.building for libraries in self.known.values()),
             "faults": [libraries.fault for libraries in self.known.values() if libraries.fault]})
 
     def on_cluster(self, _, services, silent, libraries):

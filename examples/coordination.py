@@ -1,8 +1,12 @@
 """Calls that wait for each other: a lock, a barrier, an election.
 
     redis-server &  zkServer start          # or the addresses of yours in CLUPY_REDIS and CLUPY_ZOOKEEPER
-    python examples/coordination.py         # three slots: the calls at a barrier run at the same time
-"""
+    python examples/coordination.py         # on a cluster with three slots at least, or on this machine alone
+
+Calls that meet at a barrier must run at the same time: so many slots there must be."""
+
+import uuid
+
 import clupy
 
 
@@ -13,13 +17,13 @@ def deposit(amount):
         held.check()        # LockLost, should this process have slept past its ZooKeeper session
 
 
-def simulate(part, parts, steps):
-    """Each step begins when all parts have ended the one before."""
+def simulate(run, part, parts, steps):
+    """Each step begins when all parts have ended the one before.  run: a name that no other run of this program has."""
     for step in range(steps):
         clupy.put(f"state/{part}", step * part)
-        clupy.barrier("simulation", parts, timeout=60)          # all have written
+        clupy.barrier(run, parts, timeout=60)          # all have written
         total = sum(clupy.get(f"state/{other}") for other in range(parts))
-        clupy.barrier("simulation", parts, timeout=60)          # all have read
+        clupy.barrier(run, parts, timeout=60)          # all have read
     return total
 
 
@@ -35,8 +39,10 @@ if __name__ == "__main__":
         call.result()
     print("balance:", clupy.get("balance"))
 
-    parts = [clupy.parallel(simulate)(part, 3, 5) for part in range(3)]
-    print("totals:", [part.result() for part in parts])
+    with clupy.Executor(3) as executor:                                 # three workers, even on two cores
+        run = uuid.uuid4().hex
+        parts = [executor.submit(simulate, run, part, 3, 5) for part in range(3)]
+        print("totals:", [part.result() for part in parts])
 
     for call in [clupy.parallel(report)(name) for name in ("anna", "ben")]:
         call.result()

@@ -19,7 +19,8 @@ def primes(n):
 if __name__ == "__main__":
     # 1. Wait for all, then look at each.
     results = [clupy.parallel(primes, max=10)(n) for n in range(100, 200)]
-    clupy.wait_all(results, time_out=30)
+    if not clupy.wait_all(results, time_out=30):
+        raise SystemExit("not all calls were done within 30 s")
     for n, r in zip(range(100, 200), results):
         if r.successful:
             print(n, *r.value[0])
