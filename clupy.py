@@ -112,6 +112,7 @@ HANDSHAKE_TIME = 5.0              # a stranger holds a connection no longer; les
 STATEMENT_TIME = 2.0              # statements are repeated; less is traffic, more delays the repair of what was lost
 GATHER_TIME = 0.02                # changes are gathered so long; more delays shares, less makes more of them
 WORK_AHEAD = 0.005                # seconds of work sent ahead to a worker; more hides latency, but may have to be recalled
+MAX_SPARED = 2                    # workers that may die before they begin a call; the next death is charged to it
 MAX_AHEAD = 2000                  # calls under way in one slot at most, however short they are
 STALL_TIME = 0.02                 # a slot without a result for so long gives back what it has not begun
 LINGER_TIME = 1.0                 # an extra slot for nested calls stays open so long when idle; a new one costs a worker
@@ -120,6 +121,7 @@ RETRY_TIME = 10.0                 # an unreachable server is tried again after i
 UNSERVED_TIME = 3.0               # calls that wait so long without any slot are told of in the log
 SILENCE_TIME = 60.0               # a server from which nothing came for so long, while a call is out, is lost
 ALIVE_TIME = 10.0                 # a server says so often that it is alive
+NO_LIMIT = 1e7                    # seconds of a TLS handshake, which begins when the slot gets a worker
 CLOSE_TIME = 5.0                  # closing waits for the last lines of output no longer
 MIN_MEMORY = 64 << 20             # bytes that a worker needs to start
 MAX_CONTROL = 1 << 31             # bytes of one frame on control and master connections: wheels travel there, too
@@ -475,8 +477,8 @@ def find_secret(settings, create=False):
 # client -> worker  fetched   request, answer                              -
 # worker -> client  serve     name, buffers of a Ref shared in a call      -
 # worker -> client  nested    [(number, parent, function id, arguments,    results     the slot's end
-#                             time-out, retries, max)],
-#                             {function id: (payload, name) or None: drop it}
+#                             time-out, retries, (Executor's id or None, max) or None)],
+#                             {function id: (payload, name, first) or None: drop it}
 # client -> worker  results   [(number, succeeded, plain value or payload)] of nested calls
 # worker -> client  forget    [numbers of nested calls]                    -
 #
@@ -578,7 +580,10 @@ def memory(size):
     64 MiB takes 35 ms as a bytearray, 14 ms in huge pages."""
     if size < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return bytearray(size)
-    pages = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        pages = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError:
+        raise MemoryError(f"no memory for {size} bytes") from None
     with contextlib.suppress(OSError):            # a kernel without them
         pages.madvise(mmap.MADV_HUGEPAGE)
     return pages
@@ -856,7 +861,8 @@ class Listener:
             log.log(logging.DEBUG if silent else logging.WARNING, "refused %s: %s", peer,
                     why or f"no handshake within {HANDSHAKE_TIME:g} s")
             if isinstance(error, VersionMismatch):
-                sock.send(preamble(SLOT))           # a few bytes always fit; it tells the peer which version this is
+                with contextlib.suppress(OSError):
+                    sock.send(preamble(SLOT))       # a few bytes always fit; it tells the peer which version this is
             sock.close()
             return
         except asyncio.CancelledError:
@@ -1183,7 +1189,7 @@ _PIP_SET = {"PIP_USER": "0", "PIP_REQUIRE_VIRTUALENV": "0",     # pip.conf may s
 def pip_environ(environ):
     """environ without what would make pip see or change other libraries than it is told to."""
     kept = {key: value for key, value in environ.items()
-            if not key.startswith("PYTHON") and key not in _PIP_DROPPED}
+            if not key.startswith(("PYTHON", "CLUPY_")) and key not in _PIP_DROPPED}
     # By the epoch a folder that did not change gives the same wheel to the byte, and so the same environment.
     return {"SOURCE_DATE_EPOCH": "315532800"} | kept | _PIP_SET
 
@@ -1292,7 +1298,7 @@ def libraries_text(servers, installed=installed):
             here = platform.python_version() if pin.name == "python" else installed(pin.name)
             note = "" if here == pin.version else f"   here: {here or 'not installed'}"
             lines.append(f"  {pin.name:{width}}  {pin.version}{note}")
-    return "\n".join(lines + faults)
+    return "\n".join([*lines, *faults])
 
 
 def show_progress(line, stream=None):
@@ -1393,6 +1399,8 @@ def _registered():
     module = sys.modules.get("cloudpickle")
     if module is None:
         return set()
+    if not hasattr(module, "list_registry_pickle_by_value"):
+        module = importlib.import_module("cloudpickle")     # waits for the thread that imports it just now
     names = module.list_registry_pickle_by_value()      # a copy
     names.discard("__mp_main__")                        # _dumps's
     return names
@@ -2111,6 +2119,7 @@ class Future(concurrent.futures.Future):
     _sent_at = 0.0
     _took = None                  # seconds from then to its outcome
     _number = _cost = _tries = 0  # its number, seconds it counts as in its slot, starts that were charged to it
+    _spared = 0                   # workers that died before they began it, though it was the next
     _counted = False              # whether it is among the engine's unfinished calls
 
     def __init__(self, engine=None, function=None, arguments=(), timeout=None, retries=0, limit=None):
@@ -2134,7 +2143,17 @@ class Future(concurrent.futures.Future):
         return f"<Future {name} {state}{where}{time_taken}>"
 
     def __await__(self):
-        return asyncio.wrap_future(self).__await__()
+        """As asyncio.wrap_future, which never ends where the call raised StopIteration: that becomes a RuntimeError."""
+        loop = asyncio.get_running_loop()
+        done = loop.create_future()
+        self.add_done_callback(lambda _: loop.is_closed() or loop.call_soon_threadsafe(
+            lambda: done.done() or done.set_result(None)))
+        try:
+            yield from done
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
+        return self.result()
 
     @property
     def _waiters(self):
@@ -2261,7 +2280,7 @@ class Future(concurrent.futures.Future):
                 if self.successful is succeeded:
                     try:
                         handler(self._result if succeeded else self.failure)
-                    except Exception:
+                    except BaseException:          # SystemExit, too: whoever waits for the handlers must not wait for ever
                         log.exception("a handler of %r raised", self)
             with self._condition:
                 self._handlers = self._handlers[len(entries):] or None
@@ -2285,9 +2304,11 @@ class Future(concurrent.futures.Future):
 
     def _after(self, handle):
         """What user code wants to do now that it is done; in a thread that may block."""
-        self._invoke_callbacks()
-        if handle:
-            self._run_handlers()
+        try:
+            self._invoke_callbacks()
+        finally:
+            if handle:
+                self._run_handlers()
 
     def __reduce__(self):
         raise TypeError(f"{self!r} cannot be pickled: pass its result to the call, or make the call there")
@@ -2411,6 +2432,7 @@ class Slot:
         self.functions = collections.OrderedDict()   # {id: None} known to the worker, least recently used first
         self.children = collections.defaultdict(dict)   # {number of a call here: {number there: nested call}}
         self.nested_functions = {}                # {id at the worker: Function}
+        self.nested_limits = {}                   # {id at the worker: Limit} of Executors made in calls
         self.pid = None                           # of the worker, once the slot is open
         self.transport = None
         self._outgoing = collections.deque()      # pieces of frames that the transport has not been given yet
@@ -2430,7 +2452,7 @@ class Slot:
 
     @property
     def open(self):
-        return self.pid is not None and not self.gone and self.ended is None
+        return self.pid is not None and not self.gone and self.ended is None and self.link.connection is not None
 
     @property
     def suspended(self):
@@ -2472,7 +2494,7 @@ class Slot:
             self.transport.abort()
 
     def eof_received(self):
-        return False
+        self.transport.abort()                    # nobody reads what was not sent yet
 
     def connection_lost(self, _):
         self.gone, self._frames = True, None      # a future may keep the slot, but not this memory
@@ -2515,6 +2537,7 @@ class ServerLink:
         self.slots = {}                           # {number: Slot}, until their calls are seen to
         self.draining = False                     # takes no new slots
         self.failed_at = None                     # when it could not be reached
+        self.refused_at = -math.inf               # when it had no room for a nested slot
         self.heard = time.monotonic()
         self.task = asyncio.create_task(self._run())
 
@@ -2524,7 +2547,7 @@ class ServerLink:
     async def _run(self):
         try:
             connection = await dial(self.address, CONTROL, self.engine.secret, self.engine.settings)
-        except (OSError, ClupyError) as error:
+        except Exception as error:                # whatever dialing raises, a host's name that is none included
             log.warning("server %s cannot be reached: %s", self.name, error or type(error).__name__)
             self.engine.link_lost(self)
             return
@@ -2706,7 +2729,8 @@ class Engine:
 
         Never through asyncio, which would take the parent's sockets out of the epoll that both share."""
         for number in () if self.loop.is_closed() else self.descriptors():
-            os.close(number)
+            with contextlib.suppress(OSError):    # closed by the parent's loop in this very moment
+                os.close(number)
         self._inbox.extend([*self._waiting(), *(call for slot in self._slots() for call in slot.calls.values())])
         for limit in self._limits:                # they outlive the engine, with the functions that have them
             limit.__init__(limit.most)
@@ -2721,7 +2745,8 @@ class Engine:
 
     def _lose(self, *_):
         """No loop will look at the inbox any more."""
-        self._awake, calls = False, list(self._inbox)
+        self._awake = False                       # first: a call that is submitted now comes here by itself
+        calls = list(self._inbox)
         why = "the client was closed" if self.pid == os.getpid() else "the call is one of the process that forked this one off"
         conclude([(call, False, Closed(why)) for call in calls])
 
@@ -3004,7 +3029,8 @@ class Engine:
         elif allowed and wanted > 0:
             for _ in range(allowed - len(staying)):
                 self._open(link, nested=False)
-            if not active and len(staying) >= allowed and self._queue:
+            if (not active and len(staying) >= allowed and time.monotonic() - link.refused_at > LINGER_TIME
+                    and any(call._parent for call in self._queue)):
                 self._open(link, nested=True)
 
     def _open(self, link, nested):
@@ -3017,17 +3043,6 @@ class Engine:
         link = slot.link
         try:
             sock = await connect_socket(*link.address)
-            try:
-                tune(sock, user_timeout=False)
-                async with asyncio.timeout(HANDSHAKE_TIME):
-                    head = preamble(SLOT) + slot_head(link.key, link.session, slot.number, slot.nested)
-                    await self.loop.sock_sendall(sock, head)
-                context = tls_context(self.settings, "dial")
-                await self.loop.create_connection(lambda: _as_protocol(slot), sock=sock, ssl=context,
-                                                  server_hostname=link.address[0] if context else None)
-            except BaseException:
-                sock.close()
-                raise
         except OSError as error:
             log.warning("no slot at %s: %s", link.name, error)
             slot.gone = True
@@ -3035,6 +3050,21 @@ class Engine:
             if link.connection:
                 link.connection.close()           # as a server that cannot be reached: again after RETRY_TIME
             self.slot_ending(slot)
+            return
+        try:
+            tune(sock, user_timeout=False)
+            async with asyncio.timeout(HANDSHAKE_TIME):
+                head = preamble(SLOT) + slot_head(link.key, link.session, slot.number, slot.nested)
+                await self.loop.sock_sendall(sock, head)
+            context = tls_context(self.settings, "dial")
+            tls = {"server_hostname": link.address[0], "ssl_handshake_timeout": NO_LIMIT} if context else {}
+            await self.loop.create_connection(lambda: _as_protocol(slot), sock=sock, ssl=context, **tls)
+        except BaseException as error:
+            sock.close()
+            slot.gone = True
+            self.slot_ending(slot)                # turned away: the server's `ended` says why
+            if not isinstance(error, OSError):
+                raise
             return
         slot.send("opening", own_modules())
 
@@ -3058,7 +3088,13 @@ class Engine:
     def libraries_broken(self, link, why):
         """Our libraries cannot be built there: use other servers; if the next share names none, the calls hear of it."""
         self.broken[link.id] = why
-        link.connection.close()
+        link.draining = True                      # what runs there, in the environment before, goes on
+        self.balance()
+        self._leave_broken(link)
+
+    def _leave_broken(self, link):
+        if link.id in self.broken and not link.slots and link.connection:
+            link.connection.close()
 
     def _leave(self, slot):
         """Give the slot back after the call that runs in it."""
@@ -3093,6 +3129,8 @@ class Engine:
         """See to the calls that got no answer: who is charged with a try, who starts again, who has lost."""
         slot.over = True
         slot.link.slots.pop(slot.number, None)
+        if slot.ended is None:
+            self._end(slot)                       # its worker may not know yet
         if slot.transport:
             slot.transport.abort()
         how = slot.ended or {"why": "lost", "begun": None}
@@ -3100,7 +3138,11 @@ class Engine:
             self._cancel_children(slot, number)
         outcomes, again = [], []
         left = list(slot.calls.values())
-        for call, begun in zip(left, had_begun([call._number for call in left], how["begun"])):
+        begun_ones = had_begun([call._number for call in left], how["begun"])
+        if left and how["why"] == "died" and not any(begun_ones):
+            left[0]._spared += 1                  # it may be its arguments that no worker can receive
+            begun_ones[0] = left[0]._spared > MAX_SPARED
+        for call, begun in zip(left, begun_ones):
             call._tries += begun
             self._unsend(slot, call)
             if call._state in _DONE:
@@ -3112,12 +3154,18 @@ class Engine:
             else:
                 again.append(call)
         slot.calls.clear()
-        if slot.nested and how["why"].startswith("max_nested") and self._queue and self._queue[0]._parent:
-            outcomes.append((self._queue.popleft(), False, ClupyError(
-                f"calls inside calls wait for each other in all workers of {slot.link.name} ({how['why']}); a module that "
-                "makes calls when it is imported does so in every worker: put them under if __name__ == '__main__'")))
+        if slot.nested and how["why"].startswith("max_nested"):
+            slot.link.refused_at = time.monotonic()
+            stuck = all(other.suspended for other in self._slots())
+            child = next((call for call in self._queue if call._parent), None) if stuck else None
+            if child:
+                self._queue.remove(child)
+                outcomes.append((child, False, ClupyError(
+                    f"calls inside calls wait for each other in all workers of {slot.link.name} ({how['why']}); a module that "
+                    "makes calls when it is imported does so in every worker: put them under if __name__ == '__main__'")))
         self._requeue(again)
         self._finish(outcomes)
+        self._leave_broken(slot.link)
         self.balance()
 
     def link_lost(self, link):
@@ -3174,7 +3222,7 @@ class Engine:
     def fill(self, slot, quota=None):
         """Send the slot its next calls, if it runs out of work soon."""
         calls = slot.calls
-        if (slot.leaving or slot.pid is None or slot.gone or slot.ended is not None
+        if (slot.leaving or not slot.open
                 or calls and (slot.alone or slot.stalled or slot.load > WORK_AHEAD / 2)
                 or not calls and self._overdrawn(slot.link)):
             return
@@ -3416,11 +3464,13 @@ class Engine:
             if function is None:
                 slot.nested_functions.pop(id, None)
             else:
-                payload, name = function
-                slot.nested_functions[id] = function_of(forwarded(payload), name)
-        for number, parent, function, arguments, timeout, retries, most in calls:
+                payload, name, setup = function
+                slot.nested_functions[id] = function_of(forwarded(payload), name, forwarded(setup))
+        for number, parent, function, arguments, timeout, retries, limit in calls:
             function = slot.nested_functions[function]
-            limit = function.limit(most) if most else None
+            if limit:
+                executor, most = limit            # None: the limit is the function's
+                limit = function.limit(most) if executor is None else slot.nested_limits.setdefault(executor, Limit(most))
             call = Future(self, function, forwarded(arguments), timeout, retries, limit)
             call._parent = slot, number
             call._outer = parent
@@ -3796,7 +3846,14 @@ def map(func, *iterables, max=None, timeout=None, retries=2, chunk_size=None):
 
 
 def _run_chunk(func, items):
-    return [func(*item) for item in items]
+    """(results up to the first failure, its exception's payload or None)."""
+    results = []
+    for item in items:
+        try:
+            results.append(func(*item))
+        except Exception as error:
+            return results, pack_exception(error)
+    return results, None
 
 
 def _map(call, batches, chunked):
@@ -3815,7 +3872,9 @@ def _map(call, batches, chunked):
             result = future.result()
             del future
             if chunked:
-                yield from result
+                yield from result[0]
+                if result[1] is not None:
+                    raise unpack_exception(result[1])
             else:
                 yield result
     finally:
@@ -3874,9 +3933,14 @@ class Executor(concurrent.futures.Executor):
         if cancel_futures:
             self._engine.cancel_limit(self._limit)
         if wait:
-            self._engine.settle(self._limit)
-            if self._own_engine:
-                self._engine.close()
+            self._end()
+        elif self._own_engine:
+            threads.run(self._end)
+
+    def _end(self):
+        self._engine.settle(self._limit)
+        if self._own_engine:
+            self._engine.close()
 
 
 class ExecutorEngine:
@@ -3903,8 +3967,8 @@ class ExecutorEngine:
             conclude([(call, *theirs.result())])
 
     def cancel(self, call):
-        if call in self._running:
-            self._running[call].cancel()
+        if theirs := self._running.get(call):
+            theirs.cancel()
 
     def cancel_all(self):
         for call in list(self._running):
@@ -3981,8 +4045,9 @@ def _at_exit():
 
 def _after_fork():
     """In a forked child: the engines stay the parent's; the child gets one of its own when it makes a call."""
-    global _engine, _engines, _engine_lock, threads
-    _engine_lock, Future._condition, threads = threading.Lock(), threading.Condition(), Threads()
+    global _engine, _engines, _engine_lock, _capture_lock, threads
+    _engine_lock, _capture_lock, Future._condition, threads = (
+        threading.Lock(), threading.Lock(), threading.Condition(), Threads())
     for engine in {*_engines, *filter(None, [_engine])}:
         engine.abandon()
         _parents.append(engine)
@@ -4266,18 +4331,6 @@ def _zookeeper_client(hosts):
         threading.Thread(target=_close_zookeeper, args=(client,), daemon=True).start()
         raise
     return client
-
-
-def end_session(hosts, session):
-    """End the ZooKeeper session (id, password) of a process that is dead, so that what it held is free at once."""
-    client = kazoo.KazooClient(hosts, client_id=session, logger=logging.getLogger("clupy.zookeeper"),
-                               connection_retry=kazoo_retry.KazooRetry(max_tries=-1, deadline=FIRST_CONTACT))
-    try:
-        client.start(FIRST_CONTACT)
-    except kazoo_threads.KazooTimeoutError as error:
-        log.debug("a dead worker's session ends by itself, as ZooKeeper cannot be reached: %s", error)
-    finally:
-        _close_zookeeper(client)
 
 
 def _is_over(client):

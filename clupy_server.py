@@ -62,6 +62,7 @@ GRACE_TIME = 1.0                   # a worker whose slot was closed may end by i
 WATCH_TIME = 0.1                   # deadlines are looked at so often, while slots are open
 STACK_TIME = 0.1                   # a worker that is to be killed writes its Python stack for so long
 STACK_SIGNAL = signal.SIGRTMIN + 3 if hasattr(signal, "SIGRTMIN") else signal.SIGUSR2
+UNKNOWN_EXIT = 1 << 16             # of a process for which somebody else has waited; no process ends so
 MAX_FAILURES = 3                   # workers that die in a row at their start; then there is a pause
 LAST_LINES = 10                    # of standard error that an error message shows
 LINE_SIZE = 16 << 10               # bytes after which a line is passed on without its end
@@ -209,9 +210,9 @@ class Worker:
         BOARD.pack_into(self.board, 0, number, time.monotonic() + timeout if timeout else 0.0)
         self.current = number
         succeeded, value = self._outcome(function, arguments)
-        BOARD.pack_into(self.board, 0, number, IDLE)
         if os.getpid() != self.pid:                # a forked child came back from the call: only its parent answers
             os._exit(0)
+        BOARD.pack_into(self.board, 0, number, IDLE)
         end = time.perf_counter()
         if not self.results:
             self.held_since, self.busy = end, 0.0
@@ -265,13 +266,16 @@ class Worker:
                 self.sock.sendall(part)
 
     def send_results(self):
-        with self._writing:
-            results, busy = [], self.busy
-            while self.results:
-                results.append(self.results.popleft())
-            if results:
-                for part in encode(("results", results, busy)):
-                    self.sock.sendall(part)
+        try:
+            with self._writing:
+                results, busy = [], self.busy
+                while self.results:
+                    results.append(self.results.popleft())
+                if results:
+                    for part in encode(("results", results, busy)):
+                        self.sock.sendall(part)
+        except OSError:
+            self._end()                            # the client is gone
 
     def fetch(self, what, *fields):
         """The client's answer to a question; blocks the asking thread. Raises ConnectionError when the slot ends."""
@@ -306,8 +310,8 @@ class Worker:
                 return
         except OSError:
             pass                                   # the client is gone, as at the end
-        except ClupyError as error:
-            print(f"clupy worker: {error}", file=sys.stderr)
+        except (ClupyError, MemoryError) as error:
+            print(f"clupy worker: {error or 'no memory for what its client sends'}", file=sys.stderr)
         self._end()
 
     def _read_beside(self):
@@ -322,9 +326,11 @@ class Worker:
                 seen = self.current
                 self._reader.wait(SHORT_TIME)
             if not self.idle and self._reading.acquire(blocking=False):
-                self._read_while_busy()
-                self._reading.release()
-                self._main.ring()                  # it may have seen that we read
+                try:
+                    self._read_while_busy()
+                finally:
+                    self._reading.release()
+                    self._main.ring()              # it may have seen that we read
 
     def _read_while_busy(self):
         poller = select.poll()
@@ -360,10 +366,9 @@ class Worker:
                 back.append(self.todo.pop())
             except IndexError:
                 break
-        for number, function, payload, name in reversed(back):
-            if not number:
-                self._learn(function, payload, name)
-        self.send("returned", [item[0] for item in reversed(back) if item[0]])
+        back.reverse()
+        self.todo.extend(item for item in back if not item[0])     # functions stay, in their order
+        self.send("returned", [item[0] for item in back if item[0]])
 
     def on_fetched(self, _, request, answer):
         if request in self.requests:
@@ -404,6 +409,9 @@ class TlsSocket:
 
     def fileno(self):
         return self._sock.fileno()
+
+    def detach(self):
+        return self._sock.detach()
 
     def pending(self):
         with self._lock:
@@ -455,7 +463,8 @@ class NestedCalls:
     def submit(self, call):
         worker, function = self._worker, call._function
         number = call._number = next(self._numbers)
-        most = call._limit.most if call._limit else None
+        limit = call._limit
+        most = limit and (None if limit is function.limits.get(limit.most) else id(limit), limit.most)
         item = number, worker.current, function.id, call._arguments, call._timeout, call._retries, most
         self._calls[number] = call
         try:
@@ -470,8 +479,8 @@ class NestedCalls:
             clupy.conclude([(call, False, clupy.Closed(f"the client is gone: {error}"))])
 
     def _news_of(self, function):
-        """{id: (payload, name), or None to drop it} of what the client has to learn to run this function."""
-        news = {} if function.id in self._functions else {function.id: (function.payload, function.name)}
+        """{id: (payload, name, setup), or None to drop it} of what the client has to learn to run this function."""
+        news = {} if function.id in self._functions else {function.id: (function.payload, function.name, function.setup)}
         self._functions[function.id] = None
         self._functions.move_to_end(function.id)
         if len(self._functions) > clupy.Slot.KNOWN:
@@ -479,8 +488,8 @@ class NestedCalls:
         return news
 
     def take_results(self, results):
-        clupy.conclude([(self._calls.pop(number), succeeded, value)
-                        for number, succeeded, value in results if number in self._calls])
+        clupy.conclude([(call, succeeded, value) for number, succeeded, value in results
+                        if (call := self._calls.pop(number, None)) is not None])
 
     def lose_all(self):
         calls, self._calls = list(self._calls.values()), {}
@@ -507,7 +516,8 @@ class NestedCalls:
 
     def abandon(self):
         """In a forked child of a call: the slot's socket is the parent's alone."""
-        os.close(self._worker.sock.fileno())
+        os.close(self._worker.sock.detach())
+        clupy._fetch, clupy._serve = None, clupy._served.__setitem__
 
     close = cancel_all
 
@@ -830,6 +840,7 @@ class Process:
         self.ready = False                         # warm, and waits for a slot
         self.slot = None                           # SlotRow it serves, or did
         self.why = None                            # why the server ended it; None: it ended by itself
+        self.late = False                          # a call is over its time, and being looked at
         self.tail = {1: b"", 2: b""}               # output without a line's end yet
         self.last_lines = collections.deque(maxlen=LAST_LINES)     # of standard error, since this call began:
         self.last_call = 0
@@ -980,7 +991,7 @@ class Process:
             if self.dead.done() or not self.runs(number):
                 return False
             self._signal(signal.SIGSTOP, group=False)
-            while os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            while not self._is_stopped():
                 await asyncio.sleep(0.001)
                 if self.dead.done():
                     return False
@@ -992,29 +1003,42 @@ class Process:
             await asyncio.shield(self.dead)
             return True
 
+    def _is_stopped(self):
+        try:
+            return os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        except ChildProcessError:
+            return False                           # it is dead, as `_reap` is about to see
+
     def _await_end(self, loop):
         """Where there is no pidfd: wait in a thread."""
-        os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+        with contextlib.suppress(ChildProcessError):
+            os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
         loop.call_soon_threadsafe(self._reap)
 
     def _reap(self):
-        pid, status, usage = os.wait4(self.pid, os.WNOHANG)
-        if pid == 0:
+        try:
+            pid, status, usage = os.wait4(self.pid, os.WNOHANG)
+        except ChildProcessError:                  # the program ignores SIGCHLD, or has waited for all its children
+            self._is_dead(UNKNOWN_EXIT, 0)
             return
+        if pid:
+            self._is_dead(os.waitstatus_to_exitcode(status), usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+
+    def _is_dead(self, code, peak):
         self._signal(signal.SIGKILL)               # the children it left
-        self.popen.returncode = os.waitstatus_to_exitcode(status)
+        self.popen.returncode = code
         loop = asyncio.get_running_loop()
         loop.remove_reader(self.channel)
         self.channel.close()
         if self.pidfd is not None:
             loop.remove_reader(self.pidfd)
-            os.close(self.pidfd)
-            self.pidfd = None
-        os.close(self.lifeline)
-        self.lifeline = None
+            pidfd, self.pidfd = self.pidfd, None   # first: a fork now closes what is named
+            os.close(pidfd)
+        lifeline, self.lifeline = self.lifeline, None
+        os.close(lifeline)
         if self.environment:
             self.environment.close()
-        self.dead.set_result((self.popen.returncode, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)))
+        self.dead.set_result((code, peak))
         self.server.ended(self)
 
     def last_output(self):
@@ -1030,6 +1054,26 @@ class Process:
     def descriptors(self):
         own = [self.channel.fileno(), *self.pipes, self.pidfd, self.lifeline]
         return [fd for fd in own if fd is not None]
+
+
+async def end_session(hosts, id, password):
+    """End the ZooKeeper session of a worker that is dead, so that what it held is free at once.
+
+    Four of ZooKeeper's own messages, since kazoo needs threads, and none can be started when a program ends."""
+    hello = struct.pack(">iqiqi16s?", 0, 0, 10_000, id, len(password), password, False)
+    for host, port in (clupy.parse_address(host, 2181) for host in hosts.split(",")):
+        with contextlib.suppress(OSError, EOFError):
+            async with asyncio.timeout(clupy.FIRST_CONTACT):
+                reader, writer = await asyncio.open_connection("127.0.0.1" if host == "localhost" else host, port)
+                with contextlib.closing(writer):
+                    writer.write(struct.pack(">i", len(hello)) + hello)
+                    size, = struct.unpack(">i", await reader.readexactly(4))
+                    _, time_out = struct.unpack_from(">ii", await reader.readexactly(size))
+                    if time_out > 0:               # else it has ended already
+                        writer.write(struct.pack(">iii", 8, 0, -11))
+                        await reader.readexactly(4)
+            return
+    log.debug("the ZooKeeper session of a dead worker ends by itself: no answer from %s", hosts)
 
 
 def make_pipe(reader, writer):
@@ -1089,6 +1133,9 @@ class Session:
 
     def __repr__(self):
         return f"<Session {self.client[:6]} {len(self.slots)} slots>"
+
+    def nested_slots(self, waiting=False):
+        return sum(slot.nested for slot in self.slots.values() if slot.process or waiting)
 
     def on_hello(self, connection, client, python, environment, output):
         if tuple(python) != PYTHON:
@@ -1216,6 +1263,7 @@ class Server:
         self._questions = {}                       # {(kind, key): future of the master's answer}
         self.tls = settings.tls_cert and clupy.tls_files(settings)            # what a worker needs of it
         self._tasks = set()
+        self._endings = set()                      # tasks that end ZooKeeper sessions of dead workers
         self._stating = None
         self._closing = False
         self._said = ""                            # why there was no master, as the log says
@@ -1295,8 +1343,7 @@ class Server:
 
     async def _serve_slot(self, slot):
         """Wait for a free worker and hand the socket over."""
-        own = sum(other.nested for other in slot.session.slots.values() if other.process)
-        if slot.nested and own >= self.settings.max_nested:        # nobody else's end would make room
+        if slot.nested and slot.session.nested_slots() >= self.settings.max_nested:    # nobody else's end would make room
             self._turn_away(slot, f"max_nested is {self.settings.max_nested}")
             return
         self.waiting.append(slot)
@@ -1330,7 +1377,7 @@ class Server:
             fitting = [process for process in free if process.libraries is libraries]
             if not fitting or slot.waiter.done():          # done: cancelled, and about to leave the queue
                 continue
-            if slot.nested and self.open_slots(nested=True) >= self.settings.max_nested:
+            if slot.nested and slot.session.nested_slots() >= self.settings.max_nested:
                 continue
             if not slot.nested and self.open_slots(nested=False) >= self.slots:
                 continue
@@ -1352,8 +1399,8 @@ class Server:
         that are waited for, then, warm, in the cluster's."""
         if self._closing or self._failures >= MAX_FAILURES:
             return
-        nested = self.open_slots(nested=True) + sum(slot.nested for slot in self.waiting)
-        target = self.slots + min(nested, self.settings.max_nested)
+        target = self.slots + sum(min(session.nested_slots(waiting=True), self.settings.max_nested)
+                                  for session in self.sessions.values())
         alive = [process for process in self.processes.values() if not process.dead.done() and not process.why]
         spare = [process for process in alive if not process.slot]
         needed = [libraries for slot in self.waiting if (libraries := self._libraries_for(slot))]
@@ -1411,7 +1458,7 @@ class Server:
         slot, (code, peak) = process.slot, process.dead.result()
         if slot:
             if not process.why:
-                log.warning("worker %s of client %s died: %s", process.pid, slot.session.client[:6], describe_exit(code))
+                log.info("worker %s of client %s died: %s", process.pid, slot.session.client[:6], describe_exit(code))
             slot.session.slots.pop(slot.number, None)
             try:
                 slot.sock.shutdown(socket.SHUT_WR)
@@ -1419,7 +1466,9 @@ class Server:
                 pass                               # the client closed it first
             begun, _ = process.begun()
             if self.services.get("zookeeper") and (session := process.zookeeper_session()):
-                clupy.threads.run(clupy.end_session, self.services["zookeeper"], session)
+                ending = asyncio.create_task(end_session(self.services["zookeeper"], *session))
+                self._endings.add(ending)
+                ending.add_done_callback(self._endings.discard)
             self._give_base(slot)
         del self.processes[process.pid]
         self.replenish()
@@ -1562,10 +1611,10 @@ class Server:
             await asyncio.sleep(WATCH_TIME if self.open_slots() else 1.0)
             now = time.monotonic()
             for process in list(self.processes.values()):
-                if process.slot and not process.dead.done() and not process.why:
+                if process.slot and not process.dead.done() and not process.why and not process.late:
                     number, deadline = process.begun()
                     if 0 < deadline < now:
-                        process.why = "timeout"
+                        process.late = True
                         self.spawn(self._time_out(process, number))
             if now - said > clupy.ALIVE_TIME:
                 said = now
@@ -1573,8 +1622,10 @@ class Server:
                     session.connection.send("notice", "alive", "")
 
     async def _time_out(self, process, number):
-        if not await process.kill_call(number, "timeout"):
-            process.why = None
+        try:
+            await process.kill_call(number, "timeout")
+        finally:
+            process.late = False                   # it may be the next call that runs by now
 
     # -- the master
 
@@ -1659,9 +1710,11 @@ class Server:
             await asyncio.wait([process.dead for process in self.processes.values()])
         while self.processes:
             await asyncio.sleep(0.002)
+        if self._endings:
+            await asyncio.wait(self._endings, timeout=GRACE_TIME)
         for session in list(self.sessions.values()):
             session.connection.close()
-        rest = self._tasks | {libraries.building for libraries in self.known.values() if libraries.building}
+        rest = self._tasks | self._endings | {libraries.building for libraries in self.known.values() if libraries.building}
         for task in rest:
             task.cancel()
         if rest:
@@ -1672,6 +1725,8 @@ class Server:
 
 def describe_exit(code):
     """What the exit code of a process means: "signal 9 (Killed)" or "exit code 3"."""
+    if code == UNKNOWN_EXIT:
+        return "exit code unknown: another part of the server's program waited for it"
     if code < 0:
         return f"signal {-code} ({signal.strsignal(-code)})"
     return f"exit code {code}"

@@ -360,6 +360,11 @@ def test_an_exception_in_a_handler_is_logged_and_hurts_nobody(caplog):
     assert "ZeroDivisionError" in caplog.text
 
 
+def test_a_handler_that_leaves_by_sys_exit_keeps_nobody_waiting(caplog):
+    future = clupy.parallel(square)(2).succeed(lambda value: sys.exit(1))
+    assert future.wait(PATIENCE) and clupy.wait_all([future], PATIENCE) and "SystemExit" in caplog.text
+
+
 def test_waiting_ends_in_time_when_the_call_does_not():
     future = clupy.parallel(sleepy)(60)
     assert not future.wait(0.1) and not clupy.wait_all([future], time_out=0.1)
@@ -393,6 +398,10 @@ def test_map_is_ordered_lazy_and_takes_endless_input():
 
 def test_map_raises_where_the_failing_item_is():
     items = clupy.map(lambda n: 10 // n, [5, 2, 0, 1])
+    assert [next(items), next(items)] == [2, 5]
+    with pytest.raises(ZeroDivisionError):
+        next(items)
+    items = clupy.map(lambda n: 10 // n, [5, 2, 0, 1], chunk_size=4)
     assert [next(items), next(items)] == [2, 5]
     with pytest.raises(ZeroDivisionError):
         next(items)
@@ -465,6 +474,11 @@ def test_a_future_can_be_awaited_and_the_executor_used_from_asyncio():
             return await clupy.parallel(square)(4), await other, await asyncio.gather(*[
                 clupy.parallel(square)(n) for n in range(20)])
     assert asyncio.run(story()) == (16, 25, [n * n for n in range(20)])
+
+    async def stops():
+        await asyncio.wait_for(clupy.parallel(lambda: next(iter(())))(), PATIENCE)
+    with pytest.raises(RuntimeError, match="StopIteration"):               # as a coroutine that raises it
+        asyncio.run(stops())
 
 
 def test_a_coroutine_function_runs_to_its_result():
@@ -542,6 +556,34 @@ def test_status_shows_servers_slots_and_clients(cluster):
     assert "SERVER" in text and "CLIENT" in text and "ready" in text
     assert json.loads(shown(cluster, "status", "--json"))["servers"].keys() == tables["servers"].keys()
     assert future.cancel()
+
+
+def test_a_slot_whose_connection_breaks_is_given_back(tmp_path):
+    def first_sleeps(path):
+        with open(path, "a") as file:
+            file.write("x")
+        time.sleep(60 if os.path.getsize(path) == 1 else 0)
+    clupy.connect(slots=1)
+    future = clupy.parallel(first_sleeps)(str(tmp_path / "x"))
+    until((tmp_path / "x").exists)
+    engine = clupy._engine
+    engine._soon(lambda: [slot.transport.abort() for slot in engine._slots()])
+    assert future.wait(PATIENCE) and (tmp_path / "x").read_text() == "xx"
+
+
+def test_a_program_that_ignores_or_takes_the_ends_of_its_children_still_hears_of_dead_workers(tmp_path):
+    for how in "signal.signal(signal.SIGCHLD, signal.SIG_IGN)", "threading.Thread(target=reap, daemon=True).start()":
+        done = run_script(tmp_path, f"""
+            import clupy, os, signal, threading, time
+            def reap():
+                while True:
+                    try: os.wait()
+                    except ChildProcessError: time.sleep(0.01)
+            clupy.connect(slots=1)
+            {how}
+            print(type(clupy.parallel(os._exit, retries=0)(3).exception(30)).__name__, clupy.parallel(abs)(-1).result(30))
+            """)
+        assert done.stdout == "WorkerDied 1\n"
 
 
 def test_killing_a_server_in_the_middle_changes_nothing_in_the_results(tmp_path):
@@ -1042,10 +1084,31 @@ def test_a_call_that_is_over_its_time_is_killed_and_says_where_it_was(how, tmp_p
     assert (tmp_path / "x").stat().st_size == 1
 
 
+def test_a_call_that_ends_just_when_its_time_is_over_is_not_taken_for_the_next_one():
+    """The next one dies by itself, while the server still looks whether the first is to be killed."""
+    clupy.connect(slots=1)
+    timed, dies = clupy.parallel(sleepy, timeout=0.3, retries=0), clupy.parallel(os._exit, retries=0)
+    for n in range(10):
+        first, second = timed(0.3 + 0.02 * n, "in time"), dies(3)
+        assert type(second.exception(PATIENCE)) is clupy.WorkerDied
+        assert first.wait(PATIENCE) and (first.value == "in time" or type(first.failure) is clupy.CallTimeout)
+
+
+def test_a_forked_child_that_returns_from_a_call_does_not_end_its_parents_time():
+    def fork():
+        if os.fork():
+            time.sleep(60)
+    with pytest.raises(clupy.CallTimeout):
+        clupy.parallel(fork, timeout=1)().result(PATIENCE)
+
+
 def test_a_memory_limit_gives_memory_errors_and_the_node_lives():
     clupy.connect(slots=1, memory_limit="600MB")
-    with pytest.raises(MemoryError):
+    with pytest.raises(MemoryError) as caught:
         clupy.parallel(lambda: len(bytearray(1 << 30)))().result(PATIENCE)
+    assert caught.value.__notes__ == [f"memory_limit is 600 MB for a worker on {socket.gethostname()}"]
+    with pytest.raises(clupy.WorkerDied, match="no memory for 734003200 bytes"):         # before the call can begin
+        clupy.parallel(len, retries=0)(bytes(700 << 20)).result(PATIENCE)
     assert clupy.parallel(square)(3).result(PATIENCE) == 9
 
 
@@ -1138,6 +1201,29 @@ def test_a_cancelled_parents_children_are_cancelled(tmp_path):
     pids = workers()
     assert len(pids) == 2 and future.cancel()
     until(lambda: not pids & workers())
+
+
+def test_two_clients_with_calls_inside_calls_do_not_wait_for_each_other(tmp_path):
+    text = textwrap.dedent("""
+        import clupy
+        def depth(n):
+            return 0 if n == 0 else 1 + clupy.parallel(depth)(n - 1).result()
+        print(clupy.parallel(depth)(4).result(60))
+        """)
+    with Cluster(tmp_path, slots=2, CLUPY_MAX_NESTED=4) as cluster, contextlib.ExitStack() as stack:
+        both = [stack.enter_context(Program(tmp_path / name, "-c", text, CLUPY_MASTER=cluster.address)) for name in "ab"]
+        assert [client.process.wait(2 * PATIENCE) for client in both] == [0, 0]
+
+
+def test_an_executor_inside_a_call_has_its_initializer_and_its_max_workers(tmp_path):
+    def outer():
+        with clupy.Executor(1, initializer=remember, initargs=("this",)) as executor:
+            begun = time.monotonic()
+            calls = [executor.submit(function, 0.2) for function in (sleepy, sleepy_pid)] + [executor.submit(recall)]
+            return calls[2].result(), len([call.result() for call in calls]), time.monotonic() - begun
+    clupy.connect(slots=3)
+    remembered, _, seconds = call(outer)
+    assert remembered == "this" and seconds >= 0.4
 
 
 def test_a_nested_call_may_fail_die_or_be_bounded():
@@ -1290,7 +1376,7 @@ def test_a_forked_child_gets_an_engine_of_its_own(tmp_path):
             clupy.close()
             os._exit(42)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 42
-        assert pending.result(30) is None
+        assert pending.result(30) is running.result(30) is None
         assert clupy.parallel(pid)().result(30)
         """)
     assert not done.stderr
@@ -1572,13 +1658,22 @@ def test_what_the_client_need_not_be_asked_it_is_not_asked(tmp_path, asked):
                 importlib.import_module(name)
         return bool(email.mime.text and numpy.linalg)
 
+    def fork_and_get(refs):                                 # nor by a shared value: the slot's socket is the parent's
+        if (pid := os.fork()) == 0:
+            mine = socket.socketpair()                      # may have its number
+            with contextlib.suppress(LookupError):
+                refs[0][0].get()
+                os._exit(1)
+            os._exit(len(mine))
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
     def fork():                                             # the slot's socket is the parent's alone
         if (pid := os.fork()) == 0:
             os._exit(importlib.util.find_spec("nowhere_either") is None)
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     clupy.connect(slots=1)
     assert call(imports) and call(imports) and call(fork) == 1
-    assert asked == ["nowhere"]
+    assert asked == ["nowhere"] and call(fork_and_get, [[clupy.share(1)]]) == 2
     cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
     try:
         assert call(printed, ValueError()) == "ValueError\n" and __name__ in asked    # though pytest loaded it
