@@ -2439,6 +2439,7 @@ class Slot:
         self._full = False                        # it wants no more for now
         self.alone = False                        # runs a call on its last try, and nothing else
         self.stalled = False                      # was asked for what had not begun; no more until a result arrives
+        self.recalling = False                    # was asked, and has not answered; what is sent meanwhile is not in the answer
         self.leaving = False                      # to be closed when `calls` is empty
         self.asked_to_close = False
         self.ended = None                         # what the server said of its end
@@ -2468,6 +2469,12 @@ class Slot:
     def _write(self):
         while self._outgoing and not self._full:
             self.transport.write(self._outgoing.popleft())
+
+    def recall(self):
+        """Ask the worker for what it has not begun, unless it is asked already."""
+        if not self.recalling:
+            self.recalling = True
+            self.send("recall")
 
     # -- what asyncio calls
 
@@ -3100,7 +3107,7 @@ class Engine:
         """Give the slot back after the call that runs in it."""
         slot.leaving = True
         if len(slot.calls) > 1:
-            slot.send("recall")
+            slot.recall()
         elif not slot.calls:
             self._end(slot)
 
@@ -3222,7 +3229,7 @@ class Engine:
     def fill(self, slot, quota=None):
         """Send the slot its next calls, if it runs out of work soon."""
         calls = slot.calls
-        if (slot.leaving or not slot.open
+        if (slot.leaving or slot.recalling or not slot.open
                 or calls and (slot.alone or slot.stalled or slot.load > WORK_AHEAD / 2)
                 or not calls and self._overdrawn(slot.link)):
             return
@@ -3345,7 +3352,7 @@ class Engine:
             if len(slot.calls) > 1:
                 if not slot.stalled and (idle or now - slot.heard >= STALL_TIME):
                     slot.stalled = True
-                    slot.send("recall")
+                    slot.recall()
                 self._watch()
 
     # -- calls: their answers
@@ -3381,6 +3388,7 @@ class Engine:
         return any(not other.calls for other in self._slots() if other is not slot)
 
     def take_back(self, slot, numbers):
+        slot.recalling = False
         calls = [slot.calls.pop(number) for number in numbers if number in slot.calls]
         for call in calls:
             self._unsend(slot, call)
@@ -3426,7 +3434,7 @@ class Engine:
         if slot is None or call._number not in slot.calls:
             return
         if len(slot.calls) > 1:
-            slot.send("recall")                   # `take_back` kills it if it is not among what comes back
+            slot.recall()                         # `take_back` kills it if it is not among what comes back
         else:
             self.kill(slot, call._number)
 

@@ -368,6 +368,7 @@ class Worker:
                 break
         back.reverse()
         self.todo.extend(item for item in back if not item[0])     # functions stay, in their order
+        self.send_results()                        # first: what is neither in these nor returned runs just now
         self.send("returned", [item[0] for item in back if item[0]])
 
     def on_fetched(self, _, request, answer):
