@@ -271,7 +271,7 @@ SETTINGS = {   # key: (roles that have it, how it is read, default)
     "tls_key": ("master server", _text, None),
     "tls_ca": ("master server client", _text, None),
     "slots": ("server client", _count, os.cpu_count() or 1),    # client: of the embedded cluster
-    "max_nested": ("server client", _count, 64),                # workers beyond the slots, for calls inside calls
+    "max_nested": ("server client", _count, 64),                # workers beyond the slots, for one client's calls inside calls
     "drain_time": ("server", _duration, 60.0),
     "memory_limit": ("server client", _size, None),             # bytes of one worker
     "output": ("client", _switch, True),
