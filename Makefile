@@ -1,7 +1,7 @@
 # Every target makes the environment that it needs, in .venv; PYTHON and VENV choose others.
 PYTHON ?= python3
 VENV ?= .venv
-PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile
 MODULES = clupy.py clupy_master.py clupy_server.py
 PYTEST = $(VENV)/bin/python -m pytest -q -p no:cacheprovider -n 4 --dist worksteal test_clupy.py     # four at a time: most of it is waiting
 

@@ -3663,7 +3663,11 @@ def connect(master=None, *, executor=None, config=None, **settings):
             _engine = ExecutorEngine(executor)
             return
         engine = _engine = _make_engine(read_settings("client", config, master=master, **settings))
-    joined = engine.joined.wait(engine.settings.patience)
+    patience = engine.settings.patience
+    joined = engine.joined.wait(min(UNSERVED_TIME, patience))
+    if not joined and patience > UNSERVED_TIME:
+        log.warning("still connecting, for %g s at most: %s", patience, engine.unreachable())
+        joined = engine.joined.wait(patience - UNSERVED_TIME)
     if not joined or engine.fatal:
         close()
         raise engine.fatal or engine.unreachable()
@@ -5453,7 +5457,7 @@ async def _ask_master(settings, *question):
             if answer and tuple(answer) not in addresses:
                 addresses.append(tuple(answer))
         finally:
-            connection.close()
+            connection.abort()                    # all is said; TLS would wait for the farewell
     raise MasterUnreachable(f"no master leads ({'; '.join(errors)}); is `python -m clupy master` running there?")
 
 

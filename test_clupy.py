@@ -1284,8 +1284,8 @@ def test_a_flood_of_output_stops_nobody_and_says_how_much_was_not_shown(tmp_path
     done = run_script(tmp_path, """
         import clupy
         def flood():
-            for n in range(1_000_000):
-                print("x" * 99)
+            for n in range(10_000):
+                print(("x" * 99 + "\\n") * 100, end="")
             return "done"
         print(clupy.parallel(flood)().result(60))
         clupy.close()
