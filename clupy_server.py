@@ -194,7 +194,9 @@ class Worker:
 
     def _await_work(self):
         self.idle = True
-        if self._reading.acquire(blocking=False):
+        if self.todo:
+            pass                                   # it came just before: the reader thread did not see us idle, nor will it
+        elif self._reading.acquire(blocking=False):
             self._read()
             self._reading.release()
         else:
