@@ -3539,9 +3539,7 @@ class Engine:
                 lines.append(f"... {dropped} lines were not shown: more than {UNSEEN_OUTPUT >> 10} KiB were waiting")
             if target is not None:
                 try:
-                    for line in lines:            # one write each: what this program prints does not come in between
-                        target.write(f"[{server} {pid}] {line}\n")
-                    target.flush()
+                    write_text(target, "".join(f"[{server} {pid}] {line}\n" for line in lines))
                 except (OSError, ValueError) as error:      # a closed pipe or stream: output ends, calls do not
                     log.debug("output of %s cannot be shown: %s", server, error)
             self._soon(connection.send, "seen", len(text))
@@ -3579,6 +3577,19 @@ class Engine:
             self.embedded[1].grow(slots)
         elif not self.joined.is_set():
             self.loop.call_later(0.01, self._grow, slots)
+
+
+def write_text(stream, text):
+    """Write whole lines at one stroke, so that what other threads print does not come in between.
+
+    Below the text layer where there is one below: up to 3.12.3 a write that finds its buffer full loses what another
+    thread writes meanwhile (python/cpython#119506)."""
+    stream.flush()
+    if buffer := getattr(stream, "buffer", None):
+        buffer.write(text.encode(stream.encoding, "backslashreplace"))
+    else:
+        stream.write(text)
+    stream.flush()
 
 
 def _as_protocol(slot):
