@@ -586,6 +586,24 @@ def test_a_program_that_ignores_or_takes_the_ends_of_its_children_still_hears_of
         assert done.stdout == "WorkerDied 1\n"
 
 
+def test_a_server_that_cannot_have_new_libraries_finishes_what_runs_there():
+    clupy.connect(slots=1)
+    future = clupy.parallel(sleepy, retries=0)(1.5, "finished")
+    until(future.running)
+    engine = clupy._engine
+    engine._soon(lambda: [engine.libraries_broken(link, "cannot be built") for link in list(engine._links.values())])
+    assert future.result(PATIENCE) == "finished"
+
+
+def test_an_executor_with_a_cluster_of_its_own_leaves_it_when_its_calls_are_done(cluster):
+    executor = clupy.Executor(1, master=cluster.address)
+    future = executor.submit(sleepy, 0.5, "done")
+    until(lambda: len(cluster.status()["clients"]) == 1)
+    executor.shutdown(wait=False)
+    assert future.result(PATIENCE) == "done"
+    until(lambda: not cluster.status()["clients"])
+
+
 def test_killing_a_server_in_the_middle_changes_nothing_in_the_results(tmp_path):
     with Cluster(tmp_path, servers=2) as cluster:
         clupy.connect(cluster.address)
@@ -750,8 +768,13 @@ def test_everything_travels_under_tls_where_a_certificate_is_configured(tmp_path
                    check=True, capture_output=True, cwd=tmp_path)
     cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
     paths = {"CLUPY_TLS_CERT": cert, "CLUPY_TLS_KEY": key, "CLUPY_TLS_CA": str(cert)}
-    with Cluster(tmp_path, **paths) as cluster:
+    with Cluster(tmp_path, CLUPY_MAX_NESTED=1, **paths) as cluster:
         clupy.connect(cluster.address, tls_ca=str(tmp_path / "cert.pem"))
+        neighbour = clupy.parallel(sleepy, retries=0)(2, "undisturbed")
+        until(neighbour.running)
+        with pytest.raises(clupy.ClupyError, match="max_nested is 1"):     # slots are turned away before TLS has begun
+            clupy.parallel(depth)(5).result(PATIENCE)
+        assert neighbour.result(PATIENCE) == "undisturbed"
         results = [clupy.parallel(square)(n) for n in range(500)]
         assert clupy.wait_all(results, PATIENCE) and [r.value for r in results] == [n * n for n in range(500)]
         data = os.urandom(5_000_000)
@@ -1017,6 +1040,15 @@ def test_neighbours_in_a_dead_workers_queue_are_not_charged(tmp_path):
         doomed.result(PATIENCE)
     assert clupy.wait_all(neighbours, PATIENCE) and all(f.successful for f in neighbours)
     assert {(tmp_path / f"n{n}").stat().st_size for n in range(30)} == {1}
+
+
+def test_a_recall_leaves_what_concerns_functions_to_the_main_thread_in_its_order():
+    worker, said = clupy_server.Worker.__new__(clupy_server.Worker), []
+    worker.send, worker.send_results = lambda *message: said.append(message), lambda: said.append("results")
+    drop, learn = (0, 7, None, None), (0, 8, b"payload", ("f", None))      # one of them may be running
+    worker.todo = collections.deque([(1, 7, (), None), drop, (2, 8, (), None), learn, (3, 8, (), None)])
+    worker.on_recall(None)
+    assert said == ["results", ("returned", [1, 2, 3])] and list(worker.todo) == [drop, learn]
 
 
 def test_who_is_charged_when_a_worker_dies():
