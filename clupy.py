@@ -47,7 +47,6 @@ import contextlib
 import copy
 import errno
 import functools
-import hashlib
 import hmac
 import importlib
 import io
@@ -62,7 +61,6 @@ import pickle
 import random
 import re
 import selectors
-import signal
 import socket
 import stat
 import struct
@@ -71,7 +69,6 @@ import threading
 import time
 import traceback
 import types
-import warnings
 import weakref
 from collections.abc import MutableMapping
 from concurrent.futures import BrokenExecutor, CancelledError
@@ -94,14 +91,52 @@ class _Lazy:
         return getattr(module, attribute)
 
 
-(argparse, ast, asyncio, cloudpickle, difflib, dis, fcntl, fnmatch, metadata, inspect, kazoo, kazoo_errors, kazoo_retry,
- kazoo_states, kazoo_threads, mmap, pathlib, pkgutil, platform, redis, redis_backoff, redis_connection, redis_retry, shlex,
- shutil, site, ssl, subprocess, sysconfig, tempfile, urls, uuid, yaml) = [_Lazy(name) for name in (
-     "argparse ast asyncio cloudpickle difflib dis fcntl fnmatch importlib.metadata inspect kazoo.client kazoo.exceptions "
-     "kazoo.retry kazoo.protocol.states kazoo.handlers.threading mmap pathlib pkgutil platform redis redis.backoff "
-     "redis.connection redis.retry shlex shutil site ssl subprocess sysconfig tempfile urllib.parse uuid yaml").split()]
+argparse = _Lazy("argparse")
+ast = _Lazy("ast")
+asyncio = _Lazy("asyncio")
+cloudpickle = _Lazy("cloudpickle")
+clupy_master = _Lazy("clupy_master")          # this and the next against the arrows: to embed a cluster, and to start one
+clupy_server = _Lazy("clupy_server")
+difflib = _Lazy("difflib")
+dis = _Lazy("dis")
+fcntl = _Lazy("fcntl")
+fnmatch = _Lazy("fnmatch")
+inspect = _Lazy("inspect")
+kazoo = _Lazy("kazoo.client")
+kazoo_errors = _Lazy("kazoo.exceptions")
+kazoo_retry = _Lazy("kazoo.retry")
+kazoo_states = _Lazy("kazoo.protocol.states")
+kazoo_threads = _Lazy("kazoo.handlers.threading")
+metadata = _Lazy("importlib.metadata")
+mmap = _Lazy("mmap")
+pathlib = _Lazy("pathlib")
+pkgutil = _Lazy("pkgutil")
+platform = _Lazy("platform")
+redis = _Lazy("redis")
+redis_backoff = _Lazy("redis.backoff")
+redis_connection = _Lazy("redis.connection")
+redis_retry = _Lazy("redis.retry")
+shutil = _Lazy("shutil")
+site = _Lazy("site")
+ssl = _Lazy("ssl")
+subprocess = _Lazy("subprocess")
+sysconfig = _Lazy("sysconfig")
+tempfile = _Lazy("tempfile")
+urls = _Lazy("urllib.parse")
+uuid = _Lazy("uuid")
+yaml = _Lazy("yaml")
 
 __version__ = "0.1.0"
+
+# Whose are the names?  Those of __all__ are the users'.  Others without an underscore are what the three files share;
+# those with one are this file's alone.
+__all__ = [
+    "connect", "close", "parallel", "map", "wait_all", "as_completed", "Future", "Executor",                    # calls
+    "configure", "put", "get", "delete", "exists", "keys", "shared", "open", "share", "Ref",                    # data
+    "counter", "Counter", "queue", "Queue", "publish", "subscribe", "Subscription",
+    "lock", "semaphore", "election", "Election", "barrier", "event", "Event", "LockLost",                       # coordination
+    "ClupyError", "ConfigurationError", "SecretError", "VersionMismatch", "ProtocolError", "MasterUnreachable",   # errors
+    "WorkerDied", "CallTimeout", "Closed", "DependencyError", "LibraryMismatch", "Unavailable", "RemoteError", "main"]
 
 log = logging.getLogger("clupy")
 
@@ -191,6 +226,19 @@ class LibraryMismatch(ClupyError, UserWarning):
 
 class Unavailable(ClupyError, ConnectionError):
     """Redis or ZooKeeper is not configured or does not answer."""
+
+
+class RemoteError(ClupyError):
+    """What a call raised, if that cannot be rebuilt here. type_name, message, traceback: its texts."""
+    def __init__(self, type_name, message, traceback=""):
+        super().__init__(type_name, message, traceback)
+        self.type_name, self.message, self.traceback = type_name, message, traceback
+
+    def __str__(self): return f"{self.type_name}: {self.message}"
+
+
+class LockLost(ClupyError, RuntimeError):
+    """What was held is held no more, since when is not known: the session ended, or the node was deleted."""
 
 
 # ==== Configuration ==========================================================
@@ -384,6 +432,37 @@ def _read_yaml(path, must_exist=False):
     if not isinstance(value, dict):
         raise ConfigurationError(f"{path}: must hold lines of `key: value`, not a {type(value).__name__}")
     return [(key, item, at.start_mark.line + 1) for (key, item), (at, _) in zip(value.items(), node.value, strict=True)]
+
+
+# ---- Redis and ZooKeeper: what this process was told (configure, arguments, CLUPY_* variables, clupy.client.yaml) wins,
+# else what the master says, else they are on this machine.
+
+SERVICE_KEYS = ("redis", "zookeeper", "prefix", "ttl", "session", "patience")
+_LOCAL = {"redis": "redis://localhost:6379/0", "zookeeper": "localhost:2181"}
+_configured = {}        # what configure() was given; replaced, never changed
+
+
+def configure(**settings):
+    """Set redis, zookeeper, prefix, ttl, session or patience for this process, over all other places.
+
+    Raises ConfigurationError. Any thread; clients that are in use already stay as they are."""
+    global _configured
+    for key in settings:
+        if key not in SERVICE_KEYS:
+            raise ConfigurationError(f"configure() takes {', '.join(SERVICE_KEYS)}, not {key!r}")
+    read = read_settings("client", **settings)
+    _configured = {**_configured, **{key: getattr(read, key) for key in settings}}
+
+
+def merged_services(own, theirs):
+    """Settings of a client's own, of configure() first, and of what the master says, {} where there is none that could."""
+    own = Settings({**vars(own), **_configured}, {*own.given, *_configured})
+    values = {key: getattr(own, key) for key in SERVICE_KEYS}
+    values.update({key: value for key, value in theirs.items() if key not in own.given and key in SERVICE_KEYS})
+    given = set(own.given) | set(theirs.get("given", ()))
+    if not theirs:
+        values.update({key: value for key, value in _LOCAL.items() if key not in given})
+    return Settings(values, given & set(SERVICE_KEYS))
 
 
 def find_secret(settings, create=False):
@@ -787,111 +866,6 @@ async def _prove(reader, writer, peer, mine, secret):
     return Connection(reader, writer, peer, proof(secret, b"key", *bound))
 
 
-async def admit(sock, peer, mine, secret, settings):
-    """The Connection of an accepted socket whose preamble `mine` was read: the mirror of `dial`.
-
-    Raises SecretError or OSError; the caller closes the socket then."""
-    context = tls_context(settings, "admit")
-    reader = asyncio.StreamReader()
-    transport, protocol = await asyncio.get_running_loop().connect_accepted_socket(
-        lambda: asyncio.StreamReaderProtocol(reader), sock, ssl=context)
-    writer = asyncio.StreamWriter(transport, protocol, reader, asyncio.get_running_loop())
-    try:
-        theirs, nonce = await reader.readexactly(NONCE_SIZE), os.urandom(NONCE_SIZE)
-        bound = mine, theirs, nonce
-        writer.write(mine + nonce + proof(secret, b"admit", *bound))
-        try:
-            answer = await reader.readexactly(PROOF_SIZE)
-        except asyncio.IncompleteReadError:
-            raise SecretError("it hung up on our proof, so it has another secret") from None
-        if not hmac.compare_digest(answer, proof(secret, b"dial", *bound)):
-            raise SecretError("it has another secret")
-        return Connection(reader, writer, peer, proof(secret, b"key", *bound))
-    except BaseException:
-        transport.abort()
-        raise
-
-
-class Listener:
-    """A listening socket whose every connection is read up to the end of its preamble, and then given away.
-
-    greet(sock, peer, role, preamble) is a coroutine that has HANDSHAKE_TIME; what it raises of ClupyError or OSError closes
-    the socket with one log line, as does a preamble that is none.  It returns a coroutine, which serves the connection
-    for as long as that takes, or None."""
-
-    def __init__(self, address, greet):
-        host, port = address
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        try:
-            self._socket = socket.create_server((host, port), family=family, backlog=1024)
-        except OSError as error:
-            raise ConfigurationError(f"cannot listen on {host or '*'}:{port}: {error.strerror}; "
-                                     "is another one running there? --listen takes another address") from None
-        self._socket.setblocking(False)
-        self.address = self._socket.getsockname()[:2]
-        self._greet = greet
-        self._tasks = {asyncio.create_task(self._accept())}
-
-    async def _accept(self):
-        while True:
-            try:
-                sock, address = await asyncio.get_running_loop().sock_accept(self._socket)
-            except OSError as error:                # no descriptors left, or a peer that is gone already
-                log.error("cannot accept connections on %s: %s; trying again in 1 s", self.address, error)
-                await asyncio.sleep(1)
-                continue
-            task = asyncio.create_task(self._welcome(sock, f"{address[0]}:{address[1]}"))
-            self._tasks.add(task)
-            task.add_done_callback(self._done)
-
-    def _done(self, task):
-        self._tasks.discard(task)
-        if not task.cancelled() and task.exception():
-            log.error("a connection to %s:%s failed", *self.address, exc_info=task.exception())
-
-    async def _welcome(self, sock, peer):
-        try:
-            async with asyncio.timeout(HANDSHAKE_TIME):
-                data = await read_exactly(sock, PREAMBLE_SIZE)
-                role = read_preamble(data)
-                life = await self._greet(sock, peer, role, data)
-        except (ClupyError, OSError, EOFError) as error:
-            silent = isinstance(error, EOFError) and error.args[1:] == (0,)        # somebody only looked who is here
-            why = error.args[0] if isinstance(error, EOFError) else str(error)
-            log.log(logging.DEBUG if silent else logging.WARNING, "refused %s: %s", peer,
-                    why or f"no handshake within {HANDSHAKE_TIME:g} s")
-            if isinstance(error, VersionMismatch):
-                with contextlib.suppress(OSError):
-                    sock.send(preamble(SLOT))       # a few bytes always fit; it tells the peer which version this is
-            sock.close()
-            return
-        except asyncio.CancelledError:
-            sock.close()
-            raise
-        if life is not None:
-            await life
-
-    def descriptors(self):
-        return [self._socket.fileno()]
-
-    async def close(self):
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._socket.close()
-
-
-async def read_exactly(sock, count):
-    """`count` bytes of a non-blocking socket and not one more, so that the rest is there for another reader."""
-    data = b""
-    while len(data) < count:
-        part = await asyncio.get_running_loop().sock_recv(sock, count - len(data))
-        if not part:
-            raise EOFError(f"it closed the connection after {len(data)} of {count} bytes", len(data))
-        data += part
-    return data
-
-
 class MasterLink:
     """A connection to the leading master, kept for ever: each address in turn, back-off with jitter between rounds.
 
@@ -949,364 +923,6 @@ class MasterLink:
     def close(self):
         if self.connection:
             self.connection.abort()
-
-
-# ==== Libraries: lists, exact versions, pip ==================================
-# A list of libraries is written down once, resolved once, and installed the same everywhere:
-#
-#   clupy.*.dependency.yaml --read_dependencies--> Dependencies   what somebody asks for: "numpy>=2", "./mine"
-#        the machine that has the file --packed--> Dependencies   and wheels; nothing in it is a path any more
-#                            the master --resolve--> Resolution   Pins: what pip made of it, to the last digit
-#                 each server --Environments.build--> Environment  a folder that has exactly that
-#
-# A file or folder under `libraries:` is on one machine only, so it travels as a wheel: built there once, then
-# named by its file name and hash (`mine @ wheel:mine-1.0-py3-none-any.whl#sha256=...`) and shipped to who
-# asks for the hash. Folders in `pip_options:` (`--find-links`) do not travel: they must be there on the
-# master and on every server.
-
-PIP_LINES = 20              # of pip's last lines in an error: it explains itself at its end, seldom longer
-LONGEST_BACK_OFF = 600.0    # seconds, at most, from the network's return to the next try
-PICKLED = "cloudpickle", "numpy"        # therefore the first in every list of differences
-
-
-def digest(*parts): return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-
-
-class Dependencies(collections.namedtuple("Dependencies", "libraries pip_options", defaults=((), ()))):
-    """What a dependency file asks for: two tuples of text. `hash` tells lists apart, in whatever order they
-    are."""
-    __slots__ = ()
-
-    @property
-    def hash(self): return digest(sorted(self.libraries), self.pip_options)
-
-    def merged(self, other):
-        """Both lists as one: a client's with the master's, which come first."""
-        libraries = tuple(dict.fromkeys(self.libraries + other.libraries))
-        options = other.pip_options if other.pip_options != self.pip_options else ()
-        return Dependencies(libraries, self.pip_options + options)
-
-
-class Pin(collections.namedtuple("Pin", "name version url sha256", defaults=("", ""))):
-    """One library exactly.
-    name     canonical: "scikit-learn"
-    version  "1.5.2"
-    url      "" if the index has it; "https://..."; "git+https://...@commit"; or, shipped by the master,
-             "wheel:a-1.0-py3-none-any.whl"
-    sha256   of the file that the master's pip chose, "" for git. For the index it only tells a library that
-             was built anew under its old version: servers, maybe of other platforms, do not check it."""
-    __slots__ = ()
-
-    @property
-    def requirement(self):
-        """The line for pip; a "wheel:" in it must be `placed` before."""
-        if not self.url:
-            return f"{self.name}=={self.version}"
-        return f"{self.name} @ {self.url}" + (f"#sha256={self.sha256}" if self.sha256 else "")
-
-
-class Resolution(collections.namedtuple("Resolution", "pins pip_options", defaults=((), ()))):
-    """The exact list for one Dependencies: a sorted tuple of Pins, and how pip is to be told to find them.
-    `hash` names it in the whole cluster (what a server makes of it is named by `environment_id`). No pins:
-    the server's own Python."""
-    __slots__ = ()
-
-    @property
-    def hash(self): return digest(self.pins, self.pip_options)
-
-    @property
-    def plain(self):
-        """As it travels in messages; Resolution.of makes it whole again."""
-        return [tuple(pin) for pin in self.pins], self.pip_options
-
-    @classmethod
-    def of(cls, plain):
-        pins, pip_options = plain
-        return cls(tuple(Pin(*pin) for pin in pins), tuple(pip_options))
-
-    @property
-    def shipped(self): return [pin for pin in self.pins if pin.url.startswith("wheel:")]
-
-
-def canonical(name):
-    """The name all spellings of a library have in common (PEP 503)."""
-    return re.sub(r"[-_.]+", "-", name).lower()
-
-
-# ---- dependency files
-
-# A line of the list: `name[extras] @ where[extras] ; marker`, of which all but `where` is optional.
-_LINE = re.compile(r"(?:[\w.-]+\s*(?P<extras>\[[^]]*\])?\s*@\s*)?"
-                   r"(?P<where>[^;\[]+?)\s*(?P<more_extras>\[[^]]*\])?\s*(?P<marker>;.*)?")
-_ARCHIVES = ".whl", ".tar.gz", ".tar.bz2", ".tar.xz", ".tgz", ".zip"
-_PATH_OPTIONS = "-f", "--find-links", "-c", "--constraint", "--cert", "--client-cert"
-# Options that say what to install, or into what: the list says the one, CluPy the other.
-_REFUSED_OPTIONS = {"-r", "--requirement", "-e", "--editable", "-t", "--target", "--prefix", "--root",
-                    "--user", "--python", "--dry-run", "--report"}
-
-
-def read_dependencies(path):
-    """The Dependencies that the file at path asks for, none if it is absent. Paths in it are relative to the
-    file, and absolute in what is returned. Raises ConfigurationError. What is read depends on the file alone:
-    one who changed a local library that it names touches the file."""
-    try:
-        text = pathlib.Path(path).read_text("utf-8")
-        content = yaml.safe_load(text) or {}
-    except FileNotFoundError:
-        return Dependencies()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"{path} cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise ConfigurationError(f"{path} is not YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigurationError(f"{path}: expected libraries: and pip_options:, found {content!r:.60}")
-    for key in content:
-        if key not in Dependencies._fields:
-            nearest = difflib.get_close_matches(str(key), Dependencies._fields, 1, 0) or Dependencies._fields
-            raise ConfigurationError(f"{path}: unknown key {key!r}; did you mean {nearest[0]!r}?")
-    folder = pathlib.Path(path).absolute().parent
-    lines = (re.sub(r"(^|\s+)#.*", "", line).strip() for line in _texts(path, content, "libraries"))
-    libraries = tuple(_absolute_line(path, line, folder) for line in lines if line)
-    return Dependencies(libraries, _absolute_options(path, _texts(path, content, "pip_options"), folder))
-
-
-def _texts(path, content, key):
-    texts = content.get(key) or []
-    if not isinstance(texts, list):
-        raise ConfigurationError(f"{path}: {key} must be a list, one entry a line, not {texts!r:.60}")
-    for text in texts:
-        if not isinstance(text, str):
-            raise ConfigurationError(f"{path}: {key}: {text!r:.60} is not text; put it in quotes")
-    return texts
-
-
-def _absolute_line(path, line, folder):
-    """line, in which a file or folder of this machine is in its one form: `/absolute/path[extras] ;
-    marker`."""
-    if line.startswith("-"):
-        raise ConfigurationError(f"{path}: libraries: {line!r} is an option; those for pip go under "
-                                 "pip_options, and a local folder is named without -e")
-    match = _LINE.fullmatch(line)
-    where = match["where"] if match else ""
-    if where.startswith("file:"):
-        where = urls.unquote(urls.urlsplit(where).path)
-    elif "://" in where or not ("/" in where or where.endswith(_ARCHIVES)):
-        return line
-    where = pathlib.Path(folder, pathlib.Path(where).expanduser()).resolve()
-    if not where.exists():
-        raise ConfigurationError(f"{path}: libraries: {line!r}: there is no {where}")
-    return f"{where}{match['extras'] or match['more_extras'] or ''} {match['marker'] or ''}".strip()
-
-
-def _absolute_options(path, texts, folder):
-    """The options one by one ("--find-links wheels" is two), with paths made absolute."""
-    def absolute(value): return value if "://" in value else str(pathlib.Path(folder, pathlib.Path(value).expanduser()))
-
-    options = []
-    for option in [word for text in texts for word in shlex.split(text)]:
-        name, equals, value = option.partition("=")
-        if name in _REFUSED_OPTIONS:
-            raise ConfigurationError(f"{path}: pip_options: {name} is CluPy's own to decide; leave it out")
-        if options and options[-1] in _PATH_OPTIONS:
-            option = absolute(option)
-        elif equals and name in _PATH_OPTIONS:
-            option = f"{name}={absolute(value)}"
-        options.append(option)
-    return tuple(options)
-
-
-# ---- running pip
-
-class _Output:
-    """The protocol of a subprocess (duck-typed: naming asyncio's base class would import it): each line goes
-    to progress and the last ones are kept. `ended` is done when the process is, and all it wrote was read or
-    a second has passed since (something that it left behind may hold the pipe for ever)."""
-    def __init__(self, loop, progress):
-        self.loop, self.progress, self.ended = loop, progress, loop.create_future()
-        self.lines, self.rest = collections.deque(maxlen=PIP_LINES), b""
-
-    def connection_made(self, transport): self.transport = transport
-
-    def pipe_data_received(self, _, data):
-        *lines, self.rest = (self.rest[-65536:] + data).split(b"\n")     # bounded, should no newline come
-        for line in lines:
-            self.line(line.decode(errors="replace").rstrip())
-
-    def line(self, line):
-        if line:
-            self.lines.append(line)
-            self.progress(line)
-
-    def pipe_connection_lost(self, _, error): self.line(self.rest.decode(errors="replace").rstrip())
-
-    def process_exited(self): self.loop.call_later(1.0, self.transport.close)
-
-    def connection_lost(self, error): self.ended.done() or self.ended.set_result(None)
-
-
-async def run_command(command, what, progress=None, keep=()):
-    """Run command to its end. progress(line) is called in the loop for each line it prints, keep are
-    descriptors that it inherits. Raises DependencyError, `what` and the last lines, if it fails. Cancelling
-    kills it and all its children."""
-    loop = asyncio.get_running_loop()
-    transport, output = await loop.subprocess_exec(
-        lambda: _Output(loop, progress or (lambda line: None)), *command, stdin=asyncio.subprocess.DEVNULL,
-        stderr=asyncio.subprocess.STDOUT, env=pip_environ(os.environ), start_new_session=True, pass_fds=keep)
-    try:
-        await asyncio.shield(output.ended)
-    except BaseException:
-        with contextlib.suppress(ProcessLookupError):       # it ended in this very moment
-            os.killpg(transport.get_pid(), signal.SIGKILL)
-        await output.ended
-        raise
-    finally:
-        transport.close()
-    if code := transport.get_returncode():
-        end = f"exit code {code}" if code > 0 else f"killed by signal {-code}"
-        raise DependencyError(f"{what}: {end}", output.lines)
-
-
-async def pip(arguments, what, progress=None, keep=()):
-    """Run this Python's pip: see `run_command`."""
-    try:
-        await run_command([sys.executable, "-P", "-m", "pip", *arguments], what, progress, keep)
-    except DependencyError as error:
-        if error.lines and error.lines[-1].endswith("No module named pip"):
-            raise DependencyError(f"{what}: {sys.executable} has no pip: get it by `python -m ensurepip` "
-                                  "or the system's package python3-pip") from error
-        raise
-
-
-# Where pip looks (PIP_INDEX_URL ...) is the user's own business; what it installs, and where to, is not.
-_PIP_DROPPED = {"PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PIP_REQUIREMENT", "PIP_EDITABLE", "PIP_PYTHON",
-                "PIP_REPORT", "PIP_DRY_RUN", "PIP_QUIET", "PIP_VERBOSE"}
-_PIP_SET = {"PIP_USER": "0", "PIP_REQUIRE_VIRTUALENV": "0",     # pip.conf may say otherwise
-            "PIP_BREAK_SYSTEM_PACKAGES": "1",       # which we never do, but some pips refuse even a dry run
-            "PIP_NO_INPUT": "1", "PIP_PROGRESS_BAR": "off", "PIP_NO_COLOR": "1", "PYTHONUNBUFFERED": "1",
-            "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_ROOT_USER_ACTION": "ignore"}
-
-
-def pip_environ(environ):
-    """environ without what would make pip see or change other libraries than it is told to."""
-    kept = {key: value for key, value in environ.items()
-            if not key.startswith(("PYTHON", "CLUPY_")) and key not in _PIP_DROPPED}
-    # By the epoch a folder that did not change gives the same wheel to the byte, and so the same environment.
-    return {"SOURCE_DATE_EPOCH": "315532800"} | kept | _PIP_SET
-
-
-def next_try(failures, now, interval=60.0):
-    """When to try again after so many failures in a row, the last one now: 1, 2, 4 ... intervals later, up to
-    LONGEST_BACK_OFF. Seconds of whatever clock now is from. Pure."""
-    return now + min(interval * 2 ** min(failures - 1, 30), LONGEST_BACK_OFF)
-
-
-# ---- wheels that travel
-
-_WHEEL = re.compile(r"wheel:(?P<file>[\w.+!-]+\.whl)#sha256=(?P<sha256>[0-9a-f]{64})")    # no slash in a name
-
-
-async def packed(dependencies, progress=None):
-    """(dependencies without local paths, {sha256: bytes} of the wheels that stand for them). Builds those
-    that are not wheels yet with this machine's pip: it raises DependencyError if that fails, and OSError if a
-    file cannot be read."""
-    libraries, wheels = [], {}
-    for line in dependencies.libraries:
-        match = _LINE.fullmatch(line)
-        if match and os.path.isabs(match["where"]):
-            file, data = await _wheel(match["where"], dependencies.pip_options, progress)
-            sha256 = hashlib.sha256(data).hexdigest()
-            wheels[sha256] = data
-            name = file.partition("-")[0] + (match["more_extras"] or "")
-            line = f"{name} @ wheel:{file}#sha256={sha256} {match['marker'] or ''}".strip()
-        libraries.append(line)
-    return dependencies._replace(libraries=tuple(libraries)), wheels
-
-
-async def _wheel(path, pip_options, progress):
-    """(file name, bytes) of the wheel at path, or made of the source folder or archive there."""
-    if path.endswith(".whl"):
-        return os.path.basename(path), await asyncio.to_thread(pathlib.Path(path).read_bytes)
-    with tempfile.TemporaryDirectory(prefix="clupy-") as folder:
-        await pip(["wheel", "--no-deps", "--wheel-dir", folder, *pip_options, path],
-                  f"no wheel can be built of {path}", progress)
-        wheel, = pathlib.Path(folder).glob("*.whl")
-        return wheel.name, wheel.read_bytes()
-
-
-def placed(lines, wheels, folder):
-    """lines with every "wheel:" turned into the URL of a file below folder, written there from wheels:
-    {sha256: bytes}. Raises DependencyError if one is not among them, OSError if it cannot be written. pip
-    compares the hash."""
-    def place(match):
-        if match["sha256"] not in wheels:
-            raise DependencyError(f"the wheel {match['file']} was not shipped")
-        path = pathlib.Path(folder, match["sha256"], match["file"]).absolute()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(wheels[match["sha256"]])
-        return f"{path.as_uri()}#sha256={match['sha256']}"
-    return [_WHEEL.sub(place, line) for line in lines]
-
-
-# ---- here and in the cluster
-
-def installed(name):
-    """The version of a library in this interpreter, None without it."""
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def differences(pins, installed=installed):
-    """[(library, version here, version in the cluster)], those that travel as pickles first. A library that
-    is missing here is no difference: what comes from it cannot travel either. installed: a function from name
-    to version or None."""
-    found = [(pin.name, installed(pin.name), pin.version) for pin in pins]
-    return sorted(((name, here, cluster) for name, here, cluster in found if here not in (None, cluster)),
-                  key=lambda difference: (difference[0] not in PICKLED, difference[0]))
-
-
-def check_libraries(pins, library_check="warn", stacklevel=2):
-    """Warn with LibraryMismatch, or raise it, if this client's libraries differ from pins. "off" does not
-    even look."""
-    found = differences(pins) if library_check != "off" else []
-    if not found:
-        return
-    lines = [f"{name}: {here} here, {there} in the cluster" for name, here, there in found]
-    advice = ("libraries differ from the cluster's: install its versions, or change its list, or set `library_check: off` "
-              "in clupy.client.yaml")
-    mismatch = LibraryMismatch("\n  ".join([advice, *lines]))
-    if library_check == "error":
-        raise mismatch
-    warnings.warn(mismatch, stacklevel=stacklevel)
-
-
-def libraries_text(servers, installed=installed):
-    """What `python -m clupy libraries` prints. servers: [(address, id of an environment there, None: its own
-    Python, pins, fault or "")]; those with the same environment share a table."""
-    groups, faults = {}, {}
-    for address, environment, pins, fault in servers:
-        groups.setdefault((environment, tuple(pins)), []).append(address)
-        if fault:
-            faults[f"{address}: {fault}"] = None
-    lines = []
-    for (environment, pins), addresses in groups.items():
-        lines.append(f"environment {environment} on {', '.join(addresses)}" if environment else
-                     f"the server's own Python on {', '.join(addresses)}")
-        width = max((len(pin.name) for pin in pins), default=0)
-        for pin in pins:
-            here = platform.python_version() if pin.name == "python" else installed(pin.name)
-            note = "" if here == pin.version else f"   here: {here or 'not installed'}"
-            lines.append(f"  {pin.name:{width}}  {pin.version}{note}")
-    return "\n".join([*lines, *faults])
-
-
-def show_progress(line, stream=None):
-    """Show line on standard error in place of the one before, if that is a terminal; "" takes it away."""
-    stream = sys.stderr if stream is None else stream
-    if stream.isatty():
-        stream.write("\r\x1b[K" + line[:shutil.get_terminal_size().columns - 1])
-        stream.flush()
 
 
 # ==== Code and pickles ======================================================
@@ -1728,15 +1344,6 @@ def _used(func):
 
 
 # ---- exceptions
-
-class RemoteError(ClupyError):
-    """What a call raised, if that cannot be rebuilt here. type_name, message, traceback: its texts."""
-    def __init__(self, type_name, message, traceback=""):
-        super().__init__(type_name, message, traceback)
-        self.type_name, self.message, self.traceback = type_name, message, traceback
-
-    def __str__(self): return f"{self.type_name}: {self.message}"
-
 
 def pack_exception(error, skip_frames=0, where=""):
     """The payload that unpack_exception takes. Cannot raise."""
@@ -2622,13 +2229,13 @@ def refusal(kind, text):
 class Engine:
     """One client. `submit`, `cancel`, `cancel_all` and `close` may be called by any thread, all else by its loop."""
 
-    def __init__(self, settings, secret=None, dependencies=Dependencies()):       # noqa: B008  it is immutable
+    def __init__(self, settings, secret=None, dependencies=None):
         self.id = os.urandom(8).hex()
         self.settings = settings
         self.secret = secret                      # None: an embedded cluster makes its own
         self.dependencies = dependencies          # this client's own list
         self.libraries = None                     # Resolution of it and the master's; None: the cluster's
-        self.resolving = bool(dependencies.libraries)       # no slots are wanted until the master has resolved the list
+        self.resolving = bool(dependencies and dependencies.libraries)   # no slots are wanted until the list is resolved
         self.checking = settings.library_check == "error"          # nor until the libraries were compared, if that matters
         self.broken = {}                          # {server name: why our libraries cannot be built there}
         self.pid = os.getpid()
@@ -2640,7 +2247,7 @@ class Engine:
         self._limits = set()                      # limits with unfinished calls
         self._links = {}                          # {server id: ServerLink}
         self._share = {}                          # {server id: ((host, port), slots)}; the last one from the master
-        self._services = {}                       # what the master says of Redis and ZooKeeper
+        self.said = {}                       # what the master says of Redis and ZooKeeper
         self._master = None                       # MasterLink
         self._wanted = (0, 0.0)                   # most slots wanted, and when
         self._stated = 0.0                        # when the last statement was sent
@@ -2709,9 +2316,9 @@ class Engine:
         """What the master says of Redis and ZooKeeper; {} if this cluster is embedded, or nothing is heard in time."""
         if not self.joined.wait(patience):
             raise self.unreachable()
-        if self.fatal and not self._services:
+        if self.fatal and not self.said:
             raise self.fatal
-        return {} if self.embedded else self._services
+        return {} if self.embedded else self.said
 
     def settle(self, limit):
         """Wait until no call of this limit is unfinished."""
@@ -2816,13 +2423,11 @@ class Engine:
 
     async def _embed(self):
         """Start a master and a server in this loop, on loopback, with a secret of their own."""
-        from clupy_master import Master
-        from clupy_server import Server
         self.secret = os.urandom(32).hex().encode()
-        services = _merged_services(self.settings, {})             # the workers' are this process's
+        services = merged_services(self.settings, {})             # the workers' are this process's
         own = {**vars(self.settings), **{key: getattr(services, key) for key in SERVICE_KEYS}}
-        master = Master(default_settings("master", **own, listen=("127.0.0.1", 0)), self.secret)
-        server = Server(default_settings("server", **{**own, "master": [master.address]}, listen=("127.0.0.1", 0)),
+        master = clupy_master.Master(default_settings("master", **own, listen=("127.0.0.1", 0)), self.secret)
+        server = clupy_server.Server(default_settings("server", **{**own, "master": [master.address]}, listen=("127.0.0.1", 0)),
                         self.secret)
         master.given = sorted(services.given)
         self.embedded = master, server
@@ -2830,7 +2435,7 @@ class Engine:
         return master.address
 
     def master_joined(self, connection):
-        if self.dependencies.libraries:
+        if self.dependencies and self.dependencies.libraries:
             task = self.loop.create_task(self._send_list(connection))
             task.add_done_callback(self._list_sent)
         elif self.settings.library_check != "off" and not self.embedded:
@@ -2840,7 +2445,7 @@ class Engine:
         self._state()
 
     async def _send_list(self, connection):
-        own, wheels = await packed(self.dependencies, self._show_progress)
+        own, wheels = await clupy_master.packed(self.dependencies, self._show_progress)
         connection.send("resolve", own.libraries, own.pip_options, wheels)
 
     def _list_sent(self, task):
@@ -2854,7 +2459,7 @@ class Engine:
         elif error:
             log.warning("our libraries stay as they were: %s", DependencyError(*error))
         else:
-            self.libraries, self.resolving = Resolution.of(found), False
+            self.libraries, self.resolving = clupy_master.Resolution.of(found), False
             self._check(self.libraries.pins)
             for link in self._links.values():
                 link.greet()                      # the server asks for the slots back once it has the new ones
@@ -2862,7 +2467,7 @@ class Engine:
             self._state()
 
     def on_libraries(self, _, _hash, found):
-        self._check(Resolution.of(found).pins)
+        self._check(clupy_master.Resolution.of(found).pins)
 
     def _check(self, pins):
         """Compare the libraries of its workers with this client's, in a thread, since it reads files."""
@@ -2871,7 +2476,7 @@ class Engine:
 
     def _check_in_thread(self, pins):
         try:
-            check_libraries(pins, self.settings.library_check)
+            clupy_master.check_libraries(pins, self.settings.library_check)
         except LibraryMismatch as error:
             self._soon(self.fail_all, error)
         self._soon(self._checked)
@@ -2885,12 +2490,12 @@ class Engine:
 
     def _show_progress(self, line):
         self._progress = True
-        show_progress(f"clupy: {line}")
+        clupy_master.show_progress(f"clupy: {line}")
 
     def clear_progress(self):
         if self._progress:
             self._progress = False
-            show_progress("")
+            clupy_master.show_progress("")
 
     def master_lost(self):
         """Calls that have slots go on; `_judge` looks after the others."""
@@ -2989,9 +2594,8 @@ class Engine:
 
     def on_share(self, _, share, services):
         self._share = {id: ((host or self._master.host, port), slots) for id, ((host, port), slots) in share.items()}
-        if services != self._services:
-            self._services = services
-            forget_services()
+        if services != self.said:
+            self.said = services
         self.joined.set()
         self.balance()
         if self.broken and not any(slots or id not in self.broken for id, (_, slots) in self._share.items()):
@@ -3079,7 +2683,8 @@ class Engine:
         """cloudpickle is in no list as a rule, but everything travels by it."""
         if not self.embedded and versions.get("cloudpickle"):      # before a slot is opened
             try:
-                check_libraries([Pin("cloudpickle", versions["cloudpickle"])], self.settings.library_check)
+                pins = [clupy_master.Pin("cloudpickle", versions["cloudpickle"])]
+                clupy_master.check_libraries(pins, self.settings.library_check)
             except LibraryMismatch as error:
                 self.fail_all(error)
 
@@ -3680,26 +3285,14 @@ def connect(master=None, *, executor=None, config=None, **settings):
         log.warning("still connecting, for %g s at most: %s", patience, engine.unreachable())
         joined = engine.joined.wait(patience - UNSERVED_TIME)
     if not joined or engine.fatal:
-        close()
+        _engine = None
+        engine.close()
         raise engine.fatal or engine.unreachable()
 
 
-def close():
-    """End this process's calls and give its slots back; returns when their last output was shown.
-
-    The next call connects anew."""
-    global _engine
-    with _engine_lock:
-        engine, _engine = _engine, None
-    if engine is not None:
-        engine.close()
-    forget_served()
-    close_services()
-    forget_services()
-
-
 def _make_engine(settings):
-    own = read_dependencies("clupy.client.dependency.yaml")
+    file = "clupy.client.dependency.yaml"
+    own = clupy_master.read_dependencies(file) if os.path.exists(file) else None
     try:
         secret = find_secret(settings)
     except SecretError as error:
@@ -4051,37 +3644,6 @@ def unpack_arguments(arguments, unpack=unpack):
     return unpack(arguments)
 
 
-# ---- The life of the process
-
-_parents = []                   # in a forked child: kept for ever, as nothing of them may be finalized here
-
-
-@atexit.register
-def _at_exit():
-    unfinished = sum(engine.unfinished() for engine in list(_engines))
-    if unfinished:
-        log.warning("the program ended before %s of its calls; clupy.wait_all() waits for them", unfinished)
-    close()
-    for engine in list(_engines):
-        engine.close()
-
-
-def _after_fork():
-    """In a forked child: the engines stay the parent's; the child gets one of its own when it makes a call."""
-    global _engine, _engines, _engine_lock, _capture_lock, threads
-    _engine_lock, _capture_lock, Future._condition, threads = (
-        threading.Lock(), threading.Lock(), threading.Condition(), Threads())
-    for engine in {*_engines, *filter(None, [_engine])}:
-        engine.abandon()
-        _parents.append(engine)
-    for executor in _executors:
-        executor._engine = None
-    _engine, _engines = None, weakref.WeakSet()
-
-
-os.register_at_fork(after_in_child=_after_fork)
-
-
 # ==== Services ================================================================
 # This process's connections to Redis and ZooKeeper: made on first use, by any thread, forgotten in a forked
 # child, closed at the end. Two rules for a server that is away:
@@ -4099,58 +3661,37 @@ _reached = set()        # addresses that answered this process at least once
 _note_session = None    # a worker's: told (id, password) of its ZooKeeper session, None when that has ended
 
 
-# Where they are: what this process was told (configure, connect, CLUPY_* variables, clupy.client.yaml), else what the
-# master says, else this machine.
-
-SERVICE_KEYS = ("redis", "zookeeper", "prefix", "ttl", "session", "patience")
-_LOCAL = {"redis": "redis://localhost:6379/0", "zookeeper": "localhost:2181"}
-_configured = {}        # what configure() was given
-_known_services = None  # Settings, until something of it changes; in a worker: what its server says
-
-
-def configure(**settings):
-    """Set redis, zookeeper, prefix, ttl, session or patience for this process, over all other places.
-
-    Raises ConfigurationError. Any thread; clients that are in use already stay as they are."""
-    for key in settings:
-        if key not in SERVICE_KEYS:
-            raise ConfigurationError(f"configure() takes {', '.join(SERVICE_KEYS)}, not {key!r}")
-    read = read_settings("client", **settings)
-    _configured.update({key: getattr(read, key) for key in settings})
-    forget_services()
-
-
-def forget_services():
-    """What is known of Redis and ZooKeeper may have changed: look again when it is next needed."""
-    global _known_services
-    if not isinstance(_known_services, _FixedSettings):
-        _known_services = None
-
-
-class _FixedSettings(Settings):
-    """A worker's: what its server said when the slot was opened."""
+_told = None            # Settings that a worker's server, or a master's own file, says: nothing is looked for then
+_known = None           # (engine, what its master says, _configured, Settings made of them), while these are the same
 
 
 def use_services(services):
-    """In a worker: the cluster's services, as its server says."""
-    global _known_services
+    """In a worker and a master: the cluster's services, once for all."""
+    global _told
     given = services.pop("given")
-    _known_services = _FixedSettings({**{key: SETTINGS[key][2] for key in SERVICE_KEYS}, **services}, given)
+    _told = Settings({**{key: SETTINGS[key][2] for key in SERVICE_KEYS}, **services}, given)
 
 
 def _settings():
-    global _known_services
-    if _known_services is None:
-        _known_services = _find_services()
-    return _known_services
+    """The Settings of Redis and ZooKeeper that hold for this process now."""
+    global _known
+    if _told is not None:
+        return _told
+    known, engine = _known, _engine
+    if (known is None or known[0] is not engine or known[1] is not getattr(engine, "said", None)
+            or known[2] is not _configured):
+        known = _known = _find_services()
+    return known[3]
 
 
 def _find_services():
-    engine = _engine
+    engine, configured, theirs = _engine, _configured, {}
     own = engine.settings if isinstance(engine, Engine) else read_settings("client")
     if engine is None and (own.master or _listens("127.0.0.1", own.port)):
         engine = _current_engine()
-    return _merged_services(own, engine.services(own.patience) if isinstance(engine, Engine) else {})
+    if isinstance(engine, Engine):
+        theirs = engine.services(own.patience)
+    return engine, getattr(engine, "said", None), configured, merged_services(own, theirs)
 
 
 def _listens(host, port):
@@ -4158,17 +3699,6 @@ def _listens(host, port):
     with contextlib.suppress(OSError), socket.create_connection((host, port), FIRST_CONTACT):
         return True
     return False
-
-
-def _merged_services(own, theirs):
-    """Settings of a client's own, of configure() first, and of what the master says, {} where there is none that could."""
-    own = Settings({**vars(own), **_configured}, {*own.given, *_configured})
-    values = {key: getattr(own, key) for key in SERVICE_KEYS}
-    values.update({key: value for key, value in theirs.items() if key not in own.given and key in SERVICE_KEYS})
-    given = set(own.given) | set(theirs.get("given", ()))
-    if not theirs:
-        values.update({key: value for key, value in _LOCAL.items() if key not in given})
-    return Settings(values, given & set(SERVICE_KEYS))
 
 
 def close_services():
@@ -4199,8 +3729,6 @@ def _forget_clients():
     _zookeeper_clients.clear()
 
 
-atexit.register(close_services)
-os.register_at_fork(after_in_child=_forget_clients)
 
 _START = {"redis": {"Darwin": "brew install redis; redis-server",
                     "Linux": "apt-get install redis-server; redis-server",
@@ -4997,10 +4525,6 @@ class Subscription:
 # after a lost answer, is Curator's idea.
 
 
-class LockLost(ClupyError, RuntimeError):
-    """What was held is held no more, since when is not known: the session ended, or the node was deleted."""
-
-
 class _Wait:
     """One operation on ZooKeeper: its client, its deadline, and looking again whenever something changed."""
 
@@ -5369,6 +4893,52 @@ class Event:
             return False
 
 
+# ==== Ends ===================================================================
+# What close() ends, a program's end too, and what a forked child must not take for its own.
+
+def close():
+    """End this process's calls and give its slots back; returns when their last output was shown.
+
+    The next call connects anew."""
+    global _engine, _known
+    with _engine_lock:
+        engine, _engine, _known = _engine, None, None
+    if engine is not None:
+        engine.close()
+    forget_served()
+    close_services()
+
+
+_parents = []                   # in a forked child: kept for ever, as nothing of them may be finalized here
+
+
+@atexit.register
+def _at_exit():
+    unfinished = sum(engine.unfinished() for engine in list(_engines))
+    if unfinished:
+        log.warning("the program ended before %s of its calls; clupy.wait_all() waits for them", unfinished)
+    close()
+    for engine in list(_engines):
+        engine.close()
+
+
+def _after_fork():
+    """In a forked child: the engines stay the parent's; the child gets one of its own when it makes a call."""
+    global _engine, _engines, _engine_lock, _capture_lock, threads
+    _engine_lock, _capture_lock, Future._condition, threads = (
+        threading.Lock(), threading.Lock(), threading.Condition(), Threads())
+    for engine in {*_engines, *filter(None, [_engine])}:
+        engine.abandon()
+        _parents.append(engine)
+    for executor in _executors:
+        executor._engine = None
+    _engine, _engines = None, weakref.WeakSet()
+    _forget_clients()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
 # ==== Command line ===========================================================
 
 def main(argv=None):
@@ -5406,13 +4976,11 @@ def main(argv=None):
 
 
 def _command_master(arguments):
-    import clupy_master
     settings = read_settings("master", arguments.pop("config"), **arguments)
     asyncio.run(clupy_master.run(settings, find_secret(settings, create=True)))
 
 
 def _command_serve(arguments):
-    import clupy_server
     settings = read_settings("server", arguments.pop("config"), **arguments)
     asyncio.run(clupy_server.run(settings, _await_secret(settings)))
 
@@ -5431,67 +4999,11 @@ def _await_secret(settings):
 def _command_status(arguments):
     as_json = arguments.pop("json")
     settings = read_settings("client", arguments.pop("config"), **arguments)
-    tables = asyncio.run(_ask_master(settings, "status"))
-    print(json.dumps(tables, indent=2) if as_json else status_text(tables))
+    tables = asyncio.run(clupy_master.ask_master(settings, "status"))
+    print(json.dumps(tables, indent=2) if as_json else clupy_master.status_text(tables))
 
 
 def _command_libraries(arguments):
     settings = read_settings("client", arguments.pop("config"), **arguments)
-    tables = asyncio.run(_ask_master(settings, "status"))
-    print(libraries_text([
-        (f"{row['name']} ({row['address']})", environment, [Pin(*pin) for pin in tables["environments"].get(environment, [])]
-         if environment else [Pin("python", row["python"]), Pin("cloudpickle", row["cloudpickle"])], "; ".join(row["faults"]))
-        for row in tables["servers"].values() for environment in row["environments"] or [None]]))
-    for fault in tables["faults"]:
-        print(f"master: {fault}")
-
-
-async def _ask_master(settings, *question):
-    """The leading master's answer to one question."""
-    secret, errors = find_secret(settings), []
-    addresses = masters_of(settings)
-    for address in addresses:
-        try:
-            connection = await dial(address, TO_MASTER, secret, settings)
-        except (SecretError, VersionMismatch):
-            raise
-        except OSError as error:
-            errors.append(f"{address[0]}:{address[1]}: {error or 'no answer'}")
-            continue
-        try:
-            async with asyncio.timeout(HANDSHAKE_TIME):
-                connection.send(*question)
-                kind, answer = await connection.receive()
-            if kind != "leader":
-                return answer
-            errors.append(f"{address[0]}:{address[1]}: stands by, one leads when the last leader's session has ended")
-            if answer and tuple(answer) not in addresses:
-                addresses.append(tuple(answer))
-        finally:
-            connection.abort()                    # all is said; TLS would wait for the farewell
-    raise MasterUnreachable(f"no master leads ({'; '.join(errors)}); is `python -m clupy master` running there?")
-
-
-def status_text(tables):
-    """The master's tables for people."""
-    master = tables["master"]
-    lines = [f"master {master['address']}  Python {master['python']}  CluPy {master['version']}  "
-             f"up {master['uptime']:.0f} s", ""]
-    lines += _table(("SERVER", "ADDRESS", "SLOTS", "USED", "LOAD", "PYTHON", "ENVIRONMENT", "STATE"),
-                    [(row["name"], row["address"], row["slots"], row["used"], f"{row['load']:.1f}", row["python"],
-                      row["environment"] or "own", "draining" if row["draining"] else "building" if row["building"] else "ready")
-                     for row in tables["servers"].values()])
-    lines += [""] + _table(("CLIENT", "ADDRESS", "WANTED", "SLOTS", "HEARD"),
-                           [(id[:6], row["address"], row["wanted"], row["share"], f"{row['silent']:.0f} s ago")
-                            for id, row in tables["clients"].items()])
-    faults = [(f"server {row['name']}", fault) for row in tables["servers"].values() for fault in row["faults"]]
-    faults += [("master", fault) for fault in tables["faults"]]
-    for where, fault in faults:
-        lines += ["", f"fault at {where}: {fault}"]
-    return "\n".join(lines)
-
-
-def _table(head, rows):
-    rows = [[str(cell) for cell in row] for row in (head, *rows)]
-    widths = [max(len(cell) for cell in column) for column in zip(*rows)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    tables = asyncio.run(clupy_master.ask_master(settings, "status"))
+    print(clupy_master.libraries_text(tables))

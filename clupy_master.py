@@ -17,22 +17,34 @@ share that is out of date, or that two masters gave at once, does no harm.
 """
 
 import asyncio
+import collections
+import contextlib
+import difflib
+import hashlib
+import hmac
 import json
 import logging
 import os
 import platform
+import re
+import shlex
+import shutil
 import signal
 import socket
+import sys
 import tempfile
 import threading
 import time
 import urllib.parse
+import warnings
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 
 import clupy
-from clupy import (PORT, PYTHON, TO_MASTER, ClupyError, Connection, Dependencies, DependencyError, Listener, Pin,
-                   ProtocolError, Resolution, VersionMismatch, canonical, next_try, packed, pip, placed, read_dependencies)
+from clupy import (HANDSHAKE_TIME, NONCE_SIZE, PORT, PREAMBLE_SIZE, PROOF_SIZE, PYTHON, SLOT, TO_MASTER, ClupyError,
+                   ConfigurationError, Connection, DependencyError, LibraryMismatch, MasterUnreachable, ProtocolError,
+                   SecretError, VersionMismatch, dial, find_secret, masters_of, preamble, proof, read_preamble, tls_context)
 
 log = logging.getLogger("clupy.master")
 
@@ -40,6 +52,113 @@ TURN_TIME = 1.0            # a slot that others wait for passes on after so long
 SILENT_CLIENT = 300.0      # a client that stated nothing for so long loses idle slots that others want
 WATCH_TIME = 0.1           # a leader asks itself so often whether it still leads
 FILE_TIME = 1.0            # the dependency file is looked at so often
+
+
+# ==== Listening ==============================================================
+
+async def admit(sock, peer, mine, secret, settings):
+    """The Connection of an accepted socket whose preamble `mine` was read: the mirror of `dial`.
+
+    Raises SecretError or OSError; the caller closes the socket then."""
+    context = tls_context(settings, "admit")
+    reader = asyncio.StreamReader()
+    transport, protocol = await asyncio.get_running_loop().connect_accepted_socket(
+        lambda: asyncio.StreamReaderProtocol(reader), sock, ssl=context)
+    writer = asyncio.StreamWriter(transport, protocol, reader, asyncio.get_running_loop())
+    try:
+        theirs, nonce = await reader.readexactly(NONCE_SIZE), os.urandom(NONCE_SIZE)
+        bound = mine, theirs, nonce
+        writer.write(mine + nonce + proof(secret, b"admit", *bound))
+        try:
+            answer = await reader.readexactly(PROOF_SIZE)
+        except asyncio.IncompleteReadError:
+            raise SecretError("it hung up on our proof, so it has another secret") from None
+        if not hmac.compare_digest(answer, proof(secret, b"dial", *bound)):
+            raise SecretError("it has another secret")
+        return Connection(reader, writer, peer, proof(secret, b"key", *bound))
+    except BaseException:
+        transport.abort()
+        raise
+
+
+class Listener:
+    """A listening socket whose every connection is read up to the end of its preamble, and then given away.
+
+    greet(sock, peer, role, preamble) is a coroutine that has HANDSHAKE_TIME; what it raises of ClupyError or OSError closes
+    the socket with one log line, as does a preamble that is none.  It returns a coroutine, which serves the connection
+    for as long as that takes, or None."""
+
+    def __init__(self, address, greet):
+        host, port = address
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        try:
+            self._socket = socket.create_server((host, port), family=family, backlog=1024)
+        except OSError as error:
+            raise ConfigurationError(f"cannot listen on {host or '*'}:{port}: {error.strerror}; "
+                                     "is another one running there? --listen takes another address") from None
+        self._socket.setblocking(False)
+        self.address = self._socket.getsockname()[:2]
+        self._greet = greet
+        self._tasks = {asyncio.create_task(self._accept())}
+
+    async def _accept(self):
+        while True:
+            try:
+                sock, address = await asyncio.get_running_loop().sock_accept(self._socket)
+            except OSError as error:                # no descriptors left, or a peer that is gone already
+                log.error("cannot accept connections on %s: %s; trying again in 1 s", self.address, error)
+                await asyncio.sleep(1)
+                continue
+            task = asyncio.create_task(self._welcome(sock, f"{address[0]}:{address[1]}"))
+            self._tasks.add(task)
+            task.add_done_callback(self._done)
+
+    def _done(self, task):
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception():
+            log.error("a connection to %s:%s failed", *self.address, exc_info=task.exception())
+
+    async def _welcome(self, sock, peer):
+        try:
+            async with asyncio.timeout(HANDSHAKE_TIME):
+                data = await read_exactly(sock, PREAMBLE_SIZE)
+                role = read_preamble(data)
+                life = await self._greet(sock, peer, role, data)
+        except (ClupyError, OSError, EOFError) as error:
+            silent = isinstance(error, EOFError) and error.args[1:] == (0,)        # somebody only looked who is here
+            why = error.args[0] if isinstance(error, EOFError) else str(error)
+            log.log(logging.DEBUG if silent else logging.WARNING, "refused %s: %s", peer,
+                    why or f"no handshake within {HANDSHAKE_TIME:g} s")
+            if isinstance(error, VersionMismatch):
+                with contextlib.suppress(OSError):
+                    sock.send(preamble(SLOT))       # a few bytes always fit; it tells the peer which version this is
+            sock.close()
+            return
+        except asyncio.CancelledError:
+            sock.close()
+            raise
+        if life is not None:
+            await life
+
+    def descriptors(self):
+        return [self._socket.fileno()]
+
+    async def close(self):
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._socket.close()
+
+
+async def read_exactly(sock, count):
+    """`count` bytes of a non-blocking socket and not one more, so that the rest is there for another reader."""
+    data = b""
+    while len(data) < count:
+        part = await asyncio.get_running_loop().sock_recv(sock, count - len(data))
+        if not part:
+            raise EOFError(f"it closed the connection after {len(data)} of {count} bytes", len(data))
+        data += part
+    return data
 
 
 # ==== Tables =================================================================
@@ -144,6 +263,344 @@ def fair_amounts(wanted, capacity, clients, now):
             amounts[id] += rounds
         capacity -= rounds * len(hungry)
     return amounts
+
+
+# ==== Libraries: lists, exact versions, pip ==================================
+# A list of libraries is written down once, resolved once, and installed the same everywhere:
+#
+#   clupy.*.dependency.yaml --read_dependencies--> Dependencies   what somebody asks for: "numpy>=2", "./mine"
+#        the machine that has the file --packed--> Dependencies   and wheels; nothing in it is a path any more
+#                            the master --resolve--> Resolution   Pins: what pip made of it, to the last digit
+#                 each server --Environments.build--> Environment  a folder that has exactly that
+#
+# A file or folder under `libraries:` is on one machine only, so it travels as a wheel: built there once, then
+# named by its file name and hash (`mine @ wheel:mine-1.0-py3-none-any.whl#sha256=...`) and shipped to who
+# asks for the hash. Folders in `pip_options:` (`--find-links`) do not travel: they must be there on the
+# master and on every server.
+
+PIP_LINES = 20              # of pip's last lines in an error: it explains itself at its end, seldom longer
+LONGEST_BACK_OFF = 600.0    # seconds, at most, from the network's return to the next try
+PICKLED = "cloudpickle", "numpy"        # therefore the first in every list of differences
+
+
+def digest(*parts): return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+class Dependencies(collections.namedtuple("Dependencies", "libraries pip_options", defaults=((), ()))):
+    """What a dependency file asks for: two tuples of text. `hash` tells lists apart, in whatever order they
+    are."""
+    __slots__ = ()
+
+    @property
+    def hash(self): return digest(sorted(self.libraries), self.pip_options)
+
+    def merged(self, other):
+        """Both lists as one: a client's with the master's, which come first."""
+        libraries = tuple(dict.fromkeys(self.libraries + other.libraries))
+        options = other.pip_options if other.pip_options != self.pip_options else ()
+        return Dependencies(libraries, self.pip_options + options)
+
+
+class Pin(collections.namedtuple("Pin", "name version url sha256", defaults=("", ""))):
+    """One library exactly.
+    name     canonical: "scikit-learn"
+    version  "1.5.2"
+    url      "" if the index has it; "https://..."; "git+https://...@commit"; or, shipped by the master,
+             "wheel:a-1.0-py3-none-any.whl"
+    sha256   of the file that the master's pip chose, "" for git. For the index it only tells a library that
+             was built anew under its old version: servers, maybe of other platforms, do not check it."""
+    __slots__ = ()
+
+    @property
+    def requirement(self):
+        """The line for pip; a "wheel:" in it must be `placed` before."""
+        if not self.url:
+            return f"{self.name}=={self.version}"
+        return f"{self.name} @ {self.url}" + (f"#sha256={self.sha256}" if self.sha256 else "")
+
+
+class Resolution(collections.namedtuple("Resolution", "pins pip_options", defaults=((), ()))):
+    """The exact list for one Dependencies: a sorted tuple of Pins, and how pip is to be told to find them.
+    `hash` names it in the whole cluster (what a server makes of it is named by `environment_id`). No pins:
+    the server's own Python."""
+    __slots__ = ()
+
+    @property
+    def hash(self): return digest(self.pins, self.pip_options)
+
+    @property
+    def plain(self):
+        """As it travels in messages; Resolution.of makes it whole again."""
+        return [tuple(pin) for pin in self.pins], self.pip_options
+
+    @classmethod
+    def of(cls, plain):
+        pins, pip_options = plain
+        return cls(tuple(Pin(*pin) for pin in pins), tuple(pip_options))
+
+    @property
+    def shipped(self): return [pin for pin in self.pins if pin.url.startswith("wheel:")]
+
+
+def canonical(name):
+    """The name all spellings of a library have in common (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+# ---- dependency files
+
+# A line of the list: `name[extras] @ where[extras] ; marker`, of which all but `where` is optional.
+_LINE = re.compile(r"(?:[\w.-]+\s*(?P<extras>\[[^]]*\])?\s*@\s*)?"
+                   r"(?P<where>[^;\[]+?)\s*(?P<more_extras>\[[^]]*\])?\s*(?P<marker>;.*)?")
+_ARCHIVES = ".whl", ".tar.gz", ".tar.bz2", ".tar.xz", ".tgz", ".zip"
+_PATH_OPTIONS = "-f", "--find-links", "-c", "--constraint", "--cert", "--client-cert"
+# Options that say what to install, or into what: the list says the one, CluPy the other.
+_REFUSED_OPTIONS = {"-r", "--requirement", "-e", "--editable", "-t", "--target", "--prefix", "--root",
+                    "--user", "--python", "--dry-run", "--report"}
+
+
+def read_dependencies(path):
+    """The Dependencies that the file at path asks for, none if it is absent. Paths in it are relative to the
+    file, and absolute in what is returned. Raises ConfigurationError. What is read depends on the file alone:
+    one who changed a local library that it names touches the file."""
+    try:
+        text = Path(path).read_text("utf-8")
+        content = clupy.yaml.safe_load(text) or {}
+    except FileNotFoundError:
+        return Dependencies()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{path} cannot be read: {error}") from error
+    except clupy.yaml.YAMLError as error:
+        raise ConfigurationError(f"{path} is not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigurationError(f"{path}: expected libraries: and pip_options:, found {content!r:.60}")
+    for key in content:
+        if key not in Dependencies._fields:
+            nearest = difflib.get_close_matches(str(key), Dependencies._fields, 1, 0) or Dependencies._fields
+            raise ConfigurationError(f"{path}: unknown key {key!r}; did you mean {nearest[0]!r}?")
+    folder = Path(path).absolute().parent
+    lines = (re.sub(r"(^|\s+)#.*", "", line).strip() for line in _texts(path, content, "libraries"))
+    libraries = tuple(_absolute_line(path, line, folder) for line in lines if line)
+    return Dependencies(libraries, _absolute_options(path, _texts(path, content, "pip_options"), folder))
+
+
+def _texts(path, content, key):
+    texts = content.get(key) or []
+    if not isinstance(texts, list):
+        raise ConfigurationError(f"{path}: {key} must be a list, one entry a line, not {texts!r:.60}")
+    for text in texts:
+        if not isinstance(text, str):
+            raise ConfigurationError(f"{path}: {key}: {text!r:.60} is not text; put it in quotes")
+    return texts
+
+
+def _absolute_line(path, line, folder):
+    """line, in which a file or folder of this machine is in its one form: `/absolute/path[extras] ;
+    marker`."""
+    if line.startswith("-"):
+        raise ConfigurationError(f"{path}: libraries: {line!r} is an option; those for pip go under "
+                                 "pip_options, and a local folder is named without -e")
+    match = _LINE.fullmatch(line)
+    where = match["where"] if match else ""
+    if where.startswith("file:"):
+        where = urllib.parse.unquote(urllib.parse.urlsplit(where).path)
+    elif "://" in where or not ("/" in where or where.endswith(_ARCHIVES)):
+        return line
+    where = Path(folder, Path(where).expanduser()).resolve()
+    if not where.exists():
+        raise ConfigurationError(f"{path}: libraries: {line!r}: there is no {where}")
+    return f"{where}{match['extras'] or match['more_extras'] or ''} {match['marker'] or ''}".strip()
+
+
+def _absolute_options(path, texts, folder):
+    """The options one by one ("--find-links wheels" is two), with paths made absolute."""
+    def absolute(value): return value if "://" in value else str(Path(folder, Path(value).expanduser()))
+
+    options = []
+    for option in [word for text in texts for word in shlex.split(text)]:
+        name, equals, value = option.partition("=")
+        if name in _REFUSED_OPTIONS:
+            raise ConfigurationError(f"{path}: pip_options: {name} is CluPy's own to decide; leave it out")
+        if options and options[-1] in _PATH_OPTIONS:
+            option = absolute(option)
+        elif equals and name in _PATH_OPTIONS:
+            option = f"{name}={absolute(value)}"
+        options.append(option)
+    return tuple(options)
+
+
+# ---- running pip
+
+class _Output:
+    """The protocol of a subprocess (duck-typed: naming asyncio's base class would import it): each line goes
+    to progress and the last ones are kept. `ended` is done when the process is, and all it wrote was read or
+    a second has passed since (something that it left behind may hold the pipe for ever)."""
+    def __init__(self, loop, progress):
+        self.loop, self.progress, self.ended = loop, progress, loop.create_future()
+        self.lines, self.rest = collections.deque(maxlen=PIP_LINES), b""
+
+    def connection_made(self, transport): self.transport = transport
+
+    def pipe_data_received(self, _, data):
+        *lines, self.rest = (self.rest[-65536:] + data).split(b"\n")     # bounded, should no newline come
+        for line in lines:
+            self.line(line.decode(errors="replace").rstrip())
+
+    def line(self, line):
+        if line:
+            self.lines.append(line)
+            self.progress(line)
+
+    def pipe_connection_lost(self, _, error): self.line(self.rest.decode(errors="replace").rstrip())
+
+    def process_exited(self): self.loop.call_later(1.0, self.transport.close)
+
+    def connection_lost(self, error): self.ended.done() or self.ended.set_result(None)
+
+
+async def run_command(command, what, progress=None, keep=()):
+    """Run command to its end. progress(line) is called in the loop for each line it prints, keep are
+    descriptors that it inherits. Raises DependencyError, `what` and the last lines, if it fails. Cancelling
+    kills it and all its children."""
+    loop = asyncio.get_running_loop()
+    transport, output = await loop.subprocess_exec(
+        lambda: _Output(loop, progress or (lambda line: None)), *command, stdin=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.STDOUT, env=pip_environ(os.environ), start_new_session=True, pass_fds=keep)
+    try:
+        await asyncio.shield(output.ended)
+    except BaseException:
+        with contextlib.suppress(ProcessLookupError):       # it ended in this very moment
+            os.killpg(transport.get_pid(), signal.SIGKILL)
+        await output.ended
+        raise
+    finally:
+        transport.close()
+    if code := transport.get_returncode():
+        end = f"exit code {code}" if code > 0 else f"killed by signal {-code}"
+        raise DependencyError(f"{what}: {end}", output.lines)
+
+
+async def pip(arguments, what, progress=None, keep=()):
+    """Run this Python's pip: see `run_command`."""
+    try:
+        await run_command([sys.executable, "-P", "-m", "pip", *arguments], what, progress, keep)
+    except DependencyError as error:
+        if error.lines and error.lines[-1].endswith("No module named pip"):
+            raise DependencyError(f"{what}: {sys.executable} has no pip: get it by `python -m ensurepip` "
+                                  "or the system's package python3-pip") from error
+        raise
+
+
+# Where pip looks (PIP_INDEX_URL ...) is the user's own business; what it installs, and where to, is not.
+_PIP_DROPPED = {"PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PIP_REQUIREMENT", "PIP_EDITABLE", "PIP_PYTHON",
+                "PIP_REPORT", "PIP_DRY_RUN", "PIP_QUIET", "PIP_VERBOSE"}
+_PIP_SET = {"PIP_USER": "0", "PIP_REQUIRE_VIRTUALENV": "0",     # pip.conf may say otherwise
+            "PIP_BREAK_SYSTEM_PACKAGES": "1",       # which we never do, but some pips refuse even a dry run
+            "PIP_NO_INPUT": "1", "PIP_PROGRESS_BAR": "off", "PIP_NO_COLOR": "1", "PYTHONUNBUFFERED": "1",
+            "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_ROOT_USER_ACTION": "ignore"}
+
+
+def pip_environ(environ):
+    """environ without what would make pip see or change other libraries than it is told to."""
+    kept = {key: value for key, value in environ.items()
+            if not key.startswith(("PYTHON", "CLUPY_")) and key not in _PIP_DROPPED}
+    # By the epoch a folder that did not change gives the same wheel to the byte, and so the same environment.
+    return {"SOURCE_DATE_EPOCH": "315532800"} | kept | _PIP_SET
+
+
+def next_try(failures, now, interval=60.0):
+    """When to try again after so many failures in a row, the last one now: 1, 2, 4 ... intervals later, up to
+    LONGEST_BACK_OFF. Seconds of whatever clock now is from. Pure."""
+    return now + min(interval * 2 ** min(failures - 1, 30), LONGEST_BACK_OFF)
+
+
+# ---- wheels that travel
+
+_WHEEL = re.compile(r"wheel:(?P<file>[\w.+!-]+\.whl)#sha256=(?P<sha256>[0-9a-f]{64})")    # no slash in a name
+
+
+async def packed(dependencies, progress=None):
+    """(dependencies without local paths, {sha256: bytes} of the wheels that stand for them). Builds those
+    that are not wheels yet with this machine's pip: it raises DependencyError if that fails, and OSError if a
+    file cannot be read."""
+    libraries, wheels = [], {}
+    for line in dependencies.libraries:
+        match = _LINE.fullmatch(line)
+        if match and os.path.isabs(match["where"]):
+            file, data = await _wheel(match["where"], dependencies.pip_options, progress)
+            sha256 = hashlib.sha256(data).hexdigest()
+            wheels[sha256] = data
+            name = file.partition("-")[0] + (match["more_extras"] or "")
+            line = f"{name} @ wheel:{file}#sha256={sha256} {match['marker'] or ''}".strip()
+        libraries.append(line)
+    return dependencies._replace(libraries=tuple(libraries)), wheels
+
+
+async def _wheel(path, pip_options, progress):
+    """(file name, bytes) of the wheel at path, or made of the source folder or archive there."""
+    if path.endswith(".whl"):
+        return os.path.basename(path), await asyncio.to_thread(Path(path).read_bytes)
+    with tempfile.TemporaryDirectory(prefix="clupy-") as folder:
+        await pip(["wheel", "--no-deps", "--wheel-dir", folder, *pip_options, path],
+                  f"no wheel can be built of {path}", progress)
+        wheel, = Path(folder).glob("*.whl")
+        return wheel.name, wheel.read_bytes()
+
+
+def placed(lines, wheels, folder):
+    """lines with every "wheel:" turned into the URL of a file below folder, written there from wheels:
+    {sha256: bytes}. Raises DependencyError if one is not among them, OSError if it cannot be written. pip
+    compares the hash."""
+    def place(match):
+        if match["sha256"] not in wheels:
+            raise DependencyError(f"the wheel {match['file']} was not shipped")
+        path = Path(folder, match["sha256"], match["file"]).absolute()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(wheels[match["sha256"]])
+        return f"{path.as_uri()}#sha256={match['sha256']}"
+    return [_WHEEL.sub(place, line) for line in lines]
+
+
+# ---- here and in the cluster
+
+def installed(name):
+    """The version of a library in this interpreter, None without it."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def differences(pins, installed=installed):
+    """[(library, version here, version in the cluster)], those that travel as pickles first. A library that
+    is missing here is no difference: what comes from it cannot travel either. installed: a function from name
+    to version or None."""
+    found = [(pin.name, installed(pin.name), pin.version) for pin in pins]
+    return sorted(((name, here, cluster) for name, here, cluster in found if here not in (None, cluster)),
+                  key=lambda difference: (difference[0] not in PICKLED, difference[0]))
+
+
+def check_libraries(pins, library_check="warn", stacklevel=2):
+    """Warn with LibraryMismatch, or raise it, if this client's libraries differ from pins. "off" does not
+    even look."""
+    found = differences(pins) if library_check != "off" else []
+    if not found:
+        return
+    lines = [f"{name}: {here} here, {there} in the cluster" for name, here, there in found]
+    advice = ("libraries differ from the cluster's: install its versions, or change its list, or set `library_check: off` "
+              "in clupy.client.yaml")
+    mismatch = LibraryMismatch("\n  ".join([advice, *lines]))
+    if library_check == "error":
+        raise mismatch
+    warnings.warn(mismatch, stacklevel=stacklevel)
+
+
+def show_progress(line, stream=None):
+    """Show line on standard error in place of the one before, if that is a terminal; "" takes it away."""
+    stream = sys.stderr if stream is None else stream
+    if stream.isatty():
+        stream.write("\r\x1b[K" + line[:shutil.get_terminal_size().columns - 1])
+        stream.flush()
 
 
 # ==== Libraries: exact versions ==============================================
@@ -369,7 +826,7 @@ class Master:
         if role != TO_MASTER:
             raise ProtocolError("this is a master, and it wants a server; is the port right?")
         clupy.tune(sock)
-        return self._serve(await clupy.admit(sock, peer, preamble, self.secret, self.settings))
+        return self._serve(await admit(sock, peer, preamble, self.secret, self.settings))
 
     async def _serve(self, connection):
         self._names[connection] = None
@@ -625,3 +1082,79 @@ async def run(settings, secret):
         log.info("ending")
     finally:
         await master.close()
+
+
+# ==== Status =================================================================
+
+async def ask_master(settings, *question):
+    """The leading master's answer to one question."""
+    secret, errors = find_secret(settings), []
+    addresses = masters_of(settings)
+    for address in addresses:
+        try:
+            connection = await dial(address, TO_MASTER, secret, settings)
+        except (SecretError, VersionMismatch):
+            raise
+        except OSError as error:
+            errors.append(f"{address[0]}:{address[1]}: {error or 'no answer'}")
+            continue
+        try:
+            async with asyncio.timeout(HANDSHAKE_TIME):
+                connection.send(*question)
+                kind, answer = await connection.receive()
+            if kind != "leader":
+                return answer
+            errors.append(f"{address[0]}:{address[1]}: stands by, one leads when the last leader's session has ended")
+            if answer and tuple(answer) not in addresses:
+                addresses.append(tuple(answer))
+        finally:
+            connection.abort()                    # all is said; TLS would wait for the farewell
+    raise MasterUnreachable(f"no master leads ({'; '.join(errors)}); is `python -m clupy master` running there?")
+
+
+def status_text(tables):
+    """The master's tables for people."""
+    master = tables["master"]
+    lines = [f"master {master['address']}  Python {master['python']}  CluPy {master['version']}  "
+             f"up {master['uptime']:.0f} s", ""]
+    lines += _table(("SERVER", "ADDRESS", "SLOTS", "USED", "LOAD", "PYTHON", "ENVIRONMENT", "STATE"),
+                    [(row["name"], row["address"], row["slots"], row["used"], f"{row['load']:.1f}", row["python"],
+                      row["environment"] or "own", "draining" if row["draining"] else "building" if row["building"] else "ready")
+                     for row in tables["servers"].values()])
+    lines += [""] + _table(("CLIENT", "ADDRESS", "WANTED", "SLOTS", "HEARD"),
+                           [(id[:6], row["address"], row["wanted"], row["share"], f"{row['silent']:.0f} s ago")
+                            for id, row in tables["clients"].items()])
+    faults = [(f"server {row['name']}", fault) for row in tables["servers"].values() for fault in row["faults"]]
+    faults += [("master", fault) for fault in tables["faults"]]
+    for where, fault in faults:
+        lines += ["", f"fault at {where}: {fault}"]
+    return "\n".join(lines)
+
+
+def _table(head, rows):
+    rows = [[str(cell) for cell in row] for row in (head, *rows)]
+    widths = [max(len(cell) for cell in column) for column in zip(*rows)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+
+
+def libraries_text(tables, installed=installed):
+    """What `python -m clupy libraries` prints of the master's tables: servers with the same environment share a list."""
+    groups, faults = {}, {}
+    for row in tables["servers"].values():
+        server = f"{row['name']} ({row['address']})"
+        own = (Pin("python", row["python"]), Pin("cloudpickle", row["cloudpickle"]))
+        for environment in row["environments"] or [None]:
+            pins = tuple(Pin(*pin) for pin in tables["environments"].get(environment, [])) if environment else own
+            groups.setdefault((environment, pins), []).append(server)
+        for fault in row["faults"]:
+            faults[f"{server}: {fault}"] = None
+    lines = []
+    for (environment, pins), servers in groups.items():
+        lines.append(f"environment {environment} on {', '.join(servers)}" if environment else
+                     f"the server's own Python on {', '.join(servers)}")
+        width = max((len(pin.name) for pin in pins), default=0)
+        for pin in pins:
+            here = platform.python_version() if pin.name == "python" else installed(pin.name)
+            note = "" if here == pin.version else f"   here: {here or 'not installed'}"
+            lines.append(f"  {pin.name:{width}}  {pin.version}{note}")
+    return "\n".join([*lines, *faults, *(f"master: {fault}" for fault in tables["faults"])])

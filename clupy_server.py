@@ -44,9 +44,10 @@ import threading
 import time
 
 import clupy
-from clupy import (CONTROL, PYTHON, SLOT, ClupyError, DependencyError, ProtocolError, Resolution, VersionMismatch,
-                   dispatch, encode, next_try, pip, placed, proof, run_command, slot_head, slot_key, tune)
-from clupy import asyncio, pathlib, platform, shutil, site, subprocess, sysconfig, tempfile     # imported at first use
+from clupy import (CONTROL, PYTHON, SLOT, ClupyError, DependencyError, ProtocolError, VersionMismatch, dispatch, encode, proof,
+                   slot_head, slot_key, tune)
+# Imported at first use, and never in a worker:
+from clupy import asyncio, clupy_master, pathlib, platform, shutil, site, subprocess, sysconfig, tempfile
 
 log = logging.getLogger("clupy.server")
 
@@ -684,7 +685,7 @@ def environment_id(pins, python=None, system=None):
     """The name of the environment of these Pins for this Python, or that: text that tells interpreters and
     what they have from each other, and systems on which a wheel may differ."""
     python = python or f"{sys.implementation.cache_tag} {sys.version} {sys._base_executable} {server_paths()}"
-    return clupy.digest(sorted(pins), python, system or f"{sysconfig.get_platform()} {platform.libc_ver()}")
+    return clupy_master.digest(sorted(pins), python, system or f"{sysconfig.get_platform()} {platform.libc_ver()}")
 
 
 def worker_environment(path, environ):
@@ -794,13 +795,13 @@ class Environments:
         what = f"environment {path.name} cannot be built"
         try:
             venv = [sys.executable, "-P", "-m", "venv", "--without-pip", "--symlinks", str(path)]
-            await run_command(venv, what, keep=(lock,))
+            await clupy_master.run_command(venv, what, keep=(lock,))
             pins = [pin.requirement for pin in resolution.pins]
-            lines = await asyncio.to_thread(placed, pins, wheels, path / "wheels")
+            lines = await asyncio.to_thread(clupy_master.placed, pins, wheels, path / "wheels")
             requirements = path / "requirements.txt"
             requirements.write_text("\n".join(lines), "utf-8")
             # Not --no-deps: a server of another platform may need a library that the master's does not.
-            await pip(["--python", str(path / "bin" / "python"), "install", *resolution.pip_options,
+            await clupy_master.pip(["--python", str(path / "bin" / "python"), "install", *resolution.pip_options,
                        "-r", str(requirements)], what, progress, keep=(lock,))
             await asyncio.to_thread(shutil.rmtree, path / "wheels", ignore_errors=True)     # absent, mostly
             # After pip, which would take the server's libraries for its own. ascii: of any locale.
@@ -1148,7 +1149,7 @@ class Session:
             return
         self.client, self.output = client, output
         if environment is not None:
-            self.libraries = self.server.libraries_of(Resolution.of(environment))
+            self.libraries = self.server.libraries_of(clupy_master.Resolution.of(environment))
         connection.send("welcome", self.id, self.server.name, self.server.versions)
         self.server.tell_libraries(self)
         if self.server.draining:
@@ -1231,7 +1232,7 @@ class Libraries:
             self.ready, self.fault, self.failures = True, "", 0
         except DependencyError as error:
             self.failures += 1
-            self.again = next_try(self.failures, time.monotonic(), self.server.settings.sync_interval)
+            self.again = clupy_master.next_try(self.failures, time.monotonic(), self.server.settings.sync_interval)
             self.fault = str(error)
         finally:
             self.building = None
@@ -1258,11 +1259,11 @@ class Server:
         self.failed = asyncio.get_running_loop().create_future()     # an error after which it makes no sense to go on
         self.link = clupy.MasterLink(clupy.masters_of(settings), secret, settings)
         self.environments = Environments(settings.environments_dir, settings.environments_kept)
-        self.default = Libraries(self, Resolution())       # the cluster's, as far as they are built
+        self.default = Libraries(self, clupy_master.Resolution())       # the cluster's, as far as they are built
         self.known = {self.default.resolution.hash: self.default}  # {hash of a resolution: Libraries}
         self.settled = False                       # whether `default` was the cluster's at any time: slots wait for that
         self.wanted = None                         # hash of the cluster's newest; None until the master has spoken
-        self.versions = {"python": "%d.%d.%d" % sys.version_info[:3], "cloudpickle": clupy.installed("cloudpickle")}
+        self.versions = {"python": "%d.%d.%d" % sys.version_info[:3], "cloudpickle": clupy_master.installed("cloudpickle")}
         self._questions = {}                       # {(kind, key): future of the master's answer}
         self.tls = settings.tls_cert and clupy.tls_files(settings)            # what a worker needs of it
         self._tasks = set()
@@ -1271,7 +1272,7 @@ class Server:
         self._closing = False
         self._said = ""                            # why there was no master, as the log says
         self._failures = 0                         # workers in a row that died before they were ready
-        self._listener = clupy.Listener(settings.listen or ("", 0), self._greet)
+        self._listener = clupy_master.Listener(settings.listen or ("", 0), self._greet)
         self.address = self._listener.address
 
     def __repr__(self):
@@ -1309,7 +1310,7 @@ class Server:
     async def _greet(self, sock, peer, role, preamble):
         if role == CONTROL:
             tune(sock)
-            connection = await clupy.admit(sock, peer, preamble, self.secret, self.settings)
+            connection = await clupy_master.admit(sock, peer, preamble, self.secret, self.settings)
             return self._serve_control(connection)
         if role == SLOT:
             return await self._greet_slot(sock)
@@ -1329,7 +1330,7 @@ class Server:
                     slot.waiter.cancel()
 
     async def _greet_slot(self, sock):
-        head = await clupy.read_exactly(sock, clupy.SLOT_HEAD.size + clupy.PROOF_SIZE)
+        head = await clupy_master.read_exactly(sock, clupy.SLOT_HEAD.size + clupy.PROOF_SIZE)
         id, number, nested = clupy.SLOT_HEAD.unpack(head[:clupy.SLOT_HEAD.size])
         session = self.sessions.get(id)
         key = session.connection.key if session else os.urandom(32)
@@ -1555,7 +1556,7 @@ class Server:
         if wanted is None:
             return
         if wanted not in self.known:
-            answer = Resolution() if wanted == Resolution().hash else await self.ask("libraries", wanted)
+            answer = await self.ask("libraries", wanted)
             if answer is None:                     # the list has changed again: the next statement names the newer one
                 return
             self.known[wanted] = Libraries(self, answer)
@@ -1590,7 +1591,7 @@ class Server:
             question.set_result(answer)
 
     def on_libraries(self, _, hash, found):
-        self._answer("libraries", hash, found and Resolution.of(found))
+        self._answer("libraries", hash, found and clupy_master.Resolution.of(found))
 
     def on_wheel(self, _, sha256, data):
         self._answer("wheel", sha256, data)

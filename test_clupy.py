@@ -181,7 +181,7 @@ class Cluster:
 
 def tables_of(address, **settings):
     """What the master there knows."""
-    return asyncio.run(clupy._ask_master(clupy.read_settings("client", master=address, **settings), "status"))
+    return asyncio.run(clupy_master.ask_master(clupy.read_settings("client", master=address, **settings), "status"))
 
 
 def answers(address):
@@ -2225,7 +2225,7 @@ def index(tmp_path):
 
 
 def list_of(index, *lines):
-    return clupy.Dependencies(lines, ("--no-index", "--find-links", str(index)))
+    return clupy_master.Dependencies(lines, ("--no-index", "--find-links", str(index)))
 
 
 def ask(folder, role, index, *lines):
@@ -2251,7 +2251,7 @@ def python_in(path, code):
 
 def test_paths_in_a_dependency_file_are_relative_to_the_file(tmp_path, monkeypatch):
     path = tmp_path / "clupy.master.dependency.yaml"
-    assert clupy.read_dependencies(path) == clupy.Dependencies()
+    assert clupy_master.read_dependencies(path) == clupy_master.Dependencies()
     wheel, source = write_wheel(tmp_path / "my wheels", "mine", "1.0"), write_source(tmp_path / "source", "other", "1.0")
     path.write_text(f"""
         libraries:
@@ -2262,7 +2262,7 @@ def test_paths_in_a_dependency_file_are_relative_to_the_file(tmp_path, monkeypat
           - tool @ https://example.org/tool-1.0.zip
         pip_options: [--no-index, --find-links ./wheels, --constraint=limits.txt, -i https://example.org/]""")
     monkeypatch.chdir("/")
-    assert clupy.read_dependencies(path) == clupy.Dependencies(
+    assert clupy_master.read_dependencies(path) == clupy_master.Dependencies(
         ('numpy >=2 ; python_version > "3"', f'{wheel} ; python_version > "3"', f"{source}[fast]", str(source),
          "tool @ https://example.org/tool-1.0.zip"),
         ("--no-index", "--find-links", f"{tmp_path}/wheels", f"--constraint={tmp_path}/limits.txt",
@@ -2279,14 +2279,14 @@ def test_a_bad_dependency_file_is_refused_with_its_name(tmp_path, text, words):
     path = tmp_path / "clupy.client.dependency.yaml"
     path.write_text(text)
     with pytest.raises(clupy.ConfigurationError) as caught:
-        clupy.read_dependencies(path)
+        clupy_master.read_dependencies(path)
     assert str(path) in str(caught.value) and words in str(caught.value)
 
 
 def test_a_clients_list_comes_behind_the_masters():
-    one, other = clupy.Dependencies(("a", "b"), ("--pre",)), clupy.Dependencies(("b", "c"), ("--pre",))
-    assert one.merged(other) == clupy.Dependencies(("a", "b", "c"), ("--pre",))
-    assert one.hash == clupy.Dependencies(("b", "a"), ("--pre",)).hash != other.hash
+    one, other = clupy_master.Dependencies(("a", "b"), ("--pre",)), clupy_master.Dependencies(("b", "c"), ("--pre",))
+    assert one.merged(other) == clupy_master.Dependencies(("a", "b", "c"), ("--pre",))
+    assert one.hash == clupy_master.Dependencies(("b", "a"), ("--pre",)).hash != other.hash
 
 
 # -- what pip makes of a list
@@ -2296,7 +2296,7 @@ def test_variables_of_the_user_do_not_spoil_pip(tmp_path, index, monkeypatch):
     for name, value in {"PYTHONPATH": tmp_path, "PIP_TARGET": tmp_path / "x", "PIP_REQUIREMENT": "absent", "PIP_USER": "1",
                         "PIP_REQUIRE_VIRTUALENV": "1", "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": index}.items():
         monkeypatch.setenv(name, str(value))
-    found = asyncio.run(clupy_master.resolve(clupy.Dependencies(("algebra",))))       # where to look is the user's to say
+    found = asyncio.run(clupy_master.resolve(clupy_master.Dependencies(("algebra",))))       # where to look is the user's to say
     assert [pin.requirement for pin in found.pins] == ["algebra==1.0", "figures==1.0"]
 
 
@@ -2309,7 +2309,7 @@ def test_a_refusal_has_pips_words_and_stands_until_the_next_try(index):
                 now[0] = begin
                 with pytest.raises(clupy.DependencyError, match="No matching distribution found for late") as caught:
                     await resolutions.of(late)
-                assert 0 < len(caught.value.lines) <= clupy.PIP_LINES
+                assert 0 < len(caught.value.lines) <= clupy_master.PIP_LINES
                 again = pickle.loads(pickle.dumps(caught.value))
                 assert (str(again), again.lines) == (str(caught.value), caught.value.lines)
             write_wheel(index, "late", "1.0") if pause == 120 else None
@@ -2317,7 +2317,7 @@ def test_a_refusal_has_pips_words_and_stands_until_the_next_try(index):
         first, second = await asyncio.gather(*(resolutions.of(late) for _ in range(2)))
         assert first is second and [pin.name for pin in first.pins] == ["late"]
     asyncio.run(story())
-    assert [clupy.next_try(failures, 100.0) - 100 for failures in (1, 2, 3, 4, 5, 2000)] == [60, 120, 240, 480, 600, 600]
+    assert [clupy_master.next_try(failures, 100.0) - 100 for failures in (1, 2, 3, 4, 5, 2000)] == [60, 120, 240, 480, 600, 600]
 
 
 def test_a_python_without_pip_is_told_how_to_get_it(tmp_path, index, monkeypatch):
@@ -2334,11 +2334,11 @@ def test_a_local_wheel_and_folder_travel(tmp_path, index):
     ask(tmp_path / "local", "client", index, "./mine-1.0-py3-none-any.whl", "./source ; python_version > '3'")
 
     async def story():
-        local = clupy.read_dependencies(tmp_path / "local/clupy.client.dependency.yaml")
-        dependencies, wheels = await clupy.packed(local)
-        assert (await clupy.packed(local))[0].hash == dependencies.hash            # the same to the byte
+        local = clupy_master.read_dependencies(tmp_path / "local/clupy.client.dependency.yaml")
+        dependencies, wheels = await clupy_master.packed(local)
+        assert (await clupy_master.packed(local))[0].hash == dependencies.hash            # the same to the byte
         write_wheel(tmp_path / "local", "mine", "1.0", ["figures"], code="edited = True")
-        assert (await clupy.packed(local))[0].hash != dependencies.hash
+        assert (await clupy_master.packed(local))[0].hash != dependencies.hash
         resolution = await clupy_master.resolve(dependencies, wheels)
         (tmp_path / "local").rename(tmp_path / "away")                              # a server does not have it
         with pytest.raises(clupy.DependencyError, match="mine-1.0-py3-none-any.whl was not shipped"):
@@ -2369,10 +2369,10 @@ def test_an_environments_versions_win_and_the_servers_own_follow(tmp_path, index
 
 
 BUILDER = """
-    import asyncio, clupy, clupy_server, sys
+    import asyncio, clupy_master, clupy_server, sys
     index, folder, *lines = sys.argv[1:]
-    pins = tuple(clupy.Pin(*line.split("==")) for line in lines)
-    resolution = clupy.Resolution(pins, ("--no-index", "--find-links", index))
+    pins = tuple(clupy_master.Pin(*line.split("==")) for line in lines)
+    resolution = clupy_master.Resolution(pins, ("--no-index", "--find-links", index))
     print("built", asyncio.run(clupy_server.Environments(folder).build(resolution, {}, print)).id)
 """
 
@@ -2430,8 +2430,9 @@ def test_the_least_recently_used_environments_go_first_and_those_in_use_never(tm
 
     async def story():
         async def build(*pins):
-            return await environments.build(clupy.Resolution(pins, list_of(index).pip_options))
-        held, figures, own = await build(clupy.Pin("figures", "1.0")), clupy.Pin("figures", "2.0"), clupy.Pin("own", "1.0")
+            return await environments.build(clupy_master.Resolution(pins, list_of(index).pip_options))
+        figures, own = clupy_master.Pin("figures", "2.0"), clupy_master.Pin("own", "1.0")
+        held = await build(clupy_master.Pin("figures", "1.0"))
         (await build(figures)).close()
         assert len(environments.complete()) == 2                   # one is kept, one more is in use
         (await build(own)).close()
@@ -2445,21 +2446,21 @@ def test_the_least_recently_used_environments_go_first_and_those_in_use_never(tm
 # -- here and in the cluster
 
 def test_differences_are_of_libraries_that_both_have_and_those_that_are_pickled_come_first():
-    pins = [clupy.Pin(*line.split()) for line in ("zeta 1.0", "numpy 2.0", "same 1.0", "absent 1.0")]
+    pins = [clupy_master.Pin(*line.split()) for line in ("zeta 1.0", "numpy 2.0", "same 1.0", "absent 1.0")]
     here = {"zeta": "1.1", "numpy": "1.26", "same": "1.0"}.get
-    assert clupy.differences(pins, here) == [("numpy", "1.26", "2.0"), ("zeta", "1.1", "1.0")]
-    assert clupy.differences(pins[2:], installed=here) == []
+    assert clupy_master.differences(pins, here) == [("numpy", "1.26", "2.0"), ("zeta", "1.1", "1.0")]
+    assert clupy_master.differences(pins[2:], installed=here) == []
 
 
 def test_the_progress_line_is_for_terminals_only(capsys):
-    clupy.show_progress("Collecting numpy")
+    clupy_master.show_progress("Collecting numpy")
     assert capsys.readouterr().err == ""
 
     class Terminal(list):
         isatty, flush, write = (lambda self: True), (lambda self: None), list.append
     screen = Terminal()
-    clupy.show_progress("x" * 500, screen)
-    clupy.show_progress("", screen)
+    clupy_master.show_progress("x" * 500, screen)
+    clupy_master.show_progress("", screen)
     assert len(screen[0]) < 500 and screen[1] == "\r\x1b[K"
 
 
@@ -2610,7 +2611,7 @@ def test_a_list_that_cannot_be_had_leaves_the_old_environment_until_it_is_mended
         assert calls_until(lambda: "Bad CRC" in faults_of(cluster) and "conflict" not in faults_of(cluster)) == {"1.0"}
         text = shown(cluster, "libraries")
         assert f"environment {environment} on " in text and "own Python" not in text and "Bad CRC" in text
-        assert f"kazoo    0.1   here: {clupy.installed('kazoo')}" in text and "figures  1.0   here: not installed" in text
+        assert f"kazoo    0.1   here: {clupy_master.installed('kazoo')}" in text and "figures  1.0   here: not installed" in text
 
         write_wheel(index, "figures", "2.0")
         assert calls_until("2.0") <= {"1.0", "2.0"}
@@ -2749,7 +2750,7 @@ def test_a_clients_list_works_without_a_cluster(tmp_path, index):
 
 def test_differences_are_a_warning_an_error_or_nothing(tmp_path, index):
     write_wheel(index, "kazoo", "0.1")
-    mismatch = f"kazoo: {clupy.installed('kazoo')} here, 0.1 in the cluster"
+    mismatch = f"kazoo: {clupy_master.installed('kazoo')} here, 0.1 in the cluster"
     with stocked(tmp_path, index, "kazoo", "figures") as cluster:
         done = {check: client(tmp_path / check, index, cluster=cluster, names=["figures"] * 3, CLUPY_LIBRARY_CHECK=check)
                 for check in ("warn", "error", "off")}
@@ -2949,7 +2950,7 @@ def settings(monkeypatch):
     def change(**values):
         for name, value in values.items():
             monkeypatch.setenv(f"CLUPY_{name.upper()}", str(value))
-        clupy.forget_services()
+        clupy._known = None
     change(prefix=f"test-{uuid.uuid4().hex[:8]}")
     return change
 
