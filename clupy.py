@@ -47,6 +47,7 @@ import contextlib
 import copy
 import errno
 import functools
+import heapq
 import hmac
 import importlib
 import io
@@ -148,6 +149,7 @@ STATEMENT_TIME = 2.0              # statements are repeated; less is traffic, mo
 GATHER_TIME = 0.02                # changes are gathered so long; more delays shares, less makes more of them
 WORK_AHEAD = 0.005                # seconds of work sent ahead to a worker; more hides latency, but may have to be recalled
 MAX_SPARED = 2                    # workers that may die before they begin a call; the next death is charged to it
+MAX_FAILURES = 3                  # in a row, before what fails is given up; more is patience, less is haste
 MAX_AHEAD = 2000                  # calls under way in one slot at most, however short they are
 STALL_TIME = 0.02                 # a slot without a result for so long gives back what it has not begun
 LINGER_TIME = 1.0                 # an extra slot for nested calls stays open so long when idle; a new one costs a worker
@@ -1193,21 +1195,35 @@ def _result_pickler():
 
 class Function:
     """One version of a function: what workers are sent once, and then know by its id (of this process)."""
-    __slots__ = "payload", "name", "setup", "id", "mean", "limits", "__weakref__"
+    __slots__ = "payload", "name", "setup", "id", "mean", "__weakref__"
 
     def __init__(self, payload, name, setup=None):
         self.payload, self.name, self.id = payload, name, next(_function_ids)
         self.setup = setup      # payload of a function that a worker must have called first, or None
         self.mean = None        # seconds that a call takes, as far as is known
-        self.limits = {}        # {max: Limit}
 
     def __repr__(self): return f"<Function {self.id} {self.name}>"
 
-    def limit(self, most):
-        """The Limit that the calls of this function with this `max` share."""
-        if most not in self.limits:
-            self.limits.setdefault(most, Limit(most))
-        return self.limits[most]
+
+class Known:
+    """What one end remembers of the functions that the other has."""
+
+    def __init__(self):
+        self._sizes = collections.OrderedDict()
+
+    def learn(self, function):
+        if function.id in self._sizes:
+            self._sizes.move_to_end(function.id)
+            return False, []
+        self._sizes[function.id] = 0
+        return True, [self._sizes.popitem(last=False)[0]] if len(self._sizes) > 500 else []
+
+
+def limit_key(func):
+    func = getattr(func, "__func__", func)
+    if isinstance(func, functools.partial):
+        return limit_key(func.func)
+    return getattr(func, "__module__", None), getattr(func, "__qualname__", None)
 
 
 _function_ids = itertools.count(1)
@@ -1674,6 +1690,7 @@ def _distribution(name):
 
 
 FETCHES = {"module": module_source}     # what a worker may ask its client for: each answers in a thread that may block
+served = {}                             # {name: buffers} of the Refs that this process shared without Redis
 
 
 # ==== Future =================================================================
@@ -1999,1217 +2016,299 @@ threads = Threads()
 
 
 # ==== Engine =================================================================
-# The client: one thread, one event loop, one owner for every call from `submit` to its outcome.
+# The client: one thread, one event loop, one owner for every call from `submit` to its outcome.  Its rooms, in their order:
 #
-#   submit -> inbox -> queue -> Slot.calls -> conclude
-#               any      |  ^        |
-#             thread     v  |        +-- recalled, or its worker died: back to the front of the queue
-#                  Limit.waiting          (`tries` counts only starts that the server's board has seen)
+#   Backlog      which waiting call is next for a slot, how many slots could be used, `max`        decides, no I/O
+#   verdicts     what becomes of the unanswered calls of a slot that ended                         a function
+#   Slot         what is under way in one worker                                                   one connection
+#   ServerLink   one server: closes and kills there, hears of deaths and of output                 one connection
+#   Output       what calls print                                                                  a thread
+#   Children     which calls wait for calls that they made
+#   Feeder       moves calls: from the Backlog into slots, back from them, out with their outcome
+#   Pool         which slots are open where, as the share says
+#   Libraries    this client's own list, and how its versions differ from the cluster's
+#   MasterSide   what this client wants, and what becomes of it without a master                   one connection
+#   Engine       thread and loop; what any thread may call; fork and end
 #
-# The methods on_<kind> answer messages; those of ServerLink and Slot that concern calls are the Engine's.
+#   submit -> inbox -> Backlog --Feeder--> Slot.calls --Feeder--> conclude
+#               any       ^                    |
+#             thread      +--------------------+  recalled, or its worker died
+#
+# Only the loop moves a call between PENDING and RUNNING; any thread may conclude it (cancel), so every room meets calls that
+# have their outcome already, and passes over them.
 
-class Limit:
-    """At most `most` slots work on the calls that share it; most=None: as many as there are."""
+class BaseEngine:
+    """What runs calls: the client of a cluster (Engine), another executor (ExecutorEngine), or the client of a worker in
+    which a call makes calls (NestedCalls).  Any thread may call its methods."""
 
-    def __init__(self, most=None):
-        self.most = most
-        self.pending = 0                          # calls without an outcome
-        self.slots = collections.Counter()        # {Slot: calls under way there}
-        self.waiting = collections.deque()        # calls put aside while `most` slots are at work
-        self.idle = threading.Event()             # set while pending == 0
-        self.idle.set()
-
-    def allows(self, slot):
-        """Whether a call may be sent there; calls that wait for nested ones do not count."""
-        return (self.most is None or slot in self.slots or len(self.slots) < self.most
-                or sum(not other.suspended for other in self.slots) < self.most)
-
-
-class Slot:
-    """One connection to one worker; an asyncio.BufferedProtocol through `_as_protocol`."""
-
-    KNOWN = 500                                   # functions that a worker keeps
-
-    def __init__(self, link, number, nested):
-        self.link, self.number, self.nested = link, number, nested
-        self.engine = link.engine
-        self.calls = {}                           # {number: call}
-        self.load = 0.0                           # seconds of work under way, as estimated
-        self.limits = {}                          # {Limit: calls under way}
-        self.functions = collections.OrderedDict()   # {id: None} known to the worker, least recently used first
-        self.children = collections.defaultdict(dict)   # {number of a call here: {number there: nested call}}
-        self.nested_functions = {}                # {id at the worker: Function}
-        self.nested_limits = {}                   # {id at the worker: Limit} of Executors made in calls
-        self.pid = None                           # of the worker, once the slot is open
-        self.transport = None
-        self._outgoing = collections.deque()      # pieces of frames that the transport has not been given yet
-        self._full = False                        # it wants no more for now
-        self.alone = False                        # runs a call on its last try, and nothing else
-        self.stalled = False                      # was asked for what had not begun; no more until a result arrives
-        self.recalling = False                    # was asked, and has not answered; what is sent meanwhile is not in the answer
-        self.leaving = False                      # to be closed when `calls` is empty
-        self.asked_to_close = False
-        self.ended = None                         # what the server said of its end
-        self.gone = False                         # the connection has been read to its end
-        self.over = False                         # its calls were seen to
-        self.heard = time.monotonic()             # when anything arrived, or a call was sent to the idle slot
-        self._frames = Frames(proof(slot_key(link.key, number), b"opened"))
-
-    def __repr__(self):
-        return f"{self.link.name} {self.pid or 'opening'}"
-
-    @property
-    def open(self):
-        return self.pid is not None and not self.gone and self.ended is None and self.link.connection is not None
-
-    @property
-    def suspended(self):
-        """Whether the call that runs here has nested calls to wait for, and so does not use its slot."""
-        return bool(self.children)
-
-    def send(self, *message):
-        if self.transport is not None and not self.transport.is_closing():
-            for part in encode(message):
-                self._outgoing.extend(part[start:start + SEND_PIECE] for start in range(0, len(part), SEND_PIECE))
-            self._write()
-
-    def _write(self):
-        while self._outgoing and not self._full:
-            self.transport.write(self._outgoing.popleft())
-
-    def recall(self):
-        """Ask the worker for what it has not begun, unless it is asked already."""
-        if not self.recalling:
-            self.recalling = True
-            self.send("recall")
-
-    # -- what asyncio calls
-
-    def pause_writing(self):
-        self._full = True
-
-    def resume_writing(self):
-        self._full = False
-        self._write()
-
-    def connection_made(self, transport):
-        self.transport = transport
-
-    def get_buffer(self, _):
-        return self._frames.space()
-
-    def buffer_updated(self, count):
-        self.heard = time.monotonic()
-        try:
-            for message in self._frames.filled(count):
-                dispatch(self, self, message)
-        except ProtocolError as error:
-            log.warning("closing the slot %s: %s", self, error)
-            self.transport.abort()
-
-    def eof_received(self):
-        self.transport.abort()                    # nobody reads what was not sent yet
-
-    def connection_lost(self, _):
-        self.gone, self._frames = True, None      # a future may keep the slot, but not this memory
-        self.engine.slot_ending(self)
-
-    # -- messages from the worker
-
-    def on_opened(self, _, pid):
-        self.pid = pid
-        self.engine.broken.pop(self.link.id, None)
-        self.engine.clear_progress()
-        self.engine.fill(self)
-
-    def on_results(self, _, results, seconds):
-        self.engine.take_results(self, results, seconds)
-
-    def on_returned(self, _, numbers):
-        self.engine.take_back(self, numbers)
-
-    def on_nested(self, _, calls, functions):
-        self.engine.take_nested(self, calls, functions)
-
-    def on_forget(self, _, numbers):
-        self.engine.forget_nested(self, numbers)
-
-    def on_serve(self, _, name, buffers):
-        _serve(name, [bytes(buffer) for buffer in buffers])
-
-    def on_fetch(self, _, request, what, *fields):
-        threads.run(self.engine.answer_fetch, self, request, what, fields)
-
-
-class ServerLink:
-    """The control connection to one server, and the slots there."""
-
-    def __init__(self, engine, id, address):
-        self.engine, self.id, self.address = engine, id, address
-        self.name = f"{address[0]}:{address[1]}"
-        self.connection = self.key = self.session = None
-        self.slots = {}                           # {number: Slot}, until their calls are seen to
-        self.draining = False                     # takes no new slots
-        self.failed_at = None                     # when it could not be reached
-        self.refused_at = -math.inf               # when it had no room for a nested slot
-        self.heard = time.monotonic()
-        self.task = asyncio.create_task(self._run())
-
-    def __repr__(self):
-        return f"<ServerLink {self.name} {len(self.slots)} slots{' draining' if self.draining else ''}>"
-
-    async def _run(self):
-        try:
-            connection = await dial(self.address, CONTROL, self.engine.secret, self.engine.settings)
-        except Exception as error:                # whatever dialing raises, a host's name that is none included
-            log.warning("server %s cannot be reached: %s", self.name, error or type(error).__name__)
-            self.engine.link_lost(self)
-            return
-        self.connection, self.key = connection, connection.key
-        self.greet()
-        try:
-            await connection.serve(self)
-        finally:
-            self.connection = None
-            self.engine.link_lost(self)
-
-    def greet(self):
-        libraries = self.engine.libraries
-        self.send("hello", self.engine.id, PYTHON, libraries and libraries.plain, self.engine.settings.output)
-
-    def send(self, *message):
-        if self.connection:
-            self.connection.send(*message)
-
-    def on_welcome(self, _, session, name, versions):
-        self.session, self.name = session, name
-        if versions["python"] != "%d.%d.%d" % sys.version_info[:3]:
-            log.info("server %s runs Python %s, this client %s", name, versions["python"], sys.version.split()[0])
-        self.engine.check_server(versions)
-        self.engine.balance()
-
-    def on_refused(self, _, kind, text):
-        self.engine.fail_all(refusal(kind, text))
-
-    def on_ended(self, _, number, how):
-        self.heard = time.monotonic()
-        slot = self.slots.get(number)
-        if slot:
-            slot.ended = how
-            self.engine.slot_ending(slot)
-
-    def on_late(self, _, number, call):
-        slot = self.slots.get(number)
-        if slot and call in slot.calls:           # it had not begun yet, or its result is on its way: ask again
-            asyncio.get_running_loop().call_later(0.05, self.engine.kill, slot, call)
-
-    def on_output(self, connection, pid, stream, text, dropped):
-        self.heard = time.monotonic()
-        self.engine.show(connection, self.name, pid, stream, text, dropped)
-
-    def on_notice(self, _, what, text):
-        self.heard = time.monotonic()
-        if what == "draining":
-            self.draining = True
-            self.engine.balance()
-        elif what == "renew":
-            self.engine.renew(self)
-        elif what == "building":
-            self.engine.show_building(self, text)
-        elif what == "broken":
-            self.engine.libraries_broken(self, text)
-
-
-def refusal(kind, text):
-    """The error that a peer's `refused` stands for."""
-    known = {cls.__name__: cls for cls in (VersionMismatch, SecretError, ProtocolError, ConfigurationError)}
-    return known.get(kind, ClupyError)(text)
-
-
-class Engine:
-    """One client. `submit`, `cancel`, `cancel_all` and `close` may be called by any thread, all else by its loop."""
-
-    def __init__(self, settings, secret=None, dependencies=None):
-        self.id = os.urandom(8).hex()
-        self.settings = settings
-        self.secret = secret                      # None: an embedded cluster makes its own
-        self.dependencies = dependencies          # this client's own list
-        self.libraries = None                     # Resolution of it and the master's; None: the cluster's
-        self.resolving = bool(dependencies and dependencies.libraries)   # no slots are wanted until the list is resolved
-        self.checking = settings.library_check == "error"          # nor until the libraries were compared, if that matters
-        self.broken = {}                          # {server name: why our libraries cannot be built there}
-        self.pid = os.getpid()
-        self._inbox = collections.deque()         # calls from any thread, not yet seen by the loop
-        self._awake = False                       # the loop will look at the inbox
-        self._queue = collections.deque()         # calls that wait for a slot, next one first
-        self._numbers = itertools.count(1)
-        self._unlimited = Limit()                 # the calls without a limit of their own
-        self._limits = set()                      # limits with unfinished calls
-        self._links = {}                          # {server id: ServerLink}
-        self._share = {}                          # {server id: ((host, port), slots)}; the last one from the master
-        self.said = {}                       # what the master says of Redis and ZooKeeper
-        self._master = None                       # MasterLink
-        self._wanted = (0, 0.0)                   # most slots wanted, and when
-        self._stated = 0.0                        # when the last statement was sent
-        self.fatal = None                        # an error that every call gets from now on
-        self._closing = False
-        self._watching = self._stating = False
-        self._unserved = None                     # since when calls wait without any slot; inf: it was said
-        self._progress = False                    # a line of pip's stands on the terminal
-        self._printer = self._printing = None     # queue and thread that show what calls print
-        self.joined = threading.Event()           # a first share, or a fatal error, is there
-        self.embedded = None                      # (Master, Server) of the embedded cluster
-        self._selector = selectors.DefaultSelector()
-        self.loop = asyncio.SelectorEventLoop(self._selector)
-        self._thread = threading.Thread(target=self._main, name="clupy-engine", daemon=True)
-        self._thread.start()
-
-    def __repr__(self):
-        slots = sum(len(link.slots) for link in self._links.values())
-        return f"<Engine {self.id[:6]} {len(self._queue)} calls waiting, {slots} slots{' closing' if self._closing else ''}>"
-
-    # -- for any thread
+    closed = False                                # it takes no more calls
+    settings = None                               # Settings of its own; None: it has none
+    said = None                                   # {key: value} that a master said of Redis and ZooKeeper last
 
     def submit(self, call):
-        self._inbox.append(call)
-        if not self._awake:
-            self._awake = True
-            self._soon(self._pump)
+        """Run the call: sooner or later it gets its one outcome."""
+        raise NotImplementedError
 
     def cancel(self, call):
-        self._soon(self._cancelled, call)
+        """The call was concluded as cancelled: end what runs of it."""
+        raise NotImplementedError
+
+    def calls(self):
+        """The calls without an outcome."""
+        raise NotImplementedError
 
     def cancel_all(self):
-        """Cancel every unfinished call of this client; those made after it returned are not among them."""
-        done = threading.Event()
-        self._soon(self._cancel_all)
-        self._soon(done.set)
-        if not self._closing:
-            done.wait(CLOSE_TIME)
+        for call in self.calls():
+            call.cancel()
 
-    def close(self):
-        """End all calls and slots; returns when the last output was shown, after CLOSE_TIME at most."""
-        if self._closing or self.pid != os.getpid():
-            return
-        self._closing = True
-        try:
-            asyncio.run_coroutine_threadsafe(self._close(), self.loop).result(CLOSE_TIME + 2)
-        except TimeoutError:
-            log.error("closing took more than %g s; leaving the rest to the servers", CLOSE_TIME + 2)
-        if self._printing:
-            self._printing.join(CLOSE_TIME)       # the last lines are read, but may not be shown yet
-        self._soon(self.loop.stop)
-        self._thread.join(CLOSE_TIME)
-        _engines.discard(self)
-        self._lose()
-
-    def unfinished(self):
-        """About how many calls have no outcome yet."""
-        return 0 if self._closing else len(self._inbox) + self._unlimited.pending + sum(
-            limit.pending for limit in list(self._limits))
-
-    def grow(self, slots):
-        """At least so many slots, if this is an embedded cluster."""
-        self._soon(self._grow, slots)
-
-    def services(self, patience):
-        """What the master says of Redis and ZooKeeper; {} if this cluster is embedded, or nothing is heard in time."""
-        if not self.joined.wait(patience):
-            raise self.unreachable()
-        if self.fatal and not self.said:
-            raise self.fatal
-        return {} if self.embedded else self.said
+    def cancel_limit(self, limit):
+        """Cancel the calls of this limit that were not sent to a worker."""
+        for call in self.calls():
+            if call._limit == limit and call._state == PENDING:
+                call.cancel()
 
     def settle(self, limit):
         """Wait until no call of this limit is unfinished."""
-        if self._closing:
-            return
-        asyncio.run_coroutine_threadsafe(self._pumped(), self.loop).result()
-        limit.idle.wait()
+        concurrent.futures.wait([call for call in self.calls() if call._limit == limit])
 
-    def cancel_limit(self, limit):
-        """Cancel the calls of this limit that have not been sent to a worker."""
-        if self._closing:
-            return
-        asyncio.run_coroutine_threadsafe(self._pumped(), self.loop).result()
-        for call in [call for call in [*self._queue, *limit.waiting] if call._limit is limit]:
-            call.cancel()
+    def services(self, patience):
+        """What a master says of Redis and ZooKeeper, waited for `patience` seconds; {}: there is none that could."""
+        return {}
 
-    async def _pumped(self):
-        self._pump()
+    def grow(self, slots):
+        """At least so many slots, if that is for the engine to decide."""
+
+    def release(self, names):
+        """These shared values are used no more: let their copies go, on every machine."""
 
     def abandon(self):
-        """In a forked child: close every descriptor by number, and tell the child's copies of calls that they are lost.
+        """In a forked child: nothing of this engine is the child's."""
 
-        Never through asyncio, which would take the parent's sockets out of the epoll that both share."""
-        for number in () if self.loop.is_closed() else self.descriptors():
-            with contextlib.suppress(OSError):    # closed by the parent's loop in this very moment
-                os.close(number)
-        self._inbox.extend([*self._waiting(), *(call for slot in self._slots() for call in slot.calls.values())])
-        for limit in self._limits:                # they outlive the engine, with the functions that have them
-            limit.__init__(limit.most)
-        self._soon = self._lose
-        self._lose()
+    def close(self):
+        self.cancel_all()
 
-    def _soon(self, function, *args):
-        try:
-            self.loop.call_soon_threadsafe(function, *args)
-        except RuntimeError:                      # the loop is closed
-            self._lose()
 
-    def _lose(self, *_):
-        """No loop will look at the inbox any more."""
-        self._awake = False                       # first: a call that is submitted now comes here by itself
-        calls = list(self._inbox)
-        why = "the client was closed" if self.pid == os.getpid() else "the call is one of the process that forked this one off"
-        conclude([(call, False, Closed(why)) for call in calls])
+# ---- which call is next
 
-    def _waiting(self):
-        """The calls that wait for a slot."""
-        return [*self._queue, *(call for limit in self._limits for call in limit.waiting)]
+class Limit:
+    """The calls that share one `max`, or have none: those that wait, and the slots that work on the others."""
 
-    def descriptors(self):
-        """The numbers of the engine's open files: a forked child closes them, and nothing else of the engine."""
-        numbers = {key.fd for key in list(self._selector.get_map().values())} | {self._selector.fileno()}
-        for link in list(self._links.values()):
-            for slot in list(link.slots.values()):
-                if slot.transport:
-                    numbers.add(slot.transport.get_extra_info("socket").fileno())
-        for part in self.embedded or ():
-            numbers.update(part.descriptors())
-        return {number for number in numbers if number >= 0}
+    def __init__(self, most):
+        self.most = most                          # slots that may work on them at once; None: as many as there are
+        self.pending = 0                          # calls without an outcome
+        self.suspended = 0                        # of these, calls that wait for nested ones
+        self.slots = collections.Counter()        # {Slot: calls under way there}
+        self.listed = None                        # rank under which the Backlog lists it; None: it does not
+        self._fresh = collections.deque()         # calls that were never sent, in the order made
+        self._urgent = []                         # heap of (rank, tie, call): nested calls, and calls that came back
 
-    # -- the loop
+    def __repr__(self):
+        return f"<Limit {self.most} {self.pending} calls, {len(self.slots)} slots>"
 
-    def _main(self):
-        asyncio.set_event_loop(self.loop)
-        self._life = self.loop.create_task(self._live())
-        try:
-            self.loop.run_forever()
-        finally:
-            rest = asyncio.all_tasks(self.loop)
-            for task in rest:
-                task.cancel()
-            if rest:
-                self.loop.run_until_complete(asyncio.wait(rest))
-            self.loop.run_until_complete(asyncio.sleep(0))         # transports close in the loop's next turn
-            self.loop.close()
+    @property
+    def wants(self):
+        """How many slots its calls could use."""
+        wants = self.pending - self.suspended
+        return wants if self.most is None else max(0, min(wants, self.most))
 
-    async def _live(self):
-        try:
-            self._master = MasterLink(await self._find_masters(), self.secret, self.settings)
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._master.run(self))
-                tasks.create_task(self._tick())
-        except* Exception as group:               # the engine's edge: no call may wait for an engine that is no more
-            if not self._closing:                 # else the interpreter ends, and has begun to take things away
-                log.error("the engine failed", exc_info=group)
-            self.fail_all(ClupyError(f"the engine failed: {group.exceptions[0]!r}"))
-
-    async def _find_masters(self):
-        """The masters' addresses: those of the settings, one that answers on localhost, or an embedded one's."""
-        if self.settings.master:
-            return masters_of(self.settings)
-        if self.secret:
-            address = ("127.0.0.1", self.settings.port)
-            try:
-                (await dial(address, TO_MASTER, self.secret, self.settings)).close()
-                return [address]
-            except ConnectionRefusedError:
-                pass
-            except (OSError, ClupyError) as error:
-                log.warning("%s:%s is not our master (%s); using this machine's cores instead", *address, error)
-        return [await self._embed()]
-
-    async def _embed(self):
-        """Start a master and a server in this loop, on loopback, with a secret of their own."""
-        self.secret = os.urandom(32).hex().encode()
-        services = merged_services(self.settings, {})             # the workers' are this process's
-        own = {**vars(self.settings), **{key: getattr(services, key) for key in SERVICE_KEYS}}
-        master = clupy_master.Master(default_settings("master", **own, listen=("127.0.0.1", 0)), self.secret)
-        server = clupy_server.Server(default_settings("server", **{**own, "master": [master.address]}, listen=("127.0.0.1", 0)),
-                        self.secret)
-        master.given = sorted(services.given)
-        self.embedded = master, server
-        await server.start()
-        return master.address
-
-    def master_joined(self, connection):
-        if self.dependencies and self.dependencies.libraries:
-            task = self.loop.create_task(self._send_list(connection))
-            task.add_done_callback(self._list_sent)
-        elif self.settings.library_check != "off" and not self.embedded:
-            connection.send("libraries", None)
-        if self.embedded:
-            self.checking = False                 # workers run this very Python
-        self._state()
-
-    async def _send_list(self, connection):
-        own, wheels = await clupy_master.packed(self.dependencies, self._show_progress)
-        connection.send("resolve", own.libraries, own.pip_options, wheels)
-
-    def _list_sent(self, task):
-        if not task.cancelled() and task.exception():
-            self.fail_all(task.exception())
-
-    def on_resolved(self, _, found, error):
-        self.clear_progress()
-        if error and self.libraries is None:
-            self.fail_all(DependencyError(*error))
-        elif error:
-            log.warning("our libraries stay as they were: %s", DependencyError(*error))
+    def add(self, call):
+        if call._parent:
+            self.put_back(call)
         else:
-            self.libraries, self.resolving = clupy_master.Resolution.of(found), False
-            self._check(self.libraries.pins)
-            for link in self._links.values():
-                link.greet()                      # the server asks for the slots back once it has the new ones
-            self._update_wanted()
-            self._state()
+            self._fresh.append(call)
 
-    def on_libraries(self, _, _hash, found):
-        self._check(clupy_master.Resolution.of(found).pins)
+    def put_back(self, call):
+        heapq.heappush(self._urgent, (rank(call), next(_ties), call))
 
-    def _check(self, pins):
-        """Compare the libraries of its workers with this client's, in a thread, since it reads files."""
-        if self.settings.library_check != "off" and not self.embedded:
-            threads.run(self._check_in_thread, pins)
-
-    def _check_in_thread(self, pins):
-        try:
-            clupy_master.check_libraries(pins, self.settings.library_check)
-        except LibraryMismatch as error:
-            self._soon(self.fail_all, error)
-        self._soon(self._checked)
-
-    def _checked(self):
-        self.checking = False
-        self._update_wanted()
-
-    def on_notice(self, _, what, text):
-        self._show_progress(text)
-
-    def _show_progress(self, line):
-        self._progress = True
-        clupy_master.show_progress(f"clupy: {line}")
-
-    def clear_progress(self):
-        if self._progress:
-            self._progress = False
-            clupy_master.show_progress("")
-
-    def master_lost(self):
-        """Calls that have slots go on; `_judge` looks after the others."""
-
-    def _state(self):
-        """Say to the master what this client wants."""
-        self._stating = False
-        now = time.monotonic()
-        most, at = self._wanted
-        if now - at > 1.0:
-            self._wanted = most, _ = self._count_wanted(), now
-        self._stated = now
-        if self._master and self._master.connection:
-            unreachable = [link.id for link in self._links.values() if link.failed_at is not None]
-            self._master.connection.send("client", self.id, PYTHON, most, unreachable,
-                                         self.libraries and self.libraries.hash)
-
-    def _count_wanted(self):
-        """How many slots the unfinished calls could use now."""
-        if self.resolving or self.checking:
-            return 0
-        suspended = collections.Counter(slot.calls[number]._limit for slot in self._slots() for number in slot.children
-                                        if number in slot.calls)
-        limited = sum(min(limit.pending - suspended[limit], limit.most or limit.pending) for limit in self._limits)
-        return self._unlimited.pending - suspended[None] + limited
-
-    def _update_wanted(self):
-        """After a change of the unfinished calls: a larger wish is stated at once, or after GATHER_TIME."""
-        if not self._limits and self._unlimited.pending <= self._wanted[0]:
-            return
-        wanted = self._count_wanted()
-        if wanted > self._wanted[0]:
-            self._wanted = wanted, time.monotonic()
-            if not self._stating:
-                self._stating = True
-                self.loop.call_later(max(0.0, self._stated + GATHER_TIME - time.monotonic()), self._state)
-
-    async def _tick(self):
-        """Every STATEMENT_TIME: state, and look for what ended without a word."""
-        woke = time.monotonic()
-        while True:
-            await asyncio.sleep(STATEMENT_TIME / 2)
-            now = time.monotonic()
-            if now - woke > STATEMENT_TIME / 2 + 1:       # we slept, not the others: start all clocks anew
-                for link in self._links.values():
-                    link.heard = now
-                    for slot in link.slots.values():
-                        slot.heard = now
-                if self._master:
-                    self._master.lost_at = now
-            woke = now
-            if now - self._stated >= STATEMENT_TIME * 0.9:
-                self._state()
-            if self._master:
-                self._master.look(now)
-            self._judge(now)
-            self.balance()
-
-    def _judge(self, now):
-        for link in list(self._links.values()):
-            if link.failed_at is not None and now - link.failed_at > RETRY_TIME and not link.slots:
-                del self._links[link.id]
-                self.broken.pop(link.id, None)
-            heard = max([link.heard] + [slot.heard for slot in link.slots.values()])
-            if link.connection and now - heard > SILENCE_TIME and any(slot.calls for slot in link.slots.values()):
-                log.warning("server %s has been silent for %g s; it is lost", link.name, SILENCE_TIME)
-                link.connection.close()
-        if self._slots() or not self._waiting() or not self._count_wanted():
-            self._unserved = None
-        elif self._unserved is None:
-            self._unserved = now
-        elif now - self._unserved > UNSERVED_TIME and self._master:
-            self._unserved = math.inf             # said once
-            if self._master.connection:
-                log.warning("calls wait (%s): the master at %s has no server with a slot for them; start one with: "
-                            "python -m clupy serve", len(self._waiting()), self._master.connection.peer)
-            else:
-                log.warning("calls wait (%s), for %g s at most: %s", len(self._waiting()), self.settings.patience,
-                            self.unreachable())
-        if not self._slots() and self._waiting() and self.masterless(now) > self.settings.patience:
-            self._fail_waiting(self.unreachable())
-
-    def masterless(self, now):
-        """Seconds without a master."""
-        return 0.0 if self._master is None or self._master.connection else now - self._master.lost_at
-
-    def unreachable(self):
-        why = self._master.why_lost if self._master else "none was found yet"
-        return MasterUnreachable(f"no master for {self.masterless(time.monotonic()):.1f} s ({why}); "
-                                 "is `python -m clupy master` running there?")
-
-    def _slots(self):
-        return [slot for link in self._links.values() for slot in link.slots.values()]
-
-    # -- messages from the master
-
-    def on_share(self, _, share, services):
-        self._share = {id: ((host or self._master.host, port), slots) for id, ((host, port), slots) in share.items()}
-        if services != self.said:
-            self.said = services
-        self.joined.set()
-        self.balance()
-        if self.broken and not any(slots or id not in self.broken for id, (_, slots) in self._share.items()):
-            why = next(iter(self.broken.values()))             # no server is left that might have our libraries
-            self._fail_waiting(DependencyError(why.partition("\n")[0], why.split("\n")[1:]))
-
-    def on_leader(self, _, address):
-        self._master.follow(address)
-
-    def on_refused(self, _, kind, text):
-        self.fail_all(refusal(kind, text))
-
-    # -- slots: as many as the share says, where it says
-
-    def balance(self):
-        """Open and close slots until they are what the share says."""
-        if self._closing:
-            return
-        for id, (address, slots) in self._share.items():
-            if slots and id not in self._links:
-                self._links[id] = ServerLink(self, id, address)
-        wanted = self._count_wanted()
-        for link in list(self._links.values()):
-            if link.session is not None and link.connection:
-                self._balance_link(link, self._share[link.id][1] if link.id in self._share else None, wanted)
-        self._dispatch()
-
-    def _balance_link(self, link, granted, wanted):
-        """granted: slots there by the share; None: it does not name the server, so keep what is open."""
-        if granted is None and not link.draining:
-            return
-        staying = [slot for slot in link.slots.values()
-                   if (slot.suspended or not slot.leaving) and slot.ended is None and not slot.gone]
-        allowed = granted if not link.draining else int(any(slot.suspended for slot in staying))    # children must run
-        active = [slot for slot in staying if not slot.suspended]
-        if len(active) > allowed:
-            now = time.monotonic()
-            active.sort(key=lambda slot: (len(slot.calls), slot.load))
-            for slot in active[:len(active) - allowed]:
-                if not (slot.nested and allowed and not slot.calls and now - slot.heard < LINGER_TIME):
-                    self._leave(slot)
-        elif allowed and wanted > 0:
-            for _ in range(allowed - len(staying)):
-                self._open(link, nested=False)
-            if (not active and len(staying) >= allowed and time.monotonic() - link.refused_at > LINGER_TIME
-                    and any(call._parent for call in self._queue)):
-                self._open(link, nested=True)
-
-    def _open(self, link, nested):
-        self._start_printing()
-        number = next(self._numbers)
-        slot = link.slots[number] = Slot(link, number, nested)
-        slot.task = asyncio.create_task(self._connect(slot))
-
-    async def _connect(self, slot):
-        link = slot.link
-        try:
-            sock = await connect_socket(*link.address)
-        except OSError as error:
-            log.warning("no slot at %s: %s", link.name, error)
-            slot.gone = True
-            slot.ended = {"why": "unreachable", "begun": 0}
-            if link.connection:
-                link.connection.close()           # as a server that cannot be reached: again after RETRY_TIME
-            self.slot_ending(slot)
-            return
-        try:
-            tune(sock, user_timeout=False)
-            async with asyncio.timeout(HANDSHAKE_TIME):
-                head = preamble(SLOT) + slot_head(link.key, link.session, slot.number, slot.nested)
-                await self.loop.sock_sendall(sock, head)
-            context = tls_context(self.settings, "dial")
-            tls = {"server_hostname": link.address[0], "ssl_handshake_timeout": NO_LIMIT} if context else {}
-            await self.loop.create_connection(lambda: _as_protocol(slot), sock=sock, ssl=context, **tls)
-        except BaseException as error:
-            sock.close()
-            slot.gone = True
-            self.slot_ending(slot)                # turned away: the server's `ended` says why
-            if not isinstance(error, OSError):
-                raise
-            return
-        slot.send("opening", own_modules())
-
-    def check_server(self, versions):
-        """cloudpickle is in no list as a rule, but everything travels by it."""
-        if not self.embedded and versions.get("cloudpickle"):      # before a slot is opened
-            try:
-                pins = [clupy_master.Pin("cloudpickle", versions["cloudpickle"])]
-                clupy_master.check_libraries(pins, self.settings.library_check)
-            except LibraryMismatch as error:
-                self.fail_all(error)
-
-    def renew(self, link):
-        """The cluster's libraries changed: slots with the old ones go back after the calls under way."""
-        for slot in list(link.slots.values()):
-            self._leave(slot)
-        self.balance()
-
-    def show_building(self, link, line):
-        self._show_progress(f"{link.name}: {line}")
-
-    def libraries_broken(self, link, why):
-        """Our libraries cannot be built there: use other servers; if the next share names none, the calls hear of it."""
-        self.broken[link.id] = why
-        link.draining = True                      # what runs there, in the environment before, goes on
-        self.balance()
-        self._leave_broken(link)
-
-    def _leave_broken(self, link):
-        if link.id in self.broken and not link.slots and link.connection:
-            link.connection.close()
-
-    def _leave(self, slot):
-        """Give the slot back after the call that runs in it."""
-        slot.leaving = True
-        if len(slot.calls) > 1:
-            slot.recall()
-        elif not slot.calls:
-            self._end(slot)
-
-    def _end(self, slot):
-        """Ask the server to end the slot, now."""
-        if not slot.asked_to_close:
-            slot.asked_to_close = True
-            slot.link.send("close", slot.number)
-
-    def slot_ending(self, slot):
-        """The connection was read to its end, or the server said `ended`: wait for the other, or for 1 s of silence."""
-        if slot.over:
-            return
-        if slot.gone and slot.ended is not None:
-            self._slot_over(slot)
-        else:
-            self.loop.call_later(1.0, self._slot_settled, slot, slot.heard)
-
-    def _slot_settled(self, slot, heard):
-        if not slot.over and slot.heard != heard and not slot.gone:
-            self.loop.call_later(1.0, self._slot_settled, slot, slot.heard)     # results are still arriving
-        elif not slot.over:
-            self._slot_over(slot)
-
-    def _slot_over(self, slot):
-        """See to the calls that got no answer: who is charged with a try, who starts again, who has lost."""
-        slot.over = True
-        slot.link.slots.pop(slot.number, None)
-        if slot.ended is None:
-            self._end(slot)                       # its worker may not know yet
-        if slot.transport:
-            slot.transport.abort()
-        how = slot.ended or {"why": "lost", "begun": None}
-        for number in list(slot.children):
-            self._cancel_children(slot, number)
-        outcomes, again = [], []
-        left = list(slot.calls.values())
-        begun_ones = had_begun([call._number for call in left], how["begun"])
-        if left and how["why"] == "died" and not any(begun_ones):
-            left[0]._spared += 1                  # it may be its arguments that no worker can receive
-            begun_ones[0] = left[0]._spared > MAX_SPARED
-        for call, begun in zip(left, begun_ones):
-            call._tries += begun
-            self._unsend(slot, call)
-            if call._state in _DONE:
-                outcomes.append((call, False, CancelledError()))
-            elif how["why"] == "timeout" and call._number == how["begun"]:
-                outcomes.append((call, False, timed_out(call, slot, how)))
-            elif call._tries > call._retries:
-                outcomes.append((call, False, died(call, slot, how)))
-            else:
-                again.append(call)
-        slot.calls.clear()
-        if slot.nested and how["why"].startswith("max_nested"):
-            slot.link.refused_at = time.monotonic()
-            stuck = all(other.suspended for other in self._slots())
-            child = next((call for call in self._queue if call._parent), None) if stuck else None
-            if child:
-                self._queue.remove(child)
-                outcomes.append((child, False, ClupyError(
-                    f"calls inside calls wait for each other in all workers of {slot.link.name} ({how['why']}); a module that "
-                    "makes calls when it is imported does so in every worker: put them under if __name__ == '__main__'")))
-        self._requeue(again)
-        self._finish(outcomes)
-        self._leave_broken(slot.link)
-        self.balance()
-
-    def link_lost(self, link):
-        """The control connection could not be made, or ended, and with it, soon, every slot there."""
-        link.failed_at = time.monotonic()
-        self._share.pop(link.id, None)
-        for slot in list(link.slots.values()):
-            self.slot_ending(slot)
-        self._state()
-
-    # -- calls: from the queue into slots
-
-    def _pump(self):
-        """Take what is in the inbox."""
-        self._awake = False
-        inbox = self._inbox
-        for _ in range(len(inbox)):
-            self._enqueue(inbox.popleft())
-        if inbox and not self._awake:
-            self._awake = True
-            self.loop.call_soon(self._pump)
-        self._update_wanted()
-        if self._queue and not self._slots():
-            self.balance()                        # the last slot has ended, but not the share
-        else:
-            self._dispatch()
-
-    def _enqueue(self, call):
-        if call._state in _DONE:
-            return
-        call._number = next(self._numbers)
-        limit = call._limit or self._unlimited
-        limit.pending += 1
-        if limit is not self._unlimited:
-            limit.idle.clear()
-            self._limits.add(limit)
-        call._counted = True
-        if self.fatal or self._closing:
-            self._finish([(call, False, self.fatal or Closed("the client was closed"))])
-        elif call._parent:
-            self._queue.appendleft(call)
-        else:
-            self._queue.append(call)
-
-    def _dispatch(self):
-        slots = [slot for slot in self._slots() if slot.open and not slot.leaving]
-        if not slots or not (self._queue or any(limit.waiting for limit in self._limits)):
-            return
-        slots.sort(key=lambda slot: (slot.load, -slot.heard))     # of the idle ones that which is still warm
-        quota = -(-len(self._queue) // len(slots)) or 1
-        for slot in slots:
-            self.fill(slot, quota)
-
-    def fill(self, slot, quota=None):
-        """Send the slot its next calls, if it runs out of work soon."""
-        calls = slot.calls
-        if (slot.leaving or slot.recalling or not slot.open
-                or calls and (slot.alone or slot.stalled or slot.load > WORK_AHEAD / 2)
-                or not calls and self._overdrawn(slot.link)):
-            return
-        if quota is None:
-            quota = -(-len(self._queue) // max(1, len(slot.link.slots))) or 1
-        batch, items, now = [], [], time.monotonic()
-        while (not calls or slot.load < WORK_AHEAD and len(calls) < MAX_AHEAD and not slot.alone) and quota:
-            call = self._next_for(slot)
-            if call is None:
-                break
-            self._learn(slot, call._function, items)
-            if call._arguments is not None:
-                items.append((call._number, call._function.id, call._arguments, call._timeout))
-                self._mark_sent(slot, call, now)
-                batch.append(call)
-                quota -= 1
-        if not items:                             # there may be a function alone, as its call was cancelled just now
-            return
-        with Future._condition:
-            for call in batch:
-                if call._state == PENDING:
-                    call._state = RUNNING
-        if len(batch) == len(calls):
-            slot.heard = now
-        slot.send("calls", items)
-        if len(calls) > 1:
-            self._watch()
-
-    def _overdrawn(self, link):
-        """Whether the slots at work there, less those that wait for nested calls, are all that the share allows."""
-        granted = self._share[link.id][1] if link.id in self._share else None
-        return granted is not None and sum(bool(s.calls) and not s.suspended for s in link.slots.values()) >= max(granted, 1)
-
-    def _next_for(self, slot):
-        """The next call that may be sent to this slot, or None."""
-        for limit in slot.limits:
-            while limit.waiting:
-                if self._must_be_alone(limit.waiting[0]) and slot.calls:
-                    return None
-                call = limit.waiting.popleft()
-                if call._state not in _DONE:
-                    return call
-        queue = self._queue
-        while queue:
-            if self._must_be_alone(queue[0]) and slot.calls:
-                return None
-            call = queue.popleft()
-            if call._state in _DONE:
-                self._unpark(call._limit)         # it was here for all of its limit that are put aside
-            elif call._limit and not call._limit.allows(slot):
-                call._limit.waiting.append(call)
-            else:
-                return call
+    def first(self):
+        """The call that is next, or None."""
+        while self._urgent:
+            if is_waiting(self._urgent[0][-1]):
+                return self._urgent[0][-1]
+            heapq.heappop(self._urgent)
+        while self._fresh:
+            if is_waiting(self._fresh[0]):
+                return self._fresh[0]
+            self._fresh.popleft()
         return None
 
-    @staticmethod
-    def _must_be_alone(call):
-        """A call on its last try goes to an idle slot, so that it is known whether it began."""
-        return call._tries >= call._retries and call._state not in _DONE
-
-    def _learn(self, slot, function, items):
-        """Send the function along if the worker does not know it; let it drop what was not used for long."""
-        if function.id in slot.functions:
-            slot.functions.move_to_end(function.id)
-            return
-        slot.functions[function.id] = None
-        if len(slot.functions) > slot.KNOWN:
-            items.append((0, slot.functions.popitem(last=False)[0], None, None))
-        items.append((0, function.id, function.payload, (function.name, function.setup)))
-
-    def _mark_sent(self, slot, call, now):
-        slot.calls[call._number] = call
-        slot.alone = call._tries >= call._retries
-        call._slot, call._sent_at = slot, now
-        call._cost = WORK_AHEAD if call._function.mean is None else call._function.mean
-        slot.load += call._cost
-        limit = call._limit
-        if limit:
-            limit.slots[slot] += 1
-            slot.limits[limit] = limit.slots[slot]
-
-    def _unsend(self, slot, call):
-        """Undo `_mark_sent`, but for slot.calls."""
-        slot.load -= call._cost
-        limit = call._limit
-        if limit:
-            limit.slots[slot] -= 1
-            if not limit.slots[slot]:
-                del limit.slots[slot], slot.limits[limit]
-                self._unpark(limit)
-
-    def _unpark(self, limit):
-        """Another slot may work on the calls of this limit: one of those put aside goes back to the front."""
-        while limit and limit.waiting:
-            call = limit.waiting.popleft()
-            if call._state not in _DONE:
-                self._queue.appendleft(call)
-                return
-
-    def _requeue(self, calls):
-        """Back to the front of the queue, in their order; they may be cancelled as waiting calls again."""
-        with Future._condition:
-            for call in calls:
-                call._slot = None
-                if call._state == RUNNING:
-                    call._state = PENDING
-        self._queue.extendleft(reversed(calls))
-
-    def _watch(self):
-        """Look after STALL_TIME whether calls wait behind a long one, or behind many while another slot idles."""
-        if not self._watching:
-            self._watching = True
-            self.loop.call_later(STALL_TIME, self._recall_stalled)
-
-    def _recall_stalled(self):
-        self._watching = False
-        now, slots = time.monotonic(), self._slots()
-        idle = not self._queue and any(slot.open and not slot.leaving and not slot.calls for slot in slots)
-        for slot in slots:
-            if len(slot.calls) > 1:
-                if not slot.stalled and (idle or now - slot.heard >= STALL_TIME):
-                    slot.stalled = True
-                    slot.recall()
-                self._watch()
-
-    # -- calls: their answers
-
-    def take_results(self, slot, results, seconds):
-        mean = seconds / len(results)
-        outcomes, calls, last = [], slot.calls, None
-        for number, succeeded, value in results:
-            call = calls.pop(number, None)
-            if call is None:
-                continue
-            self._unsend(slot, call)
-            if call._function is not last:
-                last = call._function
-                last.mean = mean if last.mean is None else 0.7 * last.mean + 0.3 * mean
-            call._took = slot.heard - call._sent_at
-            if slot.children:
-                self._cancel_children(slot, number)
-            outcomes.append((call, succeeded, value))
-        slot.alone = slot.stalled = False
-        if not calls:
-            slot.load = 0.0
-        self._finish(outcomes)
-        if slot.leaving:
-            if not calls:
-                self._end(slot)
+    def pop_first(self):
+        """Take out the call that `first` gave."""
+        if self._urgent:
+            heapq.heappop(self._urgent)
         else:
-            self.fill(slot)
-        if self._queue and self._idle_elsewhere(slot):
-            self._dispatch()
+            self._fresh.popleft()
 
-    def _idle_elsewhere(self, slot):
-        return any(not other.calls for other in self._slots() if other is not slot)
+    def waiting(self):
+        return [call for call in [*(entry[-1] for entry in self._urgent), *self._fresh] if is_waiting(call)]
 
-    def take_back(self, slot, numbers):
-        slot.recalling = False
-        calls = [slot.calls.pop(number) for number in numbers if number in slot.calls]
+    def allows(self, slot, call):
+        """Whether the slot may work on this call, too.
+
+        A call that waits for nested ones counts for the calls of others, since it will go on, but not for nested calls:
+        it may be one of these that it waits for."""
+        if self.most is None or slot in self.slots or len(self.slots) < self.most:
+            return True
+        return bool(call._parent) and sum(not other.suspended for other in self.slots) < self.most
+
+
+_ties = itertools.count()       # so that a heap never compares two calls
+
+
+def rank(call):
+    """Calls begin in the order of it: nested ones first, the newest of them before the others; then the order made."""
+    return -call._number if call._parent else call._number
+
+
+def is_waiting(call):
+    return call._slot is None and call._state not in _DONE
+
+
+def is_last_try(call):
+    """Whether it may be started just once more: then it goes alone to an idle slot, so that it is known whether it began."""
+    return call._tries >= call._retries
+
+
+class Backlog:
+    """The calls without an outcome: which of those that wait is next for a slot, and how many slots they could use.
+
+    Knows no connection, clock or thread; slots are asked for `calls`, `limits` and `suspended` alone."""
+
+    def __init__(self):
+        self.limits = {}                          # {(key, max) or None: Limit} with calls without an outcome, or under way
+        self.wanted = 0                           # slots that these could use
+        self.queued = 0                           # calls that wait for a slot
+        self._heads = []                          # heap of (rank, tie, Limit): each by its first waiting call, unless full
+
+    def __repr__(self):
+        return f"<Backlog {self.wanted} slots wanted, {len(self.limits)} limits>"
+
+    @property
+    def pending(self):
+        """How many calls have no outcome."""
+        return sum(limit.pending for limit in list(self.limits.values()))
+
+    def waiting(self):
+        """The calls that wait for a slot."""
+        return [call for limit in self.limits.values() for call in limit.waiting()]
+
+    def add(self, call):
+        """A new call, which has its number."""
+        limit = self.limits.get(call._limit)
+        if limit is None:
+            limit = self.limits[call._limit] = Limit(call._limit and call._limit[1])
+        call._counted = True
+        self.queued += 1
+        self._count(limit, pending=1)
+        limit.add(call)
+        self._list(limit)
+
+    def put_back(self, calls):
+        """Calls that were sent and came back: before all that were made after them."""
         for call in calls:
-            self._unsend(slot, call)
-        self._requeue([call for call in calls if call._state not in _DONE])
-        for call in list(slot.calls.values()):
-            if call._state in _DONE:              # cancelled while others waited behind it
-                self.kill(slot, call._number)
-        if slot.leaving and not slot.calls:
-            self._end(slot)
-        self._dispatch()
+            call._slot = None
+            self.queued += 1
+            limit = self.limits[call._limit]
+            limit.put_back(call)
+            self._list(limit)
 
-    def _finish(self, outcomes):
-        """Every call ends here, exactly once: [(call, succeeded, value)]."""
-        answers = collections.defaultdict(list)
-        for call, succeeded, value in outcomes:
-            if self._uncount(call) and call._parent:
-                slot, number = call._parent
-                self._end_child(slot, call)
-                if isinstance(value, BaseException):
-                    value = pack_exception(value)
-                answers[slot].append((number, succeeded, forwarded(value)))
-        conclude(outcomes)
-        for slot, results in answers.items():
-            slot.send("results", results)
-
-    def _uncount(self, call):
-        """Whether it was among the unfinished calls until now."""
+    def finish(self, call):
+        """The call has its outcome; whether it was among the unfinished ones until now."""
         if not call._counted:
             return False
         call._counted = False
-        limit = call._limit or self._unlimited
-        limit.pending -= 1
-        if not limit.pending and limit is not self._unlimited:
-            limit.idle.set()
-            self._limits.discard(limit)
+        self.queued -= call._slot is None
+        limit = self.limits[call._limit]
+        self._count(limit, pending=-1)
+        self._forget(call._limit, limit)
         return True
 
-    def _cancelled(self, call):
-        """A call was cancelled by its caller: it has its outcome, the rest of it must go."""
-        self._pump()
-        self._finish([(call, False, CancelledError())])
-        slot = call._slot
-        if slot is None or call._number not in slot.calls:
-            return
-        if len(slot.calls) > 1:
-            slot.recall()                         # `take_back` kills it if it is not among what comes back
+    def next_for(self, slot):
+        """The waiting call that the slot is to do next, taken out; None if there is none for it."""
+        best = self._first_listed(slot)
+        for limit in slot.limits:                 # full, but this slot works on it already
+            if limit.listed is None and (call := limit.first()) and (best is None or rank(call) < best.listed):
+                best = limit
+        call = best and best.first()
+        if call is None or slot.calls and is_last_try(call):
+            return None
+        best.pop_first()
+        self.queued -= 1
+        if best.listed is not None and (then := best.first()):
+            best.listed = rank(then)
+            heapq.heapreplace(self._heads, (best.listed, next(_ties), best))
+        return call
+
+    def take(self, slot, call):
+        """Take out this waiting call, wherever it stands, if the slot may work on it; whether it may."""
+        if not self.limits[call._limit].allows(slot, call):
+            return False
+        self.queued -= 1                          # it is passed over by `first` from now on, as it has a slot
+        return True
+
+    def sent(self, slot, call):
+        """The slot works on the call now."""
+        limit = self.limits[call._limit]
+        limit.slots[slot] += 1
+        slot.limits[limit] = limit.slots[slot]
+
+    def unsent(self, slot, call):
+        """The slot works on it no more."""
+        limit = self.limits[call._limit]
+        limit.slots[slot] -= 1
+        slot.limits[limit] = limit.slots[slot]
+        if not limit.slots[slot]:
+            del limit.slots[slot], slot.limits[limit]
+            self._list(limit)
+            self._forget(call._limit, limit)
+
+    def suspend(self, slot, call, change):
+        """The call of the slot begins (1) or ends (-1) to wait for nested calls."""
+        if limit := self.limits.get(call._limit):
+            self._count(limit, suspended=change)
+        for limit in slot.limits:
+            self._list(limit)
+
+    def _count(self, limit, pending=0, suspended=0):
+        if limit.most is None:
+            limit.pending += pending
+            limit.suspended += suspended
+            self.wanted += pending - suspended
         else:
-            self.kill(slot, call._number)
+            self.wanted -= limit.wants
+            limit.pending += pending
+            limit.suspended += suspended
+            self.wanted += limit.wants
 
-    def kill(self, slot, number):
-        if number in slot.calls and not slot.over:
-            slot.link.send("kill", slot.number, number)
+    def _list(self, limit):
+        call = limit.first()
+        if call is not None and (limit.listed is None or rank(call) < limit.listed):
+            limit.listed = rank(call)
+            heapq.heappush(self._heads, (limit.listed, next(_ties), limit))
 
-    def _cancel_all(self):
-        self._pump()
-        sent = [call for slot in self._slots() for call in slot.calls.values()]
-        for call in [*self._waiting(), *sent]:
-            if not call._parent:
-                call.cancel()
-
-    def fail_all(self, error):
-        """No call can succeed any more: give this error to all, now and later."""
-        self.fatal = error
-        self.joined.set()
-        self._pump()
-        self._fail_waiting(error)
-
-    def _fail_waiting(self, error):
-        waiting = self._waiting()
-        if waiting and not self._closing:
-            log.warning("calls cannot run (%s): %s", len(waiting), error)
-        self._queue.clear()
-        for limit in self._limits:
-            limit.waiting.clear()
-        self._finish([(call, False, error) for call in waiting])
-
-    # -- nested calls: made by a call that runs in a slot, queued here like any other, newest first
-
-    def take_nested(self, slot, calls, functions):
-        for id, function in functions.items():
-            if function is None:
-                slot.nested_functions.pop(id, None)
+    def _first_listed(self, slot):
+        """The limit whose first call comes first of those that the slot may do."""
+        heads = self._heads
+        while heads:
+            listed, _, limit = heads[0]
+            call = limit.first() if listed == limit.listed else None       # else it was listed anew since
+            if call is None or not limit.allows(slot, call):
+                heapq.heappop(heads)
+                if listed == limit.listed:
+                    limit.listed = None           # nothing waits, or it is full: `unsent` lists it again
+            elif rank(call) != listed:            # the one before was cancelled
+                limit.listed = rank(call)
+                heapq.heapreplace(heads, (limit.listed, next(_ties), limit))
             else:
-                payload, name, setup = function
-                slot.nested_functions[id] = function_of(forwarded(payload), name, forwarded(setup))
-        for number, parent, function, arguments, timeout, retries, limit in calls:
-            function = slot.nested_functions[function]
-            if limit:
-                executor, most = limit            # None: the limit is the function's
-                limit = function.limit(most) if executor is None else slot.nested_limits.setdefault(executor, Limit(most))
-            call = Future(self, function, forwarded(arguments), timeout, retries, limit)
-            call._parent = slot, number
-            call._outer = parent
-            if parent in slot.calls:
-                slot.children[parent][number] = call
-                self._enqueue(call)
-            else:                                 # made by a thread that its call left behind
-                slot.send("results", [(number, False, pack_exception(CancelledError()))])
-        for limit in slot.limits:                 # its call does not count any more: another may run
-            self._unpark(limit)
-        self._update_wanted()
-        self.balance()
+                return limit
+        return None
 
-    def _end_child(self, slot, call):
-        children = slot.children.get(call._outer)
-        if children is not None:
-            children.pop(call._parent[1], None)
-            if not children:
-                del slot.children[call._outer]
-
-    def _cancel_children(self, slot, parent):
-        for call in list(slot.children.pop(parent, {}).values()):
-            call.cancel()
-
-    def forget_nested(self, slot, numbers):
-        for children in list(slot.children.values()):
-            for number in numbers:
-                if number in children:
-                    children[number].cancel()
-
-    # -- what workers ask and print
-
-    def answer_fetch(self, slot, request, what, fields):
-        """In a thread that may block: the source of a module, or a value that was shared."""
-        try:
-            answer = FETCHES[what](*fields)
-        except Exception as error:                # the asking worker must hear of it, whatever it is
-            log.exception("cannot answer a worker that asked for %s %s", what, fields)
-            answer = error.__class__.__name__ + ": " + str(error)
-        self._soon(slot.send, "fetched", request, answer)
-
-    def _start_printing(self):
-        """Before the first slot: when the interpreter ends, and the last lines come, no thread can be started."""
-        if self._printer is None and self.settings.output:
-            self._printer = SimpleQueue()
-            self._printing = threading.Thread(target=self._print, args=(self._printer,), name="clupy-output", daemon=True)
-            self._printing.start()
-
-    def show(self, connection, server, pid, stream, text, dropped):
-        self._printer.put((connection, server, pid, stream, text, dropped))
-
-    def _print(self, entries):
-        while (entry := entries.get()) is not None:
-            connection, server, pid, stream, text, dropped = entry
-            target = sys.stderr if stream == "err" else sys.stdout
-            lines = text.removesuffix("\n").split("\n") if text else []
-            if dropped:
-                lines.append(f"... {dropped} lines were not shown: more than {UNSEEN_OUTPUT >> 10} KiB were waiting")
-            if target is not None:
-                try:
-                    write_text(target, "".join(f"[{server} {pid}] {line}\n" for line in lines))
-                except (OSError, ValueError) as error:      # a closed pipe or stream: output ends, calls do not
-                    log.debug("output of %s cannot be shown: %s", server, error)
-            self._soon(connection.send, "seen", len(text))
-
-    # -- the end
-
-    async def _close(self):
-        """Cancel what is unfinished, end every slot, and wait for its last output."""
-        self._cancel_all()
-        deadline = self.loop.time() + CLOSE_TIME
-        for slot in self._slots():
-            self._end(slot)
-        while any(slot.pid for slot in self._slots()) and self.loop.time() < deadline:
-            await asyncio.sleep(0.005)
-        if self._printer:
-            self._printer.put(None)
-        for link in self._links.values():
-            if link.connection:
-                link.connection.abort()
-            link.task.cancel()
-            for slot in link.slots.values():
-                slot.task.cancel()
-                if slot.transport:
-                    slot.transport.abort()
-        if self._master:
-            self._master.close()
-        self._life.cancel()                       # it may be about to start the embedded cluster
-        await asyncio.wait([self._life])
-        for part in reversed(self.embedded or ()):
-            await part.close()
-        self._fail_waiting(Closed("the client was closed"))
-
-    def _grow(self, slots):
-        if self.embedded:
-            self.embedded[1].grow(slots)
-        elif not self.joined.is_set():
-            self.loop.call_later(0.01, self._grow, slots)
+    def _forget(self, key, limit):
+        if not limit.pending and not limit.slots:
+            self.limits.pop(key, None)
 
 
-def write_text(stream, text):
-    """Write whole lines at one stroke, so that what other threads print does not come in between.
-
-    Below the text layer where there is one below: up to 3.12.3 a write that finds its buffer full loses what another
-    thread writes meanwhile (python/cpython#119506)."""
-    stream.flush()
-    if buffer := getattr(stream, "buffer", None):
-        buffer.write(text.encode(stream.encoding, "backslashreplace"))
-    else:
-        stream.write(text)
-    stream.flush()
-
-
-def _as_protocol(slot):
-    """The slot as asyncio wants it: asyncio asks for its own base class, which is not there at import."""
-    protocol = _protocol_class()()
-    for name in ("connection_made", "connection_lost", "pause_writing", "resume_writing", "get_buffer", "buffer_updated",
-                 "eof_received"):
-        setattr(protocol, name, getattr(slot, name))
-    return protocol
-
-
-@functools.cache
-def _protocol_class():
-    return type("SlotProtocol", (asyncio.BufferedProtocol,), {})
-
+# ---- what becomes of the calls of a slot that ended
 
 def had_begun(numbers, begun):
     """For each unanswered call of a slot, in the order sent: whether it had begun when the slot ended.
@@ -3220,6 +2319,27 @@ def had_begun(numbers, begun):
         return [True] * len(numbers)
     last = numbers.index(begun) if begun in numbers else -1
     return [index <= last for index in range(len(numbers))]
+
+
+def verdicts(calls, how):
+    """[(verdict, charged, spared)] for the unanswered calls of a slot, in the order sent.  Pure.
+
+    how: what the server said of the slot's end.  charged: whether this start counts as one of 1 + `retries`.  spared: the
+    worker died before it could begin this one, which was the next: it may be its arguments that no worker can receive, so
+    that happens MAX_SPARED times only.  verdict: "done" (it has its outcome), "timeout", "died" (it has no try left), "again"."""
+    found, charged = [], had_begun([call._number for call in calls], how["begun"])
+    spared = bool(calls) and how["why"] == "died" and not any(charged)
+    if spared:
+        charged[0] = calls[0]._spared >= MAX_SPARED
+    for index, call in enumerate(calls):
+        if call._state in _DONE:
+            verdict = "done"
+        elif how["why"] == "timeout" and call._number == how["begun"]:
+            verdict = "timeout"
+        else:
+            verdict = "died" if call._tries + charged[index] > call._retries else "again"
+        found.append((verdict, charged[index], spared and index == 0))
+    return found
 
 
 def died(call, slot, how):
@@ -3252,6 +2372,1314 @@ def timed_out(call, slot, how):
     return CallTimeout(text + ("; it was at:\n  " + "\n  ".join(stack) if len(stack) > 1 else ""))
 
 
+# ---- one worker, one server
+
+OPENING, OPEN, LEAVING, ENDING, OVER = range(5)
+
+
+class Slot:
+    """What is under way in one worker, and the connection to it: an asyncio.BufferedProtocol through `as_protocol`.
+
+    Its states, which it goes through from left to right, each once at most:
+
+        opening   the connection is made, and waits for a free worker        Pool.open
+        open      the worker answered: calls may be sent                     on_opened
+        leaving   no more calls are sent; it ends when it has none left      Pool.leave
+        ending    `close` was sent, or one of the two ends was heard of:     Pool.end, connection_lost, on_ended
+                  the connection's (`gone`) or the worker's (`ended`)
+        over      both were, or 1 s passed: its calls were seen to           Pool.settle"""
+
+    def __init__(self, link, number, nested):
+        self.link, self.number = link, number
+        self.nested = nested                      # beyond the share: while a call there waits for nested calls
+        self.engine = link.engine
+        self.state = OPENING
+        self.calls = {}                           # {number: call} in the order sent, which is that in which they begin
+        self.load = 0.0                           # seconds of work under way, as estimated
+        self.limits = {}                          # {Limit: calls under way}
+        self.known = Known()                      # the functions that the worker has
+        self.children = {}                        # {number of a call here: {number there: nested call}}, all unfinished
+        self.children_sent = 0                    # of these, how many are in slots
+        self.functions = {}                       # {id: Function} of nested calls, as long as the worker knows them
+        self.pid = None                           # of the worker, once it is open
+        self.transport = None
+        self.recalled = None                      # "asked" for what it has not begun; "answered", and no result since
+        self.closing = False                      # `close` was sent
+        self.ended = None                         # what the server said of its end
+        self.gone = False                         # the connection has been read to its end
+        self.heard = time.monotonic()             # when anything arrived, or a call was sent to the idle slot
+        self._outgoing = collections.deque()      # pieces of frames that the transport has not been given yet
+        self._full = False                        # it wants no more for now
+        self._frames = Frames(proof(slot_key(link.key, number), b"opened"))
+
+    def __repr__(self):
+        return f"{self.link.name} {self.pid or 'opening'}"
+
+    @property
+    def suspended(self):
+        """Whether the call that runs here has nested calls to wait for, and so does not use its slot."""
+        return bool(self.children)
+
+    @property
+    def takes_calls(self):
+        """Whether it may be sent more calls now."""
+        return (self.state == OPEN and not self.recalled and self.link.connection is not None
+                and (not self.calls or self.load <= WORK_AHEAD / 2 and not self._has_last_try))
+
+    @property
+    def has_room(self):
+        """Whether one more call may be added to what is about to be sent."""
+        return not self.calls or self.load < WORK_AHEAD and len(self.calls) < MAX_AHEAD and not self._has_last_try
+
+    @property
+    def _has_last_try(self):
+        """Whether its call is one that must be alone."""
+        return len(self.calls) == 1 and is_last_try(next(iter(self.calls.values())))
+
+    def add(self, call, now):
+        """The call is about to be sent here."""
+        self.calls[call._number] = call
+        call._slot, call._sent_at = self, now
+        call._cost = WORK_AHEAD if call._function.mean is None else call._function.mean
+        self.load += call._cost
+
+    def remove(self, call):
+        """The call is under way here no more, whatever became of it."""
+        del self.calls[call._number]
+        self.load = self.load - call._cost if self.calls else 0.0
+
+    def recall(self):
+        """Ask the worker for what it has not begun, unless it is asked already."""
+        if self.recalled != "asked":
+            self.recalled = "asked"
+            self.send("recall")
+
+    def send(self, *message):
+        if self.transport is not None and not self.transport.is_closing():
+            for part in encode(message):
+                self._outgoing.extend(part[start:start + SEND_PIECE] for start in range(0, len(part), SEND_PIECE))
+            self._write()
+
+    def _write(self):
+        while self._outgoing and not self._full:
+            self.transport.write(self._outgoing.popleft())
+
+    # -- what asyncio calls
+
+    def pause_writing(self):
+        self._full = True
+
+    def resume_writing(self):
+        self._full = False
+        self._write()
+
+    def connection_made(self, transport):
+        self.transport = transport
+
+    def get_buffer(self, _):
+        return self._frames.space()
+
+    def buffer_updated(self, count):
+        self.heard = time.monotonic()
+        try:
+            for message in self._frames.filled(count):
+                dispatch(self, self, message)
+        except ProtocolError as error:
+            log.warning("closing the slot %s: %s", self, error)
+            self.transport.abort()
+
+    def eof_received(self):
+        self.transport.abort()                    # nobody reads what was not sent yet
+
+    def connection_lost(self, _):
+        self.gone, self._frames = True, None      # a future may keep the slot, but not this memory
+        self._outgoing.clear()
+        self.engine.pool.ending(self)
+
+    # -- messages from the worker
+
+    def on_opened(self, _, pid):
+        self.pid = pid
+        self.engine.pool.opened(self)
+
+    def on_results(self, _, results, seconds):
+        self.engine.feeder.take_results(self, results, seconds)
+
+    def on_returned(self, _, numbers):
+        self.engine.feeder.take_back(self, numbers)
+
+    def on_nested(self, _, calls, functions):
+        self.engine.children.take(self, calls, functions)
+
+    def on_forget(self, _, numbers):
+        self.engine.children.forget(self, numbers)
+
+    def on_serve(self, _, name, buffers):
+        served[name] = [bytes(buffer) for buffer in buffers]
+
+    def on_fetch(self, _, request, what, *fields):
+        threads.run(self._answer, request, what, fields)
+
+    def _answer(self, request, what, fields):
+        """In a thread that may block: the source of a module, or a value that was shared."""
+        try:
+            answer = FETCHES[what](*fields)
+        except Exception as error:                # the asking worker must hear of it, whatever it is
+            log.exception("cannot answer a worker that asked for %s %s", what, fields)
+            answer = error.__class__.__name__ + ": " + str(error)
+        self.engine.soon(self.send, "fetched", request, answer)
+
+
+def as_protocol(slot):
+    """The slot as asyncio wants it: an object of its own base class, which is not there when this module is imported."""
+    protocol = _protocol_class()()
+    for name in ("connection_made", "connection_lost", "pause_writing", "resume_writing", "get_buffer", "buffer_updated",
+                 "eof_received"):
+        setattr(protocol, name, getattr(slot, name))
+    return protocol
+
+
+@functools.cache
+def _protocol_class():
+    return type("SlotProtocol", (asyncio.BufferedProtocol,), {})
+
+
+class ServerLink:
+    """The control connection to one server, and the slots there."""
+
+    def __init__(self, engine, id, address):
+        self.engine, self.id, self.address = engine, id, address
+        self.name = f"{address[0]}:{address[1]}"
+        self.connection = self.key = self.session = None
+        self.slots = {}                           # {number: Slot}, until they are over
+        self.max_nested = 0                       # slots there beyond the share at most
+        self.draining = False                     # takes no new slots
+        self.lost_at = None                       # when it could not be reached, or ended
+        self.failures = 0                         # slots in a row that could not be opened
+        self.retry_at = 0.0                       # no slot is opened before
+        self.heard = time.monotonic()
+        self.task = asyncio.create_task(self._run())
+
+    def __repr__(self):
+        return f"<ServerLink {self.name} {len(self.slots)} slots{' draining' if self.draining else ''}>"
+
+    async def _run(self):
+        try:
+            connection = await dial(self.address, CONTROL, self.engine.secret, self.engine.settings)
+        except Exception as error:                # whatever dialing raises, a host's name that is none included
+            log.warning("server %s cannot be reached: %s", self.name, error or type(error).__name__)
+            self.engine.pool.link_lost(self)
+            return
+        self.connection, self.key = connection, connection.key
+        self.greet()
+        try:
+            await connection.serve(self)
+        finally:
+            self.connection = None
+            self.engine.pool.link_lost(self)
+
+    def greet(self):
+        resolution = self.engine.libraries.resolution
+        self.send("hello", self.engine.id, PYTHON, resolution and resolution.plain, self.engine.settings.output)
+
+    def send(self, *message):
+        if self.connection:
+            self.connection.send(*message)
+
+    def kill(self, slot, number):
+        """End the call, and the worker with it, if it runs there."""
+        if number in slot.calls and slot.state < OVER:
+            self.send("kill", slot.number, number)
+
+    # -- messages from the server
+
+    def on_welcome(self, _, session, name, versions, max_nested):
+        self.session, self.name, self.max_nested = session, name, max_nested
+        if versions["python"] != "%d.%d.%d" % sys.version_info[:3]:
+            log.info("server %s runs Python %s, this client %s", name, versions["python"], sys.version.split()[0])
+        self.engine.libraries.check_server(versions)
+        self.engine.pool.balance()
+
+    def on_refused(self, _, kind, text):
+        self.engine.fail_all(refusal(kind, text))
+
+    def on_ended(self, _, number, how):
+        self.heard = time.monotonic()
+        if slot := self.slots.get(number):
+            slot.ended = how
+            self.engine.pool.ending(slot)
+
+    def on_late(self, _, number, call):
+        slot = self.slots.get(number)
+        if slot and call in slot.calls:           # it had not begun yet, or its result is on its way: ask again
+            asyncio.get_running_loop().call_later(0.05, self.kill, slot, call)
+
+    def on_output(self, connection, pid, stream, text, dropped):
+        self.heard = time.monotonic()
+        self.engine.output.show(connection, self.name, pid, stream, text, dropped)
+
+    def on_notice(self, _, what, text):
+        self.heard = time.monotonic()
+        if what == "draining":
+            self.draining = True
+            self.engine.pool.balance()
+        elif what == "renew":
+            self.engine.pool.renew(self)
+        elif what == "building":
+            self.engine.libraries.show_progress(f"{self.name}: {text}")
+        elif what == "broken":
+            self.engine.libraries.cannot_be_built(self, text)
+
+
+def refusal(kind, text):
+    """The error that a peer's `refused` stands for."""
+    known = {cls.__name__: cls for cls in (VersionMismatch, SecretError, ProtocolError, ConfigurationError)}
+    return known.get(kind, ClupyError)(text)
+
+
+class Output:
+    """What calls print, in the client's own output, by a thread that may block.
+
+    The thread is there before the first slot: when the interpreter ends, and the last lines come, none can be started."""
+
+    def __init__(self, engine):
+        self._engine, self._entries, self._thread = engine, SimpleQueue(), None
+
+    def start(self):
+        if self._thread is None and self._engine.settings.output:
+            self._thread = threading.Thread(target=self._print, name="clupy-output", daemon=True)
+            self._thread.start()
+
+    def show(self, connection, server, pid, stream, text, dropped):
+        self._entries.put((connection, server, pid, stream, text, dropped))
+
+    def end(self):
+        """No more will come."""
+        self._entries.put(None)
+
+    def join(self):
+        """Wait until all is shown, for CLOSE_TIME at most."""
+        if self._thread:
+            self._thread.join(CLOSE_TIME)
+
+    def _print(self):
+        while (entry := self._entries.get()) is not None:
+            connection, server, pid, stream, text, dropped = entry
+            target = sys.stderr if stream == "err" else sys.stdout
+            lines = text.removesuffix("\n").split("\n") if text else []
+            if dropped:
+                lines.append(f"... {dropped} lines were not shown: more than {UNSEEN_OUTPUT >> 10} KiB were waiting")
+            if target is not None:
+                try:
+                    write_text(target, "".join(f"[{server} {pid}] {line}\n" for line in lines))
+                except (OSError, ValueError) as error:      # a closed pipe or stream: output ends, calls do not
+                    log.debug("output of %s cannot be shown: %s", server, error)
+            self._engine.soon(connection.send, "seen", len(text))
+
+
+def write_text(stream, text):
+    """Write whole lines at one stroke, so that what other threads print does not come in between.
+
+    Below the text layer where there is one below: up to 3.12.3 a write that finds its buffer full loses what another
+    thread writes meanwhile (python/cpython#119506)."""
+    stream.flush()
+    if buffer := getattr(stream, "buffer", None):
+        buffer.write(text.encode(stream.encoding, "backslashreplace"))
+    else:
+        stream.write(text)
+    stream.flush()
+
+
+# ---- calls inside calls: made by a call that runs in a slot, queued here like any other, newest first
+
+class Children:
+    """Which calls wait for calls that they made.  Each Slot has the table of its own call; only this changes it."""
+
+    def __init__(self, engine):
+        self._engine = engine
+
+    def take(self, slot, calls, functions):
+        """A worker's message `nested`: calls that the call there made."""
+        for id, function in functions.items():
+            if function is None:
+                slot.functions.pop(id, None)
+            else:
+                payload, name, setup = function
+                slot.functions[id] = function_of(forwarded(payload), name, forwarded(setup))
+        for number, parent, function, arguments, timeout, retries, limit in calls:
+            call = Future(self._engine, slot.functions[function], forwarded(arguments), timeout, retries, limit)
+            call._parent, call._outer = (slot, number), parent
+            if parent not in slot.calls:          # made by a thread that its call left behind
+                slot.send("results", [(number, False, pack_exception(CancelledError()))])
+                continue
+            if parent not in slot.children:
+                slot.children[parent] = {}
+                self._engine.backlog.suspend(slot, slot.calls[parent], 1)
+            slot.children[parent][number] = call
+            self._engine.enqueue(call)
+        self._engine.master_side.update_wanted()
+        self._engine.pool.balance()
+
+    def ended(self, call):
+        """A nested call has its outcome."""
+        slot, number = call._parent
+        children = slot.children.get(call._outer, {})
+        if children.pop(number, None) and not children:
+            self._resume(slot, call._outer)
+
+    def cancel_of(self, slot, parent):
+        """The call ended, for whatever cause: nobody waits for its children."""
+        for call in list(slot.children.get(parent, {}).values()):
+            call.cancel()
+        if parent in slot.children:
+            self._resume(slot, parent)
+
+    def forget(self, slot, numbers):
+        """A worker's message `forget`: these nested calls were cancelled there."""
+        for children in list(slot.children.values()):
+            for number in numbers:
+                if number in children:
+                    children[number].cancel()
+
+    def _resume(self, slot, parent):
+        del slot.children[parent]
+        if call := slot.calls.get(parent):
+            self._engine.backlog.suspend(slot, call, -1)
+
+    def starving(self, slots):
+        """A nested call that must run, however many others do, or None: its parent, in one of these slots, has no child in any
+        slot.  So a call that waits always goes on some day, whatever the others wait for: a lock that it holds, perhaps."""
+        for slot in slots:
+            if slot.suspended and not slot.children_sent:
+                waiting = [call for children in slot.children.values() for call in children.values() if is_waiting(call)]
+                if waiting:
+                    return min(waiting, key=rank)
+        return None
+
+
+# ---- calls on their way
+
+class Feeder:
+    """Moves calls: from the Backlog into slots, back when their slot cannot run them soon, out when they have an outcome."""
+
+    def __init__(self, engine):
+        self._engine, self._backlog = engine, engine.backlog
+        self._watching = False                    # `_recall_stalled` is about to look
+
+    def feed(self):
+        """Give the slots that run out of work their next calls."""
+        if not self._backlog.queued:
+            return
+        slots = [slot for slot in self._engine.pool.slots() if slot.takes_calls]
+        slots.sort(key=lambda slot: (slot.load, -slot.heard))             # of the idle ones that which is still warm
+        quota = self._quota(len(slots))
+        for slot in slots:
+            self.fill(slot, quota)
+
+    def _quota(self, slots):
+        """How many calls one slot may take, so that others get their part of few."""
+        return max(1, -(-self._backlog.queued // max(1, slots)))
+
+    def fill(self, slot, quota=None):
+        """Send the slot its next calls, if it runs out of work soon."""
+        if not slot.takes_calls or not self._backlog.queued:
+            return
+        batch, items, now = [], [], time.monotonic()
+        if not slot.calls and self._engine.pool.is_crowded(slot.link):
+            call = self._engine.children.starving(self._engine.pool.slots())
+            if call is not None and self._backlog.take(slot, call):
+                self._add(slot, call, now, batch, items)
+        else:
+            if quota is None:
+                quota = self._quota(len(slot.link.slots))
+            while (len(batch) < quota and slot.has_room
+                   and (call := self._backlog.next_for(slot)) is not None):
+                self._add(slot, call, now, batch, items)
+        if not items:
+            return
+        with Future._condition:
+            for call in batch:
+                if call._state == PENDING:
+                    call._state = RUNNING
+        if len(batch) == len(slot.calls):
+            slot.heard = now
+        slot.send("calls", items)
+        if len(slot.calls) > 1:
+            self._watch()
+
+    def _add(self, slot, call, now, batch, items):
+        """One more call for the message `calls`, with its function if the worker does not know that."""
+        arguments, call._slot = call._arguments, slot
+        if arguments is None:                     # it was cancelled just now
+            return
+        function = call._function
+        new, dropped = slot.known.learn(function)
+        if new:
+            items += [(0, id, None, None) for id in dropped]
+            items.append((0, function.id, function.payload, (function.name, function.setup)))
+        items.append((call._number, function.id, arguments, call._timeout))
+        slot.add(call, now)
+        self._backlog.sent(slot, call)
+        if call._parent:
+            call._parent[0].children_sent += 1
+        batch.append(call)
+
+    def _remove(self, slot, call):
+        """Undo `_add`: the call is under way there no more."""
+        slot.remove(call)
+        self._backlog.unsent(slot, call)
+        if call._parent:
+            call._parent[0].children_sent -= 1
+
+    # -- back
+
+    def _watch(self):
+        """Look after STALL_TIME whether calls wait behind a long one, or behind many while another slot idles."""
+        if not self._watching:
+            self._watching = True
+            self._engine.loop.call_later(STALL_TIME, self._recall_stalled)
+
+    def _recall_stalled(self):
+        self._watching = False
+        now, slots = time.monotonic(), self._engine.pool.slots()
+        idle = not self._backlog.queued and any(slot.state == OPEN and not slot.calls for slot in slots)
+        for slot in slots:
+            if len(slot.calls) > 1:
+                if slot.recalled is None and (idle or now - slot.heard >= STALL_TIME):
+                    slot.recall()
+                self._watch()
+
+    def take_back(self, slot, numbers):
+        """A worker's message `returned`: it has not begun these, and will not."""
+        calls = [slot.calls[number] for number in numbers if number in slot.calls]
+        for call in calls:
+            self._remove(slot, call)
+        slot.recalled = "answered" if slot.calls else None
+        self.put_back([call for call in calls if call._state not in _DONE])
+        for call in list(slot.calls.values()):
+            if call._state in _DONE:              # cancelled while others waited behind it
+                slot.link.kill(slot, call._number)
+        self._engine.pool.end_if_empty(slot)
+        self.feed()
+
+    def put_back(self, calls):
+        """To the others that wait, as if they had never been sent."""
+        with Future._condition:
+            for call in calls:
+                if call._state == RUNNING:
+                    call._state = PENDING
+        self._backlog.put_back(calls)
+
+    # -- out
+
+    def take_results(self, slot, results, seconds):
+        """A worker's message `results`; seconds: what all of them took."""
+        mean, outcomes, last = seconds / len(results), [], None
+        for number, succeeded, value in results:
+            call = slot.calls.get(number)
+            if call is None:
+                continue
+            if slot.children:
+                self._engine.children.cancel_of(slot, number)
+            self._remove(slot, call)
+            if call._function is not last:
+                last = call._function
+                last.mean = mean if last.mean is None else 0.7 * last.mean + 0.3 * mean
+            call._took = slot.heard - call._sent_at
+            outcomes.append((call, succeeded, value))
+        if slot.recalled == "answered":
+            slot.recalled = None
+        self.finish(outcomes)
+        self._engine.pool.end_if_empty(slot)
+        self.fill(slot)
+        if self._backlog.queued and any(not other.calls for other in self._engine.pool.slots() if other is not slot):
+            self.feed()
+
+    def slot_over(self, slot, how):
+        """The unanswered calls of a slot that ended get what `verdicts` says."""
+        outcomes, again, calls = [], [], list(slot.calls.values())
+        for call, (verdict, charged, spared) in zip(calls, verdicts(calls, how)):
+            self._engine.children.cancel_of(slot, call._number)
+            self._remove(slot, call)
+            call._tries += charged
+            call._spared += spared
+            if verdict == "again":
+                again.append(call)
+            else:
+                make = {"done": lambda *_: CancelledError(), "timeout": timed_out, "died": died}[verdict]
+                outcomes.append((call, False, make(call, slot, how)))
+        self.put_back(again)
+        self.finish(outcomes)
+
+    def finish(self, outcomes):
+        """Every call ends here, exactly once: [(call, succeeded, value)]."""
+        conclude(outcomes)
+        answers = collections.defaultdict(list)
+        for call, succeeded, value in outcomes:
+            if self._backlog.finish(call) and call._parent:
+                slot, number = call._parent
+                self._engine.children.ended(call)
+                if isinstance(value, BaseException):
+                    value = pack_exception(value)
+                answers[slot].append((number, succeeded, forwarded(value)))
+        for slot, results in answers.items():
+            slot.send("results", results)
+
+    def cancelled(self, call):
+        """A call was cancelled by its caller: it has its outcome, the rest of it must go."""
+        self.finish([(call, False, CancelledError())])
+        slot = call._slot
+        if slot is None or call._number not in slot.calls:
+            return
+        if len(slot.calls) > 1:
+            slot.recall()                         # `take_back` kills it if it is not among what comes back
+        else:
+            slot.link.kill(slot, call._number)
+
+    def fail_waiting(self, error):
+        """The outcome of all calls that wait for a slot."""
+        waiting = self._backlog.waiting()
+        if waiting and not self._engine.closed:
+            log.warning("calls cannot run (%s): %s", len(waiting), error)
+        self.finish([(call, False, error) for call in waiting])
+
+
+# ---- slots: as many as the share says, where it says
+
+def slot_changes(slots, granted, draining, starving, now):
+    """(slots to leave, how many to open, how many to open beyond the share) on one server.  Pure.
+
+    granted: what the share allows there.  A call that waits for nested ones does not use its slot: as long as it waits there
+    may be one more, a nested slot.  starving: a nested call there must run, whatever else does."""
+    staying = [slot for slot in slots if slot.state <= OPEN or slot.state == LEAVING and slot.suspended]
+    active = [slot for slot in staying if not slot.suspended]
+    idle = [slot for slot in active if not slot.calls]
+    if draining:
+        granted = int(len(active) < len(staying))              # nothing new, but children must run
+    missing = granted - len(active)
+    plain = max(0, min(missing, granted - sum(not slot.nested for slot in staying)))
+    leaving = []
+    if missing < 0:
+        least = sorted(active, key=lambda slot: (len(slot.calls), slot.load))[:-missing]
+        leaving = [slot for slot in least if slot.calls or not starving and not (
+            slot.nested and granted and now - slot.heard < LINGER_TIME)]
+    return leaving, plain, max(missing - plain, int(starving and not idle), 0)
+
+
+class Pool:
+    """Which slots are open where, as the share says."""
+
+    def __init__(self, engine):
+        self._engine = engine
+        self.links = {}                           # {server id: ServerLink}
+        self.share = {}                           # {server id: ((host, port), slots)}; the last one from the master
+        self._failures = 0                        # slots in a row that failed here, not at a server
+        self._numbers = itertools.count(1)        # of slots
+        self._short = False                       # it was said that there are too few descriptors
+
+    def __repr__(self):
+        return f"<Pool {len(self.links)} servers, {len(self.slots())} slots>"
+
+    def slots(self):
+        return [slot for link in self.links.values() for slot in link.slots.values()]
+
+    def is_crowded(self, link):
+        """Whether the calls that run there, less those that wait for nested ones, are all that the share allows."""
+        granted = self._granted(link)
+        return granted is not None and sum(bool(slot.calls) and not slot.suspended
+                                           for slot in link.slots.values()) >= max(granted, 1)
+
+    def _granted(self, link):
+        """Slots there by the share; None: it does not name the server, so what is open stays."""
+        return self.share[link.id][1] if link.id in self.share else None
+
+    def balance(self):
+        """Open and leave slots until they are what the share says, and feed them."""
+        if self._engine.closed:
+            return
+        for id, (address, count) in self.share.items():
+            if count and id not in self.links:
+                self.links[id] = ServerLink(self._engine, id, address)
+        for link in list(self.links.values()):
+            if link.session is not None and link.connection:
+                self._balance_link(link)
+        self._fail_stuck()
+        self._engine.feeder.feed()
+
+    def _balance_link(self, link):
+        granted, now, backlog = self._granted(link), time.monotonic(), self._engine.backlog
+        if granted is None and not link.draining:
+            return
+        slots = list(link.slots.values())
+        starving = self._engine.children.starving(slots) is not None
+        leaving, plain, nested = slot_changes(slots, granted, link.draining, starving, now)
+        for slot in leaving:
+            self.leave(slot)
+        if not self._engine.master_side.count_wanted() or now < link.retry_at:
+            return
+        for _ in range(plain):
+            self._open(link, nested=False)
+        for _ in range(min(nested, backlog.queued, link.max_nested - sum(slot.nested for slot in link.slots.values()))):
+            self._open(link, nested=True)
+
+    def _fail_stuck(self):
+        """Calls inside calls that wait for each other in all workers that there may be: the newest of them fails."""
+        slots = self.slots()
+        if not slots or not all(slot.suspended for slot in slots) or self._engine.children.starving(slots) is None:
+            return
+        links = {slot.link for slot in slots}
+        if all(sum(slot.nested for slot in link.slots.values()) >= link.max_nested for link in links):
+            call = self._engine.children.starving(slots)
+            self._engine.feeder.finish([(call, False, ClupyError(
+                f"calls inside calls wait for each other in all workers of {', '.join(link.name for link in links)} (max_nested "
+                f"is {max(link.max_nested for link in links)}); a module that makes calls when it is imported does so in every "
+                "worker: put them under if __name__ == '__main__'"))])
+
+    # -- from opening to over
+
+    def _open(self, link, nested):
+        self._engine.output.start()
+        slot = Slot(link, next(self._numbers), nested)
+        link.slots[slot.number] = slot
+        slot.task = asyncio.create_task(self._connect(slot))
+
+    async def _connect(self, slot):
+        """Make the slot's connection; what goes wrong concerns this slot alone."""
+        link, settings = slot.link, self._engine.settings
+        try:
+            sock = await connect_socket(*link.address)
+            try:
+                tune(sock, user_timeout=False)
+                async with asyncio.timeout(HANDSHAKE_TIME):
+                    head = preamble(SLOT) + slot_head(link.key, link.session, slot.number, slot.nested)
+                    await self._engine.loop.sock_sendall(sock, head)
+                context = tls_context(settings, "dial")
+                tls = {"server_hostname": link.address[0], "ssl_handshake_timeout": NO_LIMIT} if context else {}
+                await self._engine.loop.create_connection(lambda: as_protocol(slot), sock=sock, ssl=context, **tls)
+            except BaseException:
+                sock.close()
+                raise
+            slot.send("opening", own_modules())
+        except Exception as error:                # whatever it is, the calls must not wait for this slot
+            self._not_opened(slot, error)
+
+    def _not_opened(self, slot, error):
+        link, engine = slot.link, self._engine
+        slot.gone = True
+        if slot.transport:
+            slot.transport.abort()
+        self.end(slot)
+        self.ending(slot)
+        link.failures += 1
+        link.retry_at = time.monotonic() + min(RETRY_TIME, 0.5 * 2 ** min(link.failures, 10))
+        if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
+            if not self._short:
+                self._short = True                # once; with the slots that there are it goes on
+                log.warning("no more slots than these %s: %s; a slot takes one file: raise the limit (ulimit -n)",
+                            len(self.slots()), error)
+        elif not isinstance(error, OSError):
+            self._failures += 1
+            log.error("a slot at %s cannot be opened", link.name, exc_info=error)
+            if self._failures >= MAX_FAILURES:
+                engine.feeder.fail_waiting(ClupyError(f"no slot can be opened, the last time because of {error!r}"))
+        elif link.failures == 1:
+            log.warning("no slot at %s: %s", link.name, error or type(error).__name__)
+        elif link.failures >= MAX_FAILURES and link.connection and not any(s.state == OPEN for s in link.slots.values()):
+            log.warning("giving up server %s: %s slots in a row could not be opened, the last one because of: %s", link.name,
+                        link.failures, error or type(error).__name__)
+            link.connection.close()               # as a server that cannot be reached: again after RETRY_TIME
+
+    def opened(self, slot):
+        """Its worker is there."""
+        if slot.state == OPENING:
+            slot.state = OPEN
+        slot.link.failures = self._failures = 0
+        self._engine.libraries.opened(slot.link)
+        self._engine.feeder.fill(slot)
+
+    def renew(self, link):
+        """The libraries changed: slots with the old ones go back after the calls under way."""
+        for slot in list(link.slots.values()):
+            self.leave(slot)
+        self.balance()
+
+    def leave(self, slot):
+        """Give the slot back after the call that runs in it."""
+        if slot.state <= OPEN:
+            slot.state = LEAVING
+        if len(slot.calls) > 1:
+            slot.recall()
+        self.end_if_empty(slot)
+
+    def end_if_empty(self, slot):
+        if slot.state == LEAVING and not slot.calls:
+            self.end(slot)
+
+    def end(self, slot):
+        """Ask the server to end the slot, now."""
+        if not slot.closing:
+            slot.closing, slot.state = True, max(slot.state, ENDING)
+            slot.link.send("close", slot.number)
+
+    def ending(self, slot):
+        """Its connection was read to its end, or its worker has ended: wait for the other, or for 1 s of silence."""
+        if slot.state == OVER:
+            return
+        slot.state = ENDING
+        if slot.gone and slot.ended is not None:
+            self._settle(slot)
+        else:
+            self._engine.loop.call_later(1.0, self._settle_late, slot, slot.heard)
+
+    def _settle_late(self, slot, heard):
+        if slot.state < OVER and slot.heard != heard and not slot.gone:
+            self._engine.loop.call_later(1.0, self._settle_late, slot, slot.heard)      # results are still arriving
+        elif slot.state < OVER:
+            self._settle(slot)
+
+    def _settle(self, slot):
+        """See to the calls that got no answer."""
+        slot.state = OVER
+        slot.link.slots.pop(slot.number, None)
+        if slot.ended is None:
+            self.end(slot)                        # its worker may not know yet
+        if slot.transport:
+            slot.transport.abort()
+        how = slot.ended or {"why": "lost", "begun": None}
+        if how["why"].startswith("max_nested"):
+            slot.link.retry_at = time.monotonic() + LINGER_TIME
+        self._engine.feeder.slot_over(slot, how)
+        self._engine.libraries.slot_over(slot.link)
+        self.balance()
+
+    # -- servers that are gone
+
+    def link_lost(self, link):
+        """The control connection could not be made, or ended, and with it, soon, every slot there."""
+        link.lost_at = time.monotonic()
+        self.share.pop(link.id, None)
+        for slot in list(link.slots.values()):
+            self.ending(slot)
+        self._engine.master_side.state()
+
+    def judge(self, now):
+        """Forget servers that were lost long enough ago to be tried again, and give up those that are silent."""
+        for link in list(self.links.values()):
+            if link.lost_at is not None and now - link.lost_at > RETRY_TIME and not link.slots:
+                del self.links[link.id]
+                self._engine.libraries.forget(link)
+            heard = max([link.heard] + [slot.heard for slot in link.slots.values()])
+            if link.connection and now - heard > SILENCE_TIME and any(slot.calls for slot in link.slots.values()):
+                log.warning("server %s has been silent for %g s; it is lost", link.name, SILENCE_TIME)
+                link.connection.close()
+
+    def restart_clocks(self, now):
+        """We slept, not the others."""
+        for link in self.links.values():
+            for one in (link, *link.slots.values()):
+                one.heard = now
+
+
+# ---- this client's libraries
+
+class OwnLibraries:
+    """This client's own list of libraries, and how its versions differ from the cluster's."""
+
+    def __init__(self, engine, dependencies):
+        self._engine = engine
+        self.dependencies = dependencies          # Dependencies: its list; None: it has none
+        self.resolution = None                    # Resolution of it and the master's; None: the cluster's
+        self.resolving = bool(dependencies and dependencies.libraries)    # no slots are wanted until the list is resolved
+        self.checking = engine.settings.library_check == "error"          # nor until versions were compared, if that matters
+        self.broken = {}                          # {server id: why our libraries cannot be built there}
+        self._shown = False                       # a line of pip's stands on the terminal
+
+    @property
+    def awaited(self):
+        """Whether calls must not start yet."""
+        return self.resolving or self.checking
+
+    def master_joined(self, connection):
+        if self.dependencies and self.dependencies.libraries:
+            task = self._engine.loop.create_task(self._send_list(connection))
+            task.add_done_callback(self._list_sent)
+        elif self._engine.settings.library_check != "off" and not self._engine.embedded:
+            connection.send("libraries", None)
+        if self._engine.embedded:
+            self.checking = False                 # workers run this very Python
+
+    async def _send_list(self, connection):
+        own, wheels = await clupy_master.packed(self.dependencies, self.show_progress)
+        connection.send("resolve", own.libraries, own.pip_options, wheels)
+
+    def _list_sent(self, task):
+        if not task.cancelled() and task.exception():
+            self._engine.fail_all(task.exception())
+
+    def resolved(self, found, error):
+        """The master's answer."""
+        self.clear_progress()
+        if error and self.resolution is None:
+            self._engine.fail_all(DependencyError(*error))
+        elif error:
+            log.warning("our libraries stay as they were: %s", DependencyError(*error))
+        else:
+            self.resolution, self.resolving = clupy_master.Resolution.of(found), False
+            self.check(self.resolution)
+            for link in self._engine.pool.links.values():
+                link.greet()                      # the server asks for the slots back once it has the new ones
+            self._engine.master_side.update_wanted()
+            self._engine.master_side.state()
+
+    def check(self, resolution):
+        """Compare the libraries of its workers with this client's, in a thread, since it reads files."""
+        if self._engine.settings.library_check != "off" and not self._engine.embedded:
+            threads.run(self._check, resolution.pins)
+
+    def _check(self, pins):
+        try:
+            clupy_master.check_libraries(pins, self._engine.settings.library_check)
+        except LibraryMismatch as error:
+            self._engine.soon(self._engine.fail_all, error)
+        self._engine.soon(self._checked)
+
+    def _checked(self):
+        self.checking = False
+        self._engine.master_side.update_wanted()
+
+    def check_server(self, versions):
+        """cloudpickle is in no list as a rule, but everything travels by it."""
+        if not self._engine.embedded and versions.get("cloudpickle"):      # before a slot is opened
+            try:
+                pins = [clupy_master.Pin("cloudpickle", versions["cloudpickle"])]
+                clupy_master.check_libraries(pins, self._engine.settings.library_check)
+            except LibraryMismatch as error:
+                self._engine.fail_all(error)
+
+    def show_progress(self, line):
+        self._shown = True
+        clupy_master.show_progress(f"clupy: {line}")
+
+    def clear_progress(self):
+        if self._shown:
+            self._shown = False
+            clupy_master.show_progress("")
+
+    # -- servers that cannot have them
+
+    def cannot_be_built(self, link, why):
+        """Use other servers; if the next share names none, the calls hear of it."""
+        self.broken[link.id] = why
+        link.draining = True                      # what runs there, in the environment before, goes on
+        self._engine.pool.balance()
+        self.slot_over(link)
+
+    def slot_over(self, link):
+        """Leave a server for good on which our libraries cannot be had, and nothing runs any more."""
+        if link.id in self.broken and not link.slots and link.connection:
+            link.connection.close()
+
+    def opened(self, link):
+        """A slot is open there, so they can be had."""
+        self.broken.pop(link.id, None)
+        self.clear_progress()
+
+    def forget(self, link):
+        self.broken.pop(link.id, None)
+
+    def judge(self, share):
+        """The outcome of the calls where no server is left that might have our libraries."""
+        if self.broken and not any(slots or id not in self.broken for id, (_, slots) in share.items()):
+            why = next(iter(self.broken.values()))
+            self._engine.feeder.fail_waiting(DependencyError(why.partition("\n")[0], why.split("\n")[1:]))
+
+
+# ---- what the master is told, and says
+
+class MasterSide:
+    """What this client wants of its master, and what becomes of its calls without one."""
+
+    def __init__(self, engine):
+        self._engine = engine
+        self.link = None                          # MasterLink, once the masters' addresses are known
+        self._wanted = (0, 0.0)                   # most slots wanted, and when
+        self._stated = 0.0                        # when the last statement was sent
+        self._stating = False                     # one is about to be sent
+        self._unserved = None                     # since when calls wait without any slot; inf: it was said
+
+    def __repr__(self):
+        return f"<MasterSide {self.link} {self._wanted[0]} wanted>"
+
+    def master_joined(self, connection):
+        self._engine.libraries.master_joined(connection)
+        self.state()
+
+    def master_lost(self):
+        """Calls that have slots go on; `judge` looks after the others."""
+
+    def state(self):
+        """Say to the master what this client wants."""
+        self._stating, now = False, time.monotonic()
+        if now - self._wanted[1] > 1.0:
+            self._wanted = self.count_wanted(), now
+        self._stated = now
+        if self.link and self.link.connection:
+            unreachable = [link.id for link in self._engine.pool.links.values() if link.lost_at is not None]
+            resolution = self._engine.libraries.resolution
+            self.link.connection.send("client", self._engine.id, PYTHON, self._wanted[0], unreachable,
+                                      resolution and resolution.hash)
+
+    def count_wanted(self):
+        """How many slots the unfinished calls could use now."""
+        return 0 if self._engine.libraries.awaited else self._engine.backlog.wanted
+
+    def update_wanted(self):
+        """After a change of the unfinished calls: a larger wish is stated at once, or after GATHER_TIME."""
+        wanted = self.count_wanted()
+        if wanted > self._wanted[0]:
+            self._wanted = wanted, time.monotonic()
+            if not self._stating:
+                self._stating = True
+                self._engine.loop.call_later(max(0.0, self._stated + GATHER_TIME - time.monotonic()), self.state)
+
+    def judge(self, now):
+        """State what is due, and look after calls that wait without any slot."""
+        if now - self._stated >= STATEMENT_TIME * 0.9:
+            self.state()
+        if self.link:
+            self.link.look(now)
+        if self._engine.pool.slots() or not self._engine.backlog.queued or not self.count_wanted():
+            self._unserved = None
+            return
+        if self._unserved is None:
+            self._unserved = now
+        elif now - self._unserved > UNSERVED_TIME and self.link:
+            self._unserved = math.inf             # said once
+            self._say_unserved()
+        if self.masterless(now) > self._engine.settings.patience:
+            self._engine.feeder.fail_waiting(self.unreachable())
+
+    def _say_unserved(self):
+        calls = self._engine.backlog.queued
+        if self.link.connection:
+            log.warning("calls wait (%s): the master at %s has no server with a slot for them; start one with: "
+                        "python -m clupy serve", calls, self.link.connection.peer)
+        else:
+            log.warning("calls wait (%s), for %g s at most: %s", calls, self._engine.settings.patience, self.unreachable())
+
+    def restart_clocks(self, now):
+        """We slept, not the others."""
+        if self.link:
+            self.link.lost_at = now
+
+    def masterless(self, now):
+        """Seconds without a master."""
+        return 0.0 if self.link is None or self.link.connection else now - self.link.lost_at
+
+    def unreachable(self):
+        why = self.link.why_lost if self.link else "none was found yet"
+        return MasterUnreachable(f"no master for {self.masterless(time.monotonic()):.1f} s ({why}); "
+                                 "is `python -m clupy master` running there?")
+
+    # -- messages from the master
+
+    def on_share(self, _, share, services):
+        engine = self._engine
+        engine.pool.share = {id: ((host or self.link.host, port), slots) for id, ((host, port), slots) in share.items()}
+        if services != engine.said:
+            engine.said = services
+        engine.joined.set()
+        engine.pool.balance()
+        engine.libraries.judge(engine.pool.share)
+
+    def on_leader(self, _, address):
+        self.link.follow(address)
+
+    def on_refused(self, _, kind, text):
+        self._engine.fail_all(refusal(kind, text))
+
+    def on_resolved(self, _, found, error):
+        self._engine.libraries.resolved(found, error)
+
+    def on_libraries(self, _, _hash, found):
+        self._engine.libraries.check(clupy_master.Resolution.of(found))
+
+    def on_notice(self, _, what, text):
+        self._engine.libraries.show_progress(text)
+
+
+# ---- the client
+
+class Engine(BaseEngine):
+    """One client: its thread, its loop, its rooms.  Any thread may call the methods of BaseEngine; all else is the loop's."""
+
+    def __init__(self, settings, secret=None, dependencies=None):
+        self.id = os.urandom(8).hex()
+        self.settings = settings
+        self.secret = secret                      # None: an embedded cluster makes its own
+        self.embedded = None                      # (Master, Server) of the embedded cluster
+        self.fatal = None                         # an error that every call gets from now on
+        self.joined = threading.Event()           # a first share, or a fatal error, is there
+        self.pid = os.getpid()
+        self.backlog = Backlog()
+        self.output = Output(self)
+        self.children = Children(self)
+        self.feeder = Feeder(self)
+        self.pool = Pool(self)
+        self.libraries = OwnLibraries(self, dependencies)
+        self.master_side = MasterSide(self)
+        self._inbox = collections.deque()         # calls from any thread, not yet seen by the loop
+        self._awake = False                       # the loop will look at the inbox
+        self._numbers = itertools.count(1)        # of calls
+        self._selector = selectors.DefaultSelector()
+        self.loop = asyncio.SelectorEventLoop(self._selector)
+        self._thread = threading.Thread(target=self._main, name="clupy-engine", daemon=True)
+        self._thread.start()
+
+    def __repr__(self):
+        return f"<Engine {self.id[:6]} {self.backlog} {self.pool}{' closed' if self.closed else ''}>"
+
+    # -- for any thread
+
+    def submit(self, call):
+        self._inbox.append(call)
+        if not self._awake:
+            self._awake = True
+            self.soon(self._pump)
+
+    def cancel(self, call):
+        self.soon(self._cancelled, call)
+
+    def soon(self, function, *args):
+        """Call the function in the loop."""
+        try:
+            self.loop.call_soon_threadsafe(function, *args)
+        except RuntimeError:                      # the loop is closed
+            self._lose()
+
+    def calls(self):
+        if self.closed:
+            return []
+        return asyncio.run_coroutine_threadsafe(self._calls(), self.loop).result()
+
+    def cancel_all(self):
+        """Cancel every unfinished call of this client; those made after it returned are not among them."""
+        done = threading.Event()
+        self.soon(self._cancel_all)
+        self.soon(done.set)
+        if not self.closed:
+            done.wait(CLOSE_TIME)
+
+    def close(self):
+        """End all calls and slots; returns when the last output was shown, after CLOSE_TIME at most."""
+        if self.closed or self.pid != os.getpid():
+            return
+        self.closed = True
+        try:
+            asyncio.run_coroutine_threadsafe(self._close(), self.loop).result(CLOSE_TIME + 2)
+        except TimeoutError:
+            log.error("closing took more than %g s; leaving the rest to the servers", CLOSE_TIME + 2)
+        self.output.join()                        # the last lines are read, but may not be shown yet
+        self.soon(self.loop.stop)
+        self._thread.join(CLOSE_TIME)
+        self._lose()
+
+    def unfinished(self):
+        """About how many calls have no outcome yet."""
+        return 0 if self.closed else len(self._inbox) + self.backlog.pending
+
+    def grow(self, slots):
+        self.soon(self._grow, slots)
+
+    def services(self, patience):
+        if not self.joined.wait(patience):
+            raise self.master_side.unreachable()
+        if self.fatal and not self.said:
+            raise self.fatal
+        return {} if self.embedded else self.said or {}
+
+    def release(self, names):
+        self.soon(lambda: [link.send("release", names) for link in self.pool.links.values()])
+
+    def abandon(self):
+        """In a forked child: close every descriptor by number, and tell the child's copies of calls that they are lost.
+
+        Never through asyncio, which would take the parent's sockets out of the epoll that both share."""
+        for number in () if self.loop.is_closed() else self.descriptors():
+            with contextlib.suppress(OSError):    # closed by the parent's loop in this very moment
+                os.close(number)
+        self._inbox.extend(self.backlog.waiting() + [call for slot in self.pool.slots() for call in slot.calls.values()])
+        self.closed, self.soon = True, self._lose
+        self._lose()
+
+    def _lose(self, *_):
+        """No loop will look at the inbox any more."""
+        self._awake = False                       # first: a call that is submitted now comes here by itself
+        calls = list(self._inbox)
+        why = "the client was closed" if self.pid == os.getpid() else "the call is one of the process that forked this one off"
+        conclude([(call, False, Closed(why)) for call in calls])
+
+    def descriptors(self):
+        """The numbers of the engine's open files: a forked child closes them, and nothing else of the engine."""
+        numbers = {key.fd for key in list(self._selector.get_map().values())} | {self._selector.fileno()}
+        for link in list(self.pool.links.values()):
+            for slot in list(link.slots.values()):
+                if slot.transport:
+                    numbers.add(slot.transport.get_extra_info("socket").fileno())
+        for part in self.embedded or ():
+            numbers.update(part.descriptors())
+        return {number for number in numbers if number >= 0}
+
+    # -- the loop
+
+    def _main(self):
+        asyncio.set_event_loop(self.loop)
+        self._life = self.loop.create_task(self._live())
+        try:
+            self.loop.run_forever()
+        finally:
+            rest = asyncio.all_tasks(self.loop)
+            for task in rest:
+                task.cancel()
+            if rest:
+                self.loop.run_until_complete(asyncio.wait(rest))
+            self.loop.run_until_complete(asyncio.sleep(0))         # transports close in the loop's next turn
+            self.loop.close()
+
+    async def _live(self):
+        try:
+            self.master_side.link = MasterLink(await self._find_masters(), self.secret, self.settings)
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self.master_side.link.run(self.master_side))
+                tasks.create_task(self._tick())
+        except* Exception as group:               # the engine's edge: no call may wait for an engine that is no more
+            if not self.closed:                   # else the interpreter ends, and has begun to take things away
+                log.error("the engine failed", exc_info=group)
+            self.fail_all(ClupyError(f"the engine failed: {group.exceptions[0]!r}"))
+
+    async def _find_masters(self):
+        """The masters' addresses: those of the settings, one that answers on localhost, or an embedded one's."""
+        if self.settings.master:
+            return masters_of(self.settings)
+        if self.secret:
+            address = ("127.0.0.1", self.settings.port)
+            try:
+                (await dial(address, TO_MASTER, self.secret, self.settings)).close()
+                return [address]
+            except ConnectionRefusedError:
+                pass
+            except (OSError, ClupyError) as error:
+                log.warning("%s:%s is not our master (%s); using this machine's cores instead", *address, error)
+        return [await self._embed()]
+
+    async def _embed(self):
+        """Start a master and a server in this loop, on loopback, with a secret of their own."""
+        self.secret = os.urandom(32).hex().encode()
+        services = merged_services(self.settings, {})              # the workers' are this process's
+        own = {**vars(self.settings), **{key: getattr(services, key) for key in SERVICE_KEYS}}
+        master = clupy_master.Master(default_settings("master", **own, listen=("127.0.0.1", 0)), self.secret)
+        server = clupy_server.Server(default_settings("server", **{**own, "master": [master.address]}, listen=("127.0.0.1", 0)),
+                                     self.secret)
+        master.given = sorted(services.given)
+        self.embedded = master, server
+        await server.start()
+        return master.address
+
+    async def _tick(self):
+        """Every STATEMENT_TIME: state, and look for what ended without a word."""
+        woke = time.monotonic()
+        while True:
+            await asyncio.sleep(STATEMENT_TIME / 2)
+            now = time.monotonic()
+            if now - woke > STATEMENT_TIME / 2 + 1:
+                self.pool.restart_clocks(now)
+                self.master_side.restart_clocks(now)
+            woke = now
+            if self._inbox:                       # Ctrl-C may have come between submit and the loop
+                self._pump()
+            self.pool.judge(now)
+            self.master_side.judge(now)
+            self.pool.balance()
+
+    def _pump(self):
+        """Take what is in the inbox."""
+        self._awake = False
+        inbox = self._inbox
+        for _ in range(len(inbox)):
+            self.enqueue(inbox.popleft())
+        if inbox and not self._awake:
+            self._awake = True
+            self.loop.call_soon(self._pump)
+        self.master_side.update_wanted()
+        if self.backlog.queued and not self.pool.slots():
+            self.pool.balance()                   # the last slot has ended, but not the share
+        else:
+            self.feeder.feed()
+
+    def enqueue(self, call):
+        """The call's first step in the loop."""
+        if call._state in _DONE:
+            return
+        call._number = next(self._numbers)
+        self.backlog.add(call)
+        if self.fatal or self.closed:
+            self.feeder.finish([(call, False, self.fatal or Closed("the client was closed"))])
+
+    def _cancelled(self, call):
+        self._pump()
+        self.feeder.cancelled(call)
+
+    async def _calls(self):
+        self._pump()
+        return self.backlog.waiting() + [call for slot in self.pool.slots() for call in slot.calls.values()]
+
+    def _cancel_all(self):
+        self._pump()
+        for call in self.backlog.waiting() + [call for slot in self.pool.slots() for call in slot.calls.values()]:
+            if not call._parent:
+                call.cancel()
+
+    def fail_all(self, error):
+        """No call can succeed any more: give this error to all, now and later."""
+        self.fatal = error
+        self.joined.set()
+        self._pump()
+        self.feeder.fail_waiting(error)
+
+    def _grow(self, slots):
+        if self.embedded:
+            self.embedded[1].grow(slots)
+        elif not self.joined.is_set():
+            self.loop.call_later(0.01, self._grow, slots)
+
+    # -- the end
+
+    async def _close(self):
+        """Cancel what is unfinished, end every slot, and wait for its last output."""
+        self._cancel_all()
+        deadline = self.loop.time() + CLOSE_TIME
+        for slot in self.pool.slots():
+            self.pool.end(slot)
+        while any(slot.pid for slot in self.pool.slots()) and self.loop.time() < deadline:
+            await asyncio.sleep(0.005)
+        self.output.end()
+        for link in self.pool.links.values():
+            if link.connection:
+                link.connection.abort()
+            link.task.cancel()
+            for slot in link.slots.values():
+                slot.task.cancel()
+                if slot.transport:
+                    slot.transport.abort()
+        if self.master_side.link:
+            self.master_side.link.close()
+        self._life.cancel()                       # it may be about to start the embedded cluster
+        await asyncio.wait([self._life])
+        for part in reversed(self.embedded or ()):
+            await part.close()
+        self.feeder.fail_waiting(Closed("the client was closed"))
+
+
 # ==== Calls ==================================================================
 # What a user writes.  The functions of the module share one engine per process, made when it is first needed.
 
@@ -3282,12 +3710,12 @@ def connect(master=None, *, executor=None, config=None, **settings):
     patience = engine.settings.patience
     joined = engine.joined.wait(min(UNSERVED_TIME, patience))
     if not joined and patience > UNSERVED_TIME:
-        log.warning("still connecting, for %g s at most: %s", patience, engine.unreachable())
+        log.warning("still connecting, for %g s at most: %s", patience, engine.master_side.unreachable())
         joined = engine.joined.wait(patience - UNSERVED_TIME)
     if not joined or engine.fatal:
         _engine = None
         engine.close()
-        raise engine.fatal or engine.unreachable()
+        raise engine.fatal or engine.master_side.unreachable()
 
 
 def _make_engine(settings):
@@ -3325,13 +3753,13 @@ class Parallel:
         self._options = most, timeout, retries
         for name in ("__module__", "__name__", "__qualname__", "__doc__"):
             setattr(self, name, getattr(func, name, None))
+        self._limit = (limit_key(func), most) if most else None
         self._function = capture(func) if _is_complete(func) else None         # None: captured at each call
 
     def __call__(self, *args, **kwargs):
-        most, timeout, retries = self._options
+        _, timeout, retries = self._options
         function = self._function or capture(self.func)
-        engine = _engine or _current_engine()
-        return start(engine, self.func, function, args, kwargs, timeout, retries, function.limit(most) if most else None)
+        return start(_engine or _current_engine(), self.func, function, args, kwargs, timeout, retries, self._limit)
 
     def __repr__(self):
         return f"<parallel {self.__qualname__ or self.func!r}>"
@@ -3521,7 +3949,7 @@ class Executor(concurrent.futures.Executor):
             raise TypeError(f"initializer must be a function, not {type(initializer).__name__}")
         self._own_engine = _make_engine(read_settings("client", master=master)) if master else None
         self._engine = self._own_engine or _current_engine()
-        self._limit = Limit(max_workers)
+        self._limit = ("executor", os.urandom(8).hex()), max_workers
         _executors.add(self)
         self._setup = None
         if initializer is not None:
@@ -3533,10 +3961,12 @@ class Executor(concurrent.futures.Executor):
     def submit(self, fn, /, *args, **kwargs):
         if self._shut:
             raise RuntimeError("cannot submit a call after shutdown()")
+        if self._engine is not None and self._engine.closed:
+            raise RuntimeError("cannot submit a call after its cluster was closed; make another Executor")
         if self._engine is None:                  # this process was forked off
             if self._own_engine:
                 raise RuntimeError("this Executor has a cluster of the process that made it; make one here")
-            self._engine, self._limit = _current_engine(), Limit(self._limit.most)
+            self._engine = _current_engine()
         function = capture(fn)
         if self._setup:
             function = function_of(function.payload, function.name, self._setup.payload)
@@ -3559,7 +3989,7 @@ class Executor(concurrent.futures.Executor):
             self._engine.close()
 
 
-class ExecutorEngine:
+class ExecutorEngine(BaseEngine):
     """Runs the calls on another concurrent.futures.Executor: threads to debug, or an engine that a site runs already.
 
     Functions, arguments and results are pickled all the same, so that what works here works on a cluster."""
@@ -3586,26 +4016,8 @@ class ExecutorEngine:
         if theirs := self._running.get(call):
             theirs.cancel()
 
-    def cancel_all(self):
-        for call in list(self._running):
-            call.cancel()
-
-    def grow(self, slots):
-        """The executor has the workers that it has."""
-
-    def abandon(self):
-        """What becomes of an executor in a forked child is its own affair."""
-
-    def cancel_limit(self, limit):
-        for call in list(self._running):
-            if call._limit is limit:
-                call.cancel()
-
-    def settle(self, limit):
-        concurrent.futures.wait([call for call in list(self._running) if call._limit is limit])
-
-    def close(self):
-        self.cancel_all()
+    def calls(self):
+        return list(self._running)
 
 
 _set_up = {}                    # {payload of an initializer: None, or the exception that it raised here}
@@ -3678,7 +4090,7 @@ def _settings():
     if _told is not None:
         return _told
     known, engine = _known, _engine
-    if (known is None or known[0] is not engine or known[1] is not getattr(engine, "said", None)
+    if (known is None or known[0] is not engine or known[1] is not (engine and engine.said)
             or known[2] is not _configured):
         known = _known = _find_services()
     return known[3]
@@ -3686,12 +4098,12 @@ def _settings():
 
 def _find_services():
     engine, configured, theirs = _engine, _configured, {}
-    own = engine.settings if isinstance(engine, Engine) else read_settings("client")
+    own = engine and engine.settings or read_settings("client")
     if engine is None and (own.master or _listens("127.0.0.1", own.port)):
         engine = _current_engine()
-    if isinstance(engine, Engine):
+    if engine is not None:
         theirs = engine.services(own.patience)
-    return engine, getattr(engine, "said", None), configured, merged_services(own, theirs)
+    return engine, engine and engine.said, configured, merged_services(own, theirs)
 
 
 def _listens(host, port):
@@ -3906,11 +4318,10 @@ WINDOW = 4              # pieces per command; more do not fit a processor's cach
 LONGEST_ITEM = 512 << 20   # bytes of a string of Redis: one item of a queue, one message
 
 _MISSING = object()
-_served = {}            # name -> buffers of a Ref that this process shared without Redis; kept until it ends
 _refs = weakref.WeakSet()   # this process's Refs, so that resolve() knows when there is none
-_serve = _served.__setitem__    # a worker sets these: a client serves what its calls share without Redis,
+_serve = served.__setitem__    # a worker sets these: a client serves what its calls share without Redis,
 _fetch = None                   # callable(name) -> the buffers of a Ref that the client serves, or None
-FETCHES["ref"] = lambda name: name in _served and [pickle.PickleBuffer(part) for part in _served[name]] or None
+FETCHES["ref"] = lambda name: name in served and [pickle.PickleBuffer(part) for part in served[name]] or None
 
 
 def put(name, value, ttl=None):
@@ -4183,8 +4594,8 @@ def _append(key, name, content):
 
 def forget_served():
     """Ends what this process serves without Redis, and removes this machine's copies of it: nobody can ask again."""
-    names = list(_served)
-    _served.clear()
+    names = list(served)
+    served.clear()
     for folder in _ref_folders() if names else ():
         for name in names:
             with contextlib.suppress(FileNotFoundError):
@@ -4223,7 +4634,7 @@ class Ref:
 
     def get(self):
         """The value. LookupError if it is gone; Unavailable. Any thread."""
-        head, *buffers = _served.get(self.name) or _machine_copy(self.name, self.in_redis)
+        head, *buffers = served.get(self.name) or _machine_copy(self.name, self.in_redis)
         return pickle.loads(head, buffers=[memoryview(buffer).toreadonly() for buffer in buffers])
 
 

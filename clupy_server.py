@@ -23,7 +23,6 @@ ZooKeeper session is there, too: the server ends it with the worker, so that a l
 """
 
 import collections
-import concurrent.futures
 import contextlib
 import faulthandler
 import fcntl
@@ -452,24 +451,20 @@ def flush_output():
             pass                                   # the call set it to None or closed it: its own affair
 
 
-class NestedCalls:
-    """The engine of calls inside calls: they go back over the slot to the client, which queues them newest first.
-
-    Does for a worker what clupy.Engine does for a client; any thread may call it."""
+class NestedCalls(clupy.BaseEngine):
+    """The engine of calls inside calls: they go back over the slot to the client, which queues them newest first."""
 
     def __init__(self, worker):
         self._worker = worker
         self._calls = {}                           # {number: call} without an outcome
         self._numbers = iter(range(1, 1 << 62))
-        self._functions = collections.OrderedDict()    # {id: None} that the client knows, least recently used first
+        self._known = clupy.Known()                # the functions that the client has
         self._sending = threading.Lock()               # so that no call overtakes its function
 
     def submit(self, call):
         worker, function = self._worker, call._function
         number = call._number = next(self._numbers)
-        limit = call._limit
-        most = limit and (None if limit is function.limits.get(limit.most) else id(limit), limit.most)
-        item = number, worker.current, function.id, call._arguments, call._timeout, call._retries, most
+        item = number, worker.current, function.id, call._arguments, call._timeout, call._retries, call._limit
         self._calls[number] = call
         try:
             if worker.ended:
@@ -484,12 +479,8 @@ class NestedCalls:
 
     def _news_of(self, function):
         """{id: (payload, name, setup), or None to drop it} of what the client has to learn to run this function."""
-        news = {} if function.id in self._functions else {function.id: (function.payload, function.name, function.setup)}
-        self._functions[function.id] = None
-        self._functions.move_to_end(function.id)
-        if len(self._functions) > clupy.Slot.KNOWN:
-            news[self._functions.popitem(last=False)[0]] = None
-        return news
+        new, dropped = self._known.learn(function)
+        return {**dict.fromkeys(dropped), function.id: (function.payload, function.name, function.setup)} if new else {}
 
     def take_results(self, results):
         clupy.conclude([(call, succeeded, value) for number, succeeded, value in results
@@ -503,27 +494,13 @@ class NestedCalls:
         if self._calls.pop(call._number, None) and not self._worker.ended:
             self._worker.send("forget", [call._number])
 
-    def cancel_all(self):
-        for call in list(self._calls.values()):
-            call.cancel()
-
-    def cancel_limit(self, limit):
-        for call in list(self._calls.values()):
-            if call._limit is limit:
-                call.cancel()
-
-    def settle(self, limit):
-        concurrent.futures.wait([call for call in list(self._calls.values()) if call._limit is limit])
-
-    def grow(self, slots):
-        """Slots are the client's affair."""
+    def calls(self):
+        return list(self._calls.values())
 
     def abandon(self):
         """In a forked child of a call: the slot's socket is the parent's alone."""
         os.close(self._worker.sock.detach())
-        clupy._fetch, clupy._serve = None, clupy._served.__setitem__
-
-    close = cancel_all
+        clupy._fetch, clupy._serve = None, clupy.served.__setitem__
 
 
 # ==== Worker: the client's classes and modules ===============================
@@ -1150,7 +1127,7 @@ class Session:
         self.client, self.output = client, output
         if environment is not None:
             self.libraries = self.server.libraries_of(clupy_master.Resolution.of(environment))
-        connection.send("welcome", self.id, self.server.name, self.server.versions)
+        connection.send("welcome", self.id, self.server.name, self.server.versions, self.server.settings.max_nested)
         self.server.tell_libraries(self)
         if self.server.draining:
             connection.send("notice", "draining", "")

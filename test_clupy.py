@@ -567,7 +567,7 @@ def test_a_slot_whose_connection_breaks_is_given_back(tmp_path):
     future = clupy.parallel(first_sleeps)(str(tmp_path / "x"))
     until((tmp_path / "x").exists)
     engine = clupy._engine
-    engine._soon(lambda: [slot.transport.abort() for slot in engine._slots()])
+    engine.soon(lambda: [slot.transport.abort() for slot in engine.pool.slots()])
     assert future.wait(PATIENCE) and (tmp_path / "x").read_text() == "xx"
 
 
@@ -591,7 +591,7 @@ def test_a_server_that_cannot_have_new_libraries_finishes_what_runs_there():
     future = clupy.parallel(sleepy, retries=0)(1.5, "finished")
     until(future.running)
     engine = clupy._engine
-    engine._soon(lambda: [engine.libraries_broken(link, "cannot be built") for link in list(engine._links.values())])
+    engine.soon(lambda: [engine.libraries.cannot_be_built(link, "no") for link in list(engine.pool.links.values())])
     assert future.result(PATIENCE) == "finished"
 
 
