@@ -2226,18 +2226,19 @@ class Backlog:
     def next_for(self, slot):
         """The waiting call that the slot is to do next, taken out; None if there is none for it."""
         best = self._first_listed(slot)
+        first = best and best.first()
         for limit in slot.limits:                 # full, but this slot works on it already
-            if limit.listed is None and (call := limit.first()) and (best is None or rank(call) < best.listed):
-                best = limit
-        call = best and best.first()
-        if call is None or slot.calls and is_last_try(call):
+            call = limit.first() if limit.listed is None else None
+            if call and (first is None or rank(call) < rank(first)):
+                best, first = limit, call
+        if first is None or slot.calls and is_last_try(first):
             return None
         best.pop_first()
         self.queued -= 1
         if best.listed is not None and (then := best.first()):
             best.listed = rank(then)
             heapq.heapreplace(self._heads, (best.listed, next(_ties), best))
-        return call
+        return first
 
     def take(self, slot, call):
         """Take out this waiting call, wherever it stands, if the slot may work on it; whether it may."""

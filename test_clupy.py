@@ -40,6 +40,8 @@ import uuid
 import zipfile
 
 import cloudpickle
+import hypothesis
+import hypothesis.stateful
 import pytest
 
 import clupy
@@ -1055,6 +1057,190 @@ def test_who_is_charged_when_a_worker_dies():
     assert clupy.had_begun([4, 5, 6, 7], 5) == [True, True, False, False]
     assert clupy.had_begun([4, 5], 3) == [False, False]           # its result had arrived already
     assert clupy.had_begun([4, 5], None) == [True, True]          # nobody knows
+
+
+# ---- Backlog, Feeder, Children, Pool and verdicts by hand, under random sequences of what may happen
+
+class HandSlot(clupy.Slot):
+    """A slot whose worker is a list: `todo`, of which the first call runs. It lives by the rules of a real one."""
+
+    def __init__(self, link, number, nested):
+        super().__init__(link, number, nested)
+        self.state, self.pid, self.todo, self.asked = clupy.OPEN, number, [], 0
+
+    def send(self, kind, *fields):
+        if kind == "calls":
+            self.todo += [item[0] for item in fields[0] if item[0]]
+            self.begin()
+        elif kind == "recall":
+            self.asked += 1
+
+    def begin(self):
+        if self.todo and self.todo[0] != getattr(self, "begun", None):
+            self.begun = self.todo[0]
+            self.link.starts[self.calls[self.begun]] += 1
+
+    @property
+    def running(self):
+        return self.calls.get(self.todo[0]) if self.todo else None
+
+    def result(self):
+        if self.todo:
+            self.on_results(None, [(self.todo.pop(0), True, 1)], 0.001)
+            self.begin()
+
+    def answer(self):
+        if self.asked:
+            self.asked -= 1
+            back, self.todo = self.todo[1:], self.todo[:1]
+            self.on_returned(None, back)
+
+    def die(self, why="died", lost=False):
+        begun, self.todo = (self.todo or [0])[0], []
+        self.gone, self.ended = True, None if lost else {"why": why, "begun": begun, "pid": 1, "reason": "exit code 1"}
+        if lost:                                       # nobody knows what had begun
+            self.state = clupy.ENDING
+            self.engine.pool._settle(self)
+        else:
+            self.engine.pool.ending(self)
+
+    def call_inside(self, max):
+        if self.running:
+            number = next(self.link.numbers)
+            self.on_nested(None, [(number, self.todo[0], b"f", (), None, 0, max and (("nested", max), max))],
+                           {b"f": (b"payload", "nested", None)})
+
+
+class HandLink(types.SimpleNamespace):
+    def kill(self, slot, number):
+        if slot.todo and slot.todo[0] == number:
+            slot.die("cancelled")
+
+    def send(self, kind, number):
+        if kind == "close" and number in self.slots and not self.slots[number].calls:
+            self.slots[number].die("closed")
+
+
+class HandPool(clupy.Pool):
+    def _open(self, link, nested):
+        slot = HandSlot(link, next(self._numbers), nested)
+        link.slots[slot.number] = slot
+
+
+class HandEngine(clupy.BaseEngine):
+    """The rooms that decide, without thread, loop and connections."""
+
+    def __init__(self):
+        nothing = types.SimpleNamespace(call_later=lambda *_: None, update_wanted=lambda: None, state=lambda: None,
+                                        count_wanted=lambda: self.backlog.wanted, slot_over=lambda link: None,
+                                        opened=lambda link: None)
+        self.loop = self.master_side = self.libraries = self.output = nothing
+        self.backlog, self.children, self.numbers = clupy.Backlog(), clupy.Children(self), itertools.count(1)
+        self.feeder, self.pool = clupy.Feeder(self), HandPool(self)
+        self.starts = collections.Counter()
+        self.links = [HandLink(id=id, name=id, engine=self, key=b"k", slots={}, connection=True, session=1, draining=False,
+                               max_nested=3, retry_at=0.0, starts=self.starts, numbers=itertools.count(1), failures=0)
+                      for id in "ab"]
+        self.pool.links = {link.id: link for link in self.links}
+
+    def enqueue(self, call):
+        call._number = next(self.numbers)
+        self.backlog.add(call)
+
+    def cancel(self, call):
+        self.feeder.cancelled(call)
+
+
+class Calls(hypothesis.stateful.RuleBasedStateMachine):
+    """Whatever happens in whatever order: each call gets one outcome, and is started as often as it may be."""
+
+    def __init__(self):
+        super().__init__()
+        self.engine, self.made, self.outcomes = HandEngine(), [], {}
+        self.function = clupy.function_of(b"payload", "f")
+        self.share(2, 1)
+
+    def slot(self, index):
+        slots = self.engine.pool.slots()
+        return slots[index % len(slots)] if slots else None
+
+    indices = hypothesis.strategies.integers(0, 9)
+
+    @hypothesis.stateful.rule(retries=hypothesis.strategies.integers(0, 2), max=hypothesis.strategies.sampled_from((None, 1, 2)),
+                              count=hypothesis.strategies.integers(1, 5))
+    def submit(self, retries, max, count):
+        for _ in range(count):
+            call = clupy.Future(self.engine, self.function, (), None, retries, max and (("f", max), max))
+            self.made.append(call)
+            self.engine.enqueue(call)
+        self.engine.pool.balance()
+
+    @hypothesis.stateful.rule(a=hypothesis.strategies.integers(0, 3), b=hypothesis.strategies.integers(0, 2))
+    def share(self, a, b):
+        self.engine.pool.share = {"a": (("h", 1), a), "b": (("h", 2), b)}
+        self.engine.pool.balance()
+
+    @hypothesis.stateful.rule(index=indices, what=hypothesis.strategies.sampled_from(
+        ("result", "result", "result", "answer", "die", "lose", "recall", "nested", "nested 1")))
+    def happens(self, index, what):
+        slot = self.slot(index)
+        if slot is None:
+            return
+        if what == "lose":
+            slot.die(lost=True)
+        elif what.startswith("nested"):
+            slot.call_inside(1 if what.endswith("1") else None)
+        else:
+            getattr(slot, what)()
+        self.engine.pool.balance()
+
+    @hypothesis.stateful.rule(index=hypothesis.strategies.integers(0, 99))
+    def cancel(self, index):
+        if self.made:
+            self.made[index % len(self.made)].cancel()
+
+    @hypothesis.stateful.invariant()
+    def promises_hold(self):
+        slots = self.engine.pool.slots()
+        for call in self.made:
+            if call.done():
+                assert self.outcomes.setdefault(call, (call._state, call._result, call._exception)) == (
+                    call._state, call._result, call._exception)
+            assert self.engine.starts[call] <= 1 + call._retries
+            assert sum(call is other for slot in slots for other in slot.calls.values()) + (
+                call in self.engine.backlog.waiting()) == (not call.done() or call._number in (
+                    number for slot in slots for number in slot.calls))
+        running = [slot.running for slot in slots if slot.running and not slot.suspended]
+        for limit in {call._limit for call in running if call._limit}:
+            assert sum(call._limit == limit for call in running if not call._parent) <= limit[1]
+        for slot in slots:
+            assert list(slot.calls) == slot.todo           # in the order sent
+            for index, number in enumerate(slot.todo):
+                ancestors, call = set(), slot.calls[number]
+                while call._parent:
+                    ancestors.add((call._parent[0], call._outer))
+                    call = call._parent[0].calls.get(call._outer)
+                    if call is None:
+                        break
+                assert not ancestors & {(slot, earlier) for earlier in slot.todo[:index]}
+        assert self.engine.backlog.queued == len(self.engine.backlog.waiting())
+        assert self.engine.backlog.wanted >= 0
+
+    def teardown(self):
+        self.share(2, 1)
+        for _ in range(20 * (len(self.made) + 5)):
+            for slot in self.engine.pool.slots():
+                slot.answer()
+                slot.result()
+            self.engine.pool.balance()
+        assert all(call.done() for call in self.made)
+        assert not self.engine.backlog.limits and not self.engine.backlog.waiting()
+
+
+test_every_call_has_one_outcome_whatever_happens = Calls.TestCase
+test_every_call_has_one_outcome_whatever_happens.settings = hypothesis.settings(
+    max_examples=150, stateful_step_count=40, deadline=None, database=None,
+    suppress_health_check=list(hypothesis.HealthCheck))
 
 
 # ---- Cancel and time-out
