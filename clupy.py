@@ -150,6 +150,7 @@ GATHER_TIME = 0.02                # changes are gathered so long; more delays sh
 WORK_AHEAD = 0.005                # seconds of work sent ahead to a worker; more hides latency, but may have to be recalled
 MAX_SPARED = 2                    # workers that may die before they begin a call; the next death is charged to it
 MAX_FAILURES = 3                  # in a row, before what fails is given up; more is patience, less is haste
+FREE_DESCRIPTORS = 16             # left to the program and to what must be opened later; less starves it, more wastes slots
 MAX_AHEAD = 2000                  # calls under way in one slot at most, however short they are
 STALL_TIME = 0.02                 # a slot without a result for so long gives back what it has not begun
 LINGER_TIME = 1.0                 # an extra slot for nested calls stays open so long when idle; a new one costs a worker
@@ -808,6 +809,15 @@ class Connection:
     def abort(self):
         """End now; TLS would wait for the peer's farewell."""
         self._writer.transport.abort()
+
+
+def descriptors_left():
+    """How many more files this process may open."""
+    import resource
+    try:
+        return resource.getrlimit(resource.RLIMIT_NOFILE)[0] - len(os.listdir("/dev/fd"))
+    except OSError:                               # not even that one; or there is no such folder
+        return 0 if os.path.exists("/dev/fd") else math.inf
 
 
 async def connect_socket(host, port):
@@ -3039,6 +3049,12 @@ class Pool:
     # -- from opening to over
 
     def _open(self, link, nested):
+        if descriptors_left() - sum(slot.transport is None for slot in self.slots()) <= FREE_DESCRIPTORS:
+            if not self._short:
+                self._short = True                # once; with the slots that there are it goes on
+                log.warning("no more slots than these %s: nearly all files that this process may open are open, and a slot is "
+                            "one; raise the limit (ulimit -n)", len(self.slots()))
+            return
         self._engine.output.start()
         slot = Slot(link, next(self._numbers), nested)
         link.slots[slot.number] = slot
@@ -3073,12 +3089,7 @@ class Pool:
         self.ending(slot)
         link.failures += 1
         link.retry_at = time.monotonic() + min(RETRY_TIME, 0.5 * 2 ** min(link.failures, 10))
-        if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
-            if not self._short:
-                self._short = True                # once; with the slots that there are it goes on
-                log.warning("no more slots than these %s: %s; a slot takes one file: raise the limit (ulimit -n)",
-                            len(self.slots()), error)
-        elif not isinstance(error, OSError):
+        if not isinstance(error, OSError):
             self._failures += 1
             log.error("a slot at %s cannot be opened", link.name, exc_info=error)
             if self._failures >= MAX_FAILURES:

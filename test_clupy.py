@@ -428,6 +428,18 @@ def test_an_executor_gets_as_many_workers_as_it_asks_for_on_the_embedded_cluster
     assert len(pids) == 5 and time.monotonic() - begun < PATIENCE
 
 
+def test_an_executor_whose_end_has_come_takes_no_more_calls_and_its_futures_are_done():
+    for _ in range(20):
+        with clupy.Executor(2) as executor:
+            futures = [executor.submit(square, n) for n in range(10)]
+        assert all(future.done() for future in futures) and futures[9].value == 81
+    executor = clupy.Executor(2)
+    clupy.close()
+    for ended in executor, futures and executor:
+        with pytest.raises(RuntimeError, match="cannot submit"):
+            ended.submit(square, 3)
+
+
 def sleepy_pid(seconds):
     time.sleep(seconds)
     return os.getpid()
@@ -466,6 +478,56 @@ def test_max_bounds_how_many_calls_run_at_once(tmp_path):
     assert clupy.wait_all(one, PATIENCE) and {f.value for f in one} == {1}
     two = [clupy.parallel(overlap)(str(folder)) for _ in range(20)]
     assert clupy.wait_all(two, PATIENCE) and 2 in {f.value for f in two}
+
+
+def overlap(folder, *_):
+    """How many of these run at once."""
+    mine = os.path.join(folder, str(os.getpid()))
+    open(mine, "w").close()
+    time.sleep(0.05)
+    together = len(os.listdir(folder))
+    os.unlink(mine)
+    return together
+
+
+class Overlapping:
+    def method(self, folder):
+        return overlap(folder)
+
+
+@clupy.parallel(max=1)
+def one_at_a_time(folder):
+    return overlap(folder) if table else 0
+
+
+table = [b"x" * 100_000]
+
+
+def test_max_bounds_a_function_however_often_it_is_captured_anew(tmp_path):
+    clupy.connect(slots=3)
+    folder, data, grows = str(tmp_path), bytes(100_000), []
+
+    def large(folder):
+        return overlap(folder) if data else 0
+
+    def changing(folder):
+        return overlap(folder) if grows else 0
+
+    def calls(kind, n):
+        grows.append(n)
+        table.append(n)
+        return {
+            "a large closure": lambda: clupy.parallel(large, max=1)(folder),
+            "a list that grows": lambda: clupy.parallel(changing, max=1)(folder),
+            "a lambda over the loop": lambda: clupy.parallel(lambda folder: overlap(folder, n), max=1)(folder),
+            "a partial": lambda: clupy.parallel(functools.partial(overlap, folder, n), max=1)(),
+            "methods of many objects": lambda: clupy.parallel(Overlapping().method, max=1)(folder),
+            "a decorated function": lambda: one_at_a_time(folder),
+        }[kind]()
+    for kind in ("a large closure", "a list that grows", "a lambda over the loop", "a partial", "methods of many objects",
+                 "a decorated function"):
+        futures = [calls(kind, n) for n in range(6)]
+        assert {future.result(PATIENCE) for future in futures} == {1}, kind
 
 
 def test_a_future_can_be_awaited_and_the_executor_used_from_asyncio():
@@ -571,6 +633,48 @@ def test_a_slot_whose_connection_breaks_is_given_back(tmp_path):
     engine = clupy._engine
     engine.soon(lambda: [slot.transport.abort() for slot in engine.pool.slots()])
     assert future.wait(PATIENCE) and (tmp_path / "x").read_text() == "xx"
+
+
+def test_a_slot_that_cannot_be_opened_hurts_no_neighbour_and_is_tried_again(monkeypatch, caplog):
+    clupy.connect(slots=2)
+    running = clupy.parallel(sleepy, retries=0)(2, "undisturbed")
+    until(running.running)
+    connect, failures = clupy.connect_socket, [OSError(errno.ETIMEDOUT, "a lost packet")]
+
+    async def fails_once(host, port):
+        if failures:
+            raise failures.pop()
+        return await connect(host, port)
+    monkeypatch.setattr(clupy, "connect_socket", fails_once)
+    pids = {future.result(PATIENCE) for future in [clupy.parallel(sleepy_pid)(0.5) for _ in range(8)]}
+    assert running.result(PATIENCE) == "undisturbed" and len(pids) == 2
+    assert caplog.text.count("a lost packet") == 1
+
+
+def test_what_keeps_every_slot_from_opening_is_the_outcome_of_the_calls(monkeypatch):
+    def broken():
+        raise RuntimeError("a strange module")
+    monkeypatch.setattr(clupy, "own_modules", broken)
+    clupy.connect(slots=1)
+    with pytest.raises(clupy.ClupyError, match="no slot can be opened.*a strange module"):
+        clupy.parallel(square)(3).result(PATIENCE)
+
+
+def test_a_client_with_few_descriptors_uses_the_slots_that_it_can_open(tmp_path):
+    with Cluster(tmp_path, slots=12) as cluster:
+        done = run_script(tmp_path / "client", """
+            import clupy, os, resource, time
+            def pid():
+                time.sleep(0.05)
+                return os.getpid()
+            clupy.connect()
+            used = len(os.listdir("/proc/self/fd"))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (used + 24, used + 24))
+            calls = [clupy.parallel(pid, retries=0)() for _ in range(60)]
+            assert clupy.wait_all(calls, 30)
+            print(len({call.value for call in calls}))
+            """, CLUPY_MASTER=cluster.address)
+    assert 1 < int(done.stdout) < 12 and done.stderr.count("raise the limit (ulimit -n)") == 1
 
 
 def test_a_program_that_ignores_or_takes_the_ends_of_its_children_still_hears_of_dead_workers(tmp_path):
@@ -1352,6 +1456,24 @@ def test_calls_inside_calls_never_deadlock_even_with_one_slot():
     clupy.connect(slots=1)
     assert clupy.parallel(fibonacci)(5).result(PATIENCE) == 5
     assert decorated(5).result(PATIENCE) == 120
+
+
+def test_a_call_that_waits_for_its_children_leaves_its_slot_to_them_whatever_other_slots_do(tmp_path):
+    def asks():
+        begun = time.monotonic()
+        return clupy.parallel(square)(3).result(), time.monotonic() - begun
+
+    def locked(path):
+        import fcntl
+        with open(path, "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            return [clupy.parallel(square)(n).result() for n in range(3)]
+    clupy.connect(slots=2)
+    other = clupy.parallel(sleepy)(60)
+    until(other.running)
+    assert clupy.parallel(asks)().result(PATIENCE)[0] == 9 and not other.done() and other.cancel()
+    calls = [clupy.parallel(locked)(str(tmp_path / "lock")) for _ in range(6)]      # those that wait use all the slots
+    assert clupy.wait_all(calls, PATIENCE) and [call.value for call in calls] == [[0, 1, 4]] * 6
 
 
 def test_recursion_of_depth_30_on_one_slot():
