@@ -934,12 +934,12 @@ class MasterLink:
 #
 # Plain pickle is tried first since it is 6 times as fast, and its bytes tell when it is not enough:
 # "__main__" is in them. Back come results, in which the client's classes are only named (_client_class), and
-# exceptions, taken apart into a list (unpack_exception), since a pickle loses cause, context and traceback.
+# exceptions, each taken apart (pack_exception), since a pickle loses cause, context and traceback.
 
 PLAIN = frozenset((int, float, bool, type(None), str))     # types that travel in a message as they are
 MAX_CAPTURES = 256      # functions kept with their pickle: a closure per turn of a loop is a new function
 MAX_CLASSES = 4096      # classes kept alive after they were sent, as a result may name them
-MAX_CHAIN = 2000        # exceptions of one failure that are sent: cause, context and group members
+MAX_CHAIN = 100         # how far causes, contexts and group members of a failure are followed
 MAX_FRAMES = 100        # of each exception: more are left out in the middle
 MAX_TEXT = 10_000       # characters of the message that stands for an exception which cannot be rebuilt
 _missing_modules = {}   # in a worker: name -> what the ModuleNotFoundError should say; its Finder's
@@ -1344,90 +1344,93 @@ def _used(func):
 
 
 # ---- exceptions
+# A pickle of an exception loses its cause, context and traceback, and one that cannot be pickled, or rebuilt at the other
+# end, would spoil all that hang together with it.  So each goes as two calls,
+#
+#      _rebuilt(type name, message, frames, pickle of (class, args), ...)      if that fails, a RemoteError of the texts
+#      _link(the exception, (pickle of its attributes, ..., cause, context, ...))
+#
+# in one pickle for all, whose memo keeps what is shared and circular among them.  The inner pickles have no exceptions in
+# them, only their places in a list that travels beside (_alone).
 
 def pack_exception(error, skip_frames=0, where=""):
-    """The payload that unpack_exception takes. Cannot raise."""
+    """The payload that unpack_exception takes.  Cannot raise.
+
+    skip_frames: how many of the outermost frames are not the user's; where: a text that stands for them, or none."""
     try:
-        return pack(_links(error, skip_frames, where))
-    except BaseException as problem:        # at worst: no memory left, a class that breaks type()
+        frames = [(f"<{where}>", "call", 1, 1, None, None, None)] * bool(where) + _frames(error.__traceback__)[skip_frames:]
+        return _dumps(functools.partial(_FailurePickler, {id(error): frames}), error)
+    except BaseException as problem:              # RecursionError, MemoryError, a class that breaks type()
         why = f"{type(problem).__name__} while the exception was taken apart"
-        return pack([(None, why, type(error).__name__, "message not known", [], None, None, False)])
+        return pack(_remote_error(type(error).__name__, _message(error), [], why))
 
 
-def _links(error, skip_frames, where):
-    """The exceptions that hang together, as _Chain takes them: the first is error itself."""
-    chain = _chain(error)
-    positions = {id(error): i for i, error in enumerate(chain)}
-    links = []
-    for error in chain:
+class _FailurePickler(pickle.Pickler):
+    """frames: {id of an exception: its frames}, if not those of its traceback."""
+
+    def __init__(self, frames, *arguments):
+        super().__init__(*arguments)
+        self.frames = frames
+        self.depths = {}                          # {id of an exception: how many others lead to it}
+
+    def reducer_override(self, error):
+        if not isinstance(error, BaseException):
+            return NotImplemented
         if isinstance(error, ModuleNotFoundError) and error.name in _missing_modules:
             error.msg = _missing_modules[error.name]
             error.args = error.msg,
-        frames = _frames(error.__traceback__)
-        if not links:
-            frames = [(f"<{where}>", "call", 1, 1, None, None, None)] * bool(where) + frames[skip_frames:]
-        links.append((*_pickled(error, positions), _type_name(type(error)), _message(error),
-                      _shortened(frames), positions.get(id(error.__cause__)),
-                      positions.get(id(error.__context__)), error.__suppress_context__))
-    return links
+        frames = _shortened(self.frames.get(id(error)) or _frames(error.__traceback__))
+        texts = _type_name(type(error)), _message(error), frames
+        links, depth = [error.__cause__, error.__context__], self.depths.get(id(error), 0) + 1
+        for other in *links, *(error.exceptions if isinstance(error, BaseExceptionGroup) else ()):
+            self.depths.setdefault(id(other), depth)
+        if depth > MAX_CHAIN:
+            return _remote_error, (*texts, f"it is behind {MAX_CHAIN} others")
+        made_by, attributes = _parts(error)
+        state = *_alone(attributes), getattr(error, "__notes__", []), *links, error.__suppress_context__
+        return _rebuilt, (*texts, *_alone(made_by)), state, None, None, _link
 
 
-def _chain(error):
-    """error and what it refers to as cause, context or member of a group, each once, at most MAX_CHAIN."""
-    chain, todo = {}, [error]
-    while todo and len(chain) < MAX_CHAIN:
-        error = todo.pop()
-        if error is not None and id(error) not in chain:
-            chain[id(error)] = error
-            todo += reversed(error.exceptions if isinstance(error, BaseExceptionGroup) else ())
-            todo += error.__context__, error.__cause__
-    return list(chain.values())
-
-
-def _pickled(error, positions):
-    """(pickle, None), or (None, why there is none). An __init__ that does not take `args` is left out."""
+def _parts(error):
+    """((make, args), attributes) of an exception: as its __reduce__ has them, if what they make looks the same."""
     try:
-        faithful = _is_faithful(error)
-        return _dumps_link(error, positions, error if faithful else _WithoutInit(error)), None
-    except BaseException as problem:        # whatever the user's methods raise; RecursionError, MemoryError
+        copied = copy.copy(error)                 # does what unpickling does, but makes no classes
+        if type(copied) is type(error) and str(copied) == str(error):
+            make, args, *state = error.__reduce_ex__(5)
+            return (make, args), state[0] if state else None
+    except BaseException:                         # the __init__ wants other arguments, or a method of the user's fails
+        pass
+    return (_without_init, (type(error), error.args)), vars(error)
+
+
+def _alone(obj):
+    """(pickle, [the exceptions in it]) of obj, or (None, why there is none)."""
+    others = {}                                   # {id: exception}
+
+    def pickler(*arguments):
+        made = _part_pickler()(*arguments)
+        made.others = others
+        return made
+    try:
+        return _dumps(pickler, obj), list(others.values())
+    except BaseException as problem:              # whatever the user's methods raise; RecursionError, MemoryError
         return None, _line(problem)
 
 
-def _is_faithful(error):
-    """Whether its pickle would make the same: copy.copy does what unpickling does, but makes no classes."""
-    try:
-        copied = copy.copy(error)
-        return type(copied) is type(error) and str(copied) == str(error)
-    except Exception:       # the __init__ wants other arguments
-        return False
-
-
-class _WithoutInit:
-    def __init__(self, error): self.error = error
-    def __reduce__(self): return _without_init, (type(self.error), self.error.args, vars(self.error))
-
-
-def _dumps_link(error, positions, obj):
-    def pickler(*arguments):
-        made = _link_pickler()(*arguments)
-        made.error, made.positions = error, positions
-        return made
-    return _dumps(pickler, obj)
-
-
 @functools.cache
-def _link_pickler():
+def _part_pickler():
     class Pickler(_result_pickler()):
-        def persistent_id(self, part):
-            if isinstance(part, BaseException) and part is not self.error:
-                return self.positions.get(id(part))
+        def persistent_id(self, obj):
+            if isinstance(obj, BaseException):
+                self.others.setdefault(id(obj), obj)
+                return list(self.others).index(id(obj))
     return Pickler
 
 
 def _message(error):
     try:
         text = str(error)
-    except Exception:       # a __str__ of the user's
+    except BaseException:                         # a __str__ of the user's
         return "<no text: its __str__ fails>"
     return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]}... ({len(text):,} characters)"
 
@@ -1451,7 +1454,7 @@ def _frames(trace):
 
 def _line_text(frame, line):
     """The line of a module's file; None for code that came by value: only the client has its file."""
-    if "remote text" in frame.f_globals:        # of a nested call
+    if "remote text" in frame.f_globals:          # a frame made by _traceback, of a nested call
         return frame.f_globals["remote text"]
     module = sys.modules.get(frame.f_globals.get("__name__"))
     if module is None or vars(module) is not frame.f_globals:
@@ -1468,63 +1471,59 @@ def _shortened(frames):
 
 
 def unpack_exception(payload):
-    """The exception of a pack_exception, with its causes, contexts, group members, notes, and the worker's
-    traceback: raised here, it prints as if the call had run here. One that cannot be rebuilt, be it a cause,
-    is a RemoteError with a note that says why. Any thread may call."""
-    chain = _Chain(unpack(payload))
-    for i in reversed(range(len(chain.links))):     # members before their group
-        chain.load(i)
-    for error, (*_, cause, context, suppress) in zip(chain.errors, chain.links):
-        error.__cause__ = None if cause is None else chain.errors[cause]
-        error.__context__ = None if context is None else chain.errors[context]
-        error.__suppress_context__ = suppress
-    return chain.errors[0]
+    """The exception of a pack_exception, with its causes, contexts, group members, notes, and the worker's traceback:
+    raised here, it prints as if the call had run here.  One that cannot be rebuilt, be it a cause, is a RemoteError with a
+    note that says why.  Any thread may call."""
+    return unpack(payload)
 
 
-class _Chain:
-    """links: (pickle or None, why none, type name, message, frames, cause, context, suppress) of each
-    exception. Cause and context are positions in the list, and so are other exceptions within a pickle."""
-    def __init__(self, links):
-        self.links = links
-        self.errors = [None] * len(links)
-
-    def load(self, i):
-        if self.errors[i] is None:
-            data, why, type_name, message, frames, *_ = self.links[i]
-            self.errors[i] = RemoteError(type_name, message)        # for those within that refer to it
-            trace = _traceback(frames)
-            try:
-                error = self._unpickled(data, why)
-            except Exception as problem:    # a constructor's, or a module is missing here
-                text = "".join(traceback.format_tb(trace))
-                text = f"Traceback (most recent call last):\n{text}{type_name}: {message}"
-                error = RemoteError(type_name, message, text)
-                error.add_note(f"{type_name} cannot be rebuilt here: {_line(problem)}")
-            self.errors[i] = error.with_traceback(trace)
-        return self.errors[i]
-
-    def _unpickled(self, data, why):
-        if data is None:
-            raise pickle.UnpicklingError(why)
-        error = _LinkUnpickler(data, self.load).load()
-        if not isinstance(error, BaseException):
-            raise pickle.UnpicklingError(f"its pickle is a {type(error).__qualname__}")
-        return error
-
-
-class _LinkUnpickler(pickle.Unpickler):
-    def __init__(self, data, load):
+class _PartUnpickler(pickle.Unpickler):
+    def __init__(self, data, others):
         super().__init__(io.BytesIO(data))
-        self.load_link = load
-
-    def persistent_load(self, position): return self.load_link(position)
+        self.persistent_load = others.__getitem__
 
 
-def _without_init(cls, args, attributes):
+def _together(data, others):
+    """The object that _alone took apart."""
+    if data is None:
+        raise pickle.UnpicklingError(others)      # why
+    return _PartUnpickler(data, others).load()
+
+
+def _rebuilt(type_name, message, frames, data, others):
+    try:
+        make, args = _together(data, others)
+        error = make(*args)
+        return error.with_traceback(_traceback(frames))
+    except Exception as problem:                  # a constructor's, a module is missing here, or what it made is no exception
+        return _remote_error(type_name, message, frames, _line(problem))
+
+
+def _link(error, state):
+    data, others, notes, error.__cause__, error.__context__, error.__suppress_context__ = state
+    try:
+        if type(error) is not RemoteError and (attributes := _together(data, others)):
+            error.__setstate__(attributes)
+    except Exception as problem:                  # one of them is of a class that is missing here, say
+        error.add_note(f"its attributes cannot be rebuilt here: {_line(problem)}")
+    for note in notes:
+        if note not in getattr(error, "__notes__", ()):
+            error.add_note(note)
+
+
+def _remote_error(type_name, message, frames, why):
+    """What stands for an exception that cannot be rebuilt."""
+    trace = _traceback(frames)
+    text = "".join(traceback.format_tb(trace))
+    error = RemoteError(type_name, message, f"Traceback (most recent call last):\n{text}{type_name}: {message}")
+    error.add_note(f"{type_name} cannot be rebuilt here: {why}")
+    return error.with_traceback(trace)
+
+
+def _without_init(cls, args):
     """An exception whose __init__ does not take its args: class E(Exception) with __init__(self, a, b)."""
     error = cls.__new__(cls, *args)
     error.args = args
-    error.__dict__.update(attributes)
     return error
 
 

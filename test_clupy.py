@@ -2095,6 +2095,24 @@ def circle():
     raise a
 
 
+def because_of(make):
+    """What raises an exception whose cause, made by `make`, cannot travel, but has a cause that can."""
+    def fail():
+        error = make()
+        error.__cause__ = KeyError("first")
+        raise ValueError("main") from error
+    return fail
+
+
+def keeps(make):
+    def fail():
+        error = ValueError("keeps")
+        error.kept = make()
+        error.add_note("mine")
+        raise error
+    return fail
+
+
 def foreign():
     """An object of a module that only the worker has."""
     module = sys.modules["server_only"] = types.ModuleType("server_only")
@@ -2114,16 +2132,25 @@ WAYS_TO_SPOIL = [               # what is called, the type of its failure, words
     (lambda: raise_it(Strange(1, 2)), Strange, "1-2", lambda e: (e.args, e.a, e.b) == (("1-2",), 1, 2)),
     (lambda: raise_it(Doubling("x")), Doubling, "wrapped x", lambda e: str(e) == "wrapped x"),
     (lambda: raise_it(Silent("x")), Silent, None),
-    (lambda: raise_it(Refusing(SystemExit("no"), "pickled")), clupy.RemoteError, f"{__name__}.Refusing: ",
-     lambda e: "SystemExit: no" in e.__notes__[0]),
+    (lambda: raise_it(Refusing(SystemExit("no"), "pickled")), Refusing, "SystemExit('no')", lambda e: e.when == "pickled"),
+    (lambda: raise_it(Refusing(SystemExit("no"), threading.Lock())), clupy.RemoteError, f"{__name__}.Refusing: ",
+     lambda e: "cannot pickle" in e.__notes__[0]),
     (lambda: raise_it(ValueError(threading.Lock())), clupy.RemoteError, "ValueError: <unlocked _thread.lock",
      lambda e: "in raise_it" in e.traceback and "lock" in e.__notes__[0] and "in raise_it" in printed(e)),
     (lambda: raise_it(ValueError("x" * 20_000_000)), ValueError, "xxx", lambda e: len(str(e)) == 20_000_000),
     (lambda: raise_it(ValueError("x" * 20_000_000, threading.Lock())), clupy.RemoteError, "ValueError: ",
      lambda e: len(str(e)) < 11_000),
-    (functools.partial(chain, 1000), ValueError, "999", lambda e: cause(e, 999).args == (0,)),
-    (functools.partial(chain, 5000), ValueError, "4999", lambda e: cause(e, clupy.MAX_CHAIN) is None),
-    (circle, ValueError, "a", lambda e: e.__cause__.__cause__ is e.itself is e and str(e.other) == "ValueError: b"),
+    (functools.partial(chain, 100), ValueError, "99", lambda e: cause(e, 99).args == (0,)),
+    (functools.partial(chain, 5000), ValueError, "4999",
+     lambda e: str(cause(e, 100)) == "ValueError: 4899" and cause(e, 101) is None),
+    (circle, ValueError, "a", lambda e: e.__cause__.__cause__ is e.itself is e and e.other is e.__cause__),
+    (because_of(lambda: foreign()), ValueError, "main", lambda e: "No module" in e.__cause__.__notes__[0]),
+    (because_of(lambda: ValueError(threading.Lock())), ValueError, "main",
+     lambda e: "unlocked _thread.lock" in str(e.__cause__) and type(e.__cause__.__cause__) is KeyError),
+    (because_of(lambda: Refusing(SystemExit("no"), "unpickled")), ValueError, "main",
+     lambda e: type(e.__cause__) is Refusing and type(e.__cause__.__cause__) is KeyError),
+    (keeps(lambda: foreign()), ValueError, "keeps", lambda e: "No module" in e.kept.__notes__[0] and e.__notes__ == ["mine"]),
+    (keeps(lambda: threading.Lock()), ValueError, "keeps", lambda e: "lock" in e.__notes__[0] and e.__notes__[1] == "mine"),
     (lambda: raise_it(functools.reduce(lambda e, _: ExceptionGroup("g", [e]), range(900), ValueError(1))),
      ExceptionGroup, "g (1 sub-exception)"),
     (lambda: (lambda again: again(again))(lambda again: again(again)), RecursionError, "recursion",
