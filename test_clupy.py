@@ -1927,6 +1927,11 @@ def test_classes_keep_their_identity_through_calls_inside_calls():
 CHANGES = [                             # a definition of f, which returns 1; what makes it return 2
     ("n = 1\ndef f(): return n", "n = 2"),
     ("n = [1]\ndef f(): return n[0]", "n[0] = 2"),
+    ("n = b'1' * 100_000\ndef f(): return int(n[:1])", "n = b'2' * 100_000"),
+    ("n = bytearray(b'1' * 100_000)\ndef f(): return int(n[:1])", "n[:1] = b'2'"),
+    ("n = [1] * 100_000\ndef f(): return n[-1]", "n[-1] = 2"),
+    ("import numpy\nn = numpy.ones(100_000)\ndef f(): return int(n[-1])", "n[-1] = 2"),
+    ("import numpy\nn = numpy.ones((300, 300), order='F')\ndef f(): return int(n[0, -1])", "n[0, -1] = 2"),
     ("n = 1\ndef f(): return (lambda: n)()", "n = 2"),
     ("n = 1\ndef g(): return n\ndef f(): return g()", "n = 2"),
     ("def g(): return 1\ndef f(): return g()", "def g(): return 2"),
@@ -1981,6 +1986,60 @@ def test_captures_are_few_and_what_cannot_be_captured_is_named():
     failure = clupy.parallel(write_files)("folder", files=lock).failure
     assert "write_files cannot be called: argument 'files', a _thread.lock, cannot" in str(failure)
     assert "argument 2 ('files'), a _thread.lock," in str(clupy.parallel(write_files)("folder", lock).failure)
+
+
+@pytest.mark.parametrize("size", [1, 63 << 10, 65 << 10, 8 << 20])
+def test_data_of_any_size_goes_with_a_function_an_initializer_and_a_nested_call(size):
+    numpy = pytest.importorskip("numpy")
+    text, array = b"x" * size, numpy.full(size, 7, "uint8")
+
+    def lengths(n):
+        return len(text), array.nbytes, int(array[-1]), n
+
+    def outer(n):
+        return clupy.parallel(lengths)(n).result()
+
+    def set_up(text, array):
+        sys.modules["prepared"] = text, array
+
+    def prepared():
+        text, array = sys.modules["prepared"]
+        return len(text), array.nbytes
+    assert [f.result(PATIENCE) for f in [clupy.parallel(lengths)(n) for n in range(3)]] == [(size, size, 7, n) for n in range(3)]
+    assert call(outer, 4) == (size, size, 7, 4)
+    with clupy.Executor(initializer=set_up, initargs=(text, array)) as executor:
+        assert [executor.submit(prepared).result(PATIENCE) for _ in range(3)] == [(size, size)] * 3
+
+
+def test_the_same_content_is_one_function_and_what_did_not_change_is_not_copied_again(monkeypatch):
+    numpy = pytest.importorskip("numpy")
+    data = numpy.zeros(1 << 20)
+    made = [lambda: data.sum() for _ in range(2)]
+    first = clupy.capture(made[0])
+    assert clupy.capture(made[1]) is first and first.size > data.nbytes
+    assert clupy.function_of((first.payload[0], [bytes(first.payload[1][0])]), "f") is first
+    with monkeypatch.context() as patch:
+        patch.setattr(clupy, "function_of", None)           # it would be asked if there were something new
+        assert clupy.capture(made[0]) is clupy.capture(made[1]) is first
+    data[-1] = 1
+    second = clupy.capture(made[0])
+    assert second.id != first.id and clupy.unpack(second.payload)() == 1 and clupy.unpack(first.payload)() == 0
+    data[-1] = 0
+    assert clupy.capture(made[0]) is first
+    set_up = clupy.function_of(first.payload, "f", second.payload)
+    assert set_up is clupy.function_of(first.payload, "f", second.payload) and set_up.size == first.size + second.size
+    assert len({set_up.id, first.id, clupy.function_of(first.payload, "f", first.payload).id}) == 3
+
+
+def test_captures_are_bounded_by_bytes_as_well():
+    numpy = pytest.importorskip("numpy")
+
+    def reader(data):
+        return lambda: data.sum()
+    for n in range(20):
+        newest = clupy.capture(reader(numpy.full(1 << 20, n)))
+    kept = [function for _, function, _ in clupy._captures.values()]
+    assert sum(function.size for function in kept) <= clupy.MAX_CAPTURED_BYTES and kept[-1] is newest and len(kept) > 5
 
 
 def test_a_cloudpickle_without_the_names_that_clupy_uses_is_refused(monkeypatch):
