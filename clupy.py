@@ -92,6 +92,7 @@ class _Lazy:
         return getattr(module, attribute)
 
 
+annotationlib = _Lazy("annotationlib")        # from Python 3.14 on, and only used there
 argparse = _Lazy("argparse")
 ast = _Lazy("ast")
 asyncio = _Lazy("asyncio")
@@ -1068,6 +1069,8 @@ def _by_value_pickler():
             if type(obj) is types.FunctionType:
                 if _is_wrapped(obj):
                     return getattr, (_named(obj), "func")
+                if _named(obj) is not obj:        # it goes by value
+                    obj = _readable(obj)
             reduced = super().reducer_override(obj)
             if reduced is not NotImplemented and isinstance(obj, type):
                 _keep(obj)
@@ -1097,6 +1100,20 @@ def _is_wrapped(func):
     """Whether a module has a Wrapper under func's name: func goes as the `.func` of it, not by value."""
     found = _named(func)
     return isinstance(found, Wrapper) and found.func is func
+
+
+def _readable(func):
+    """func, or a twin whose annotations are texts: Python 3.14 evaluates them when they are asked for, as cloudpickle does,
+    and what they name may not be there, or only for a type checker."""
+    try:
+        func.__annotations__
+        return func
+    except Exception:                             # whatever the user's expressions raise
+        twin = types.FunctionType(func.__code__, func.__globals__, func.__name__, func.__defaults__, func.__closure__)
+        for name in "__kwdefaults__", "__module__", "__qualname__", "__doc__", "__dict__":
+            setattr(twin, name, getattr(func, name))
+        twin.__annotations__ = annotationlib.get_annotations(func, format=annotationlib.Format.STRING)
+        return twin
 
 
 def _reduce_cached(cached):
@@ -1368,7 +1385,7 @@ def _function_reads(func, reads):
         reads.append((getattr, func, name, getattr(func, name)))
     reads.append((operator.eq, vars(func), {}, True))               # attributes go by value, and are seldom used
     kwonly = func.__code__.co_varnames[func.__code__.co_argcount:][:func.__code__.co_kwonlyargcount]
-    annotations = func.__annotations__
+    annotations = _readable(func).__annotations__
     used = [(_contents, cell, _ABSENT) for cell in func.__closure__ or ()]
     for namespace, names in ((func.__globals__, _global_names(func.__code__)),
                              (func.__kwdefaults__ or {}, kwonly),

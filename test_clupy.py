@@ -2042,6 +2042,13 @@ def test_captures_are_bounded_by_bytes_as_well():
     assert sum(function.size for function in kept) <= clupy.MAX_CAPTURED_BYTES and kept[-1] is newest and len(kept) > 5
 
 
+@pytest.mark.skipif(sys.version_info < (3, 14), reason="annotations are evaluated when the function is made")
+def test_a_function_whose_annotations_name_what_is_not_there_runs_all_the_same():
+    cell = {"__name__": "__main__"}
+    exec("def f(x: Missing[int] = 1, *, y: 1 / 0 = 2) -> Missing:\n    return x + y", cell)
+    assert call(cell["f"], 5) == 7 and clupy.capture(cell["f"]) is clupy.capture(cell["f"])
+
+
 def test_a_cloudpickle_without_the_names_that_clupy_uses_is_refused(monkeypatch):
     assert clupy._class_tracker() is cloudpickle.cloudpickle
     for name in "_DYNAMIC_CLASS_TRACKER_BY_ID", "_get_or_create_tracker_id", "_lookup_class_or_track":
