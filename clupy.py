@@ -942,6 +942,8 @@ class MasterLink:
 PLAIN = frozenset((int, float, bool, type(None), str))    # types that travel in a message as they are
 MAX_CAPTURES = 256                # functions kept with their pickle: a closure per turn of a loop is a new function
 MAX_CAPTURED_BYTES = 64 << 20     # ... and bytes of those pickles; more is memory, less is copied and hashed again
+MAX_KNOWN = 500                   # functions that a worker keeps for its client, and a client for a worker
+MAX_KNOWN_BYTES = 256 << 20       # ... and bytes of them; more is memory for every slot, less is sent again
 MAX_CLASSES = 4096                # classes kept alive after they were sent, as a result may name them
 MAX_CHAIN = 100                   # how far causes, contexts and group members of a failure are followed
 MAX_FRAMES = 100                  # of each exception: more are left out in the middle
@@ -1254,6 +1256,32 @@ class Function:
         if most not in self.limits:
             self.limits.setdefault(most, Limit(most))
         return self.limits[most]
+
+
+class Known:
+    """What one end of a slot has told the other, which keeps so many functions and bytes of them: the teller alone counts,
+    and says what is to be dropped, so the two never differ."""
+
+    def __init__(self):
+        self._sizes = collections.OrderedDict()   # {id of a Function: its size}, least recently used first
+        self._total = 0
+
+    def __repr__(self):
+        return f"<Known {len(self._sizes)} functions, {self._total:,} bytes>"
+
+    def learn(self, function):
+        """(whether it has to be told, ids of functions to be dropped for it); never drops the one just learned."""
+        if function.id in self._sizes:
+            self._sizes.move_to_end(function.id)
+            return False, []
+        self._sizes[function.id] = function.size
+        self._total += function.size
+        dropped = []
+        while len(self._sizes) > MAX_KNOWN or self._total > MAX_KNOWN_BYTES and len(self._sizes) > 1:
+            id, size = self._sizes.popitem(last=False)
+            self._total -= size
+            dropped.append(id)
+        return True, dropped
 
 
 _functions = weakref.WeakValueDictionary()        # {id: Function} while anybody has it

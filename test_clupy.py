@@ -2042,6 +2042,20 @@ def test_captures_are_bounded_by_bytes_as_well():
     assert sum(function.size for function in kept) <= clupy.MAX_CAPTURED_BYTES and kept[-1] is newest and len(kept) > 5
 
 
+def test_both_ends_of_a_slot_forget_functions_by_number_and_by_bytes(monkeypatch):
+    def function(n, size=1):
+        return clupy.Function(n, b"x" * size, "f", None)
+    known = clupy.Known()
+    assert [known.learn(function(n)) for n in range(clupy.MAX_KNOWN)] == [(True, [])] * clupy.MAX_KNOWN
+    assert known.learn(function(0)) == (False, [])                        # now the one used last
+    assert known.learn(function("new")) == (True, [1])
+    monkeypatch.setattr(clupy, "MAX_KNOWN_BYTES", 1000)
+    assert known.learn(function("large", 600)) == (True, [*range(2, 102)])
+    assert known.learn(function("larger", 5000)) == (True, [*range(102, clupy.MAX_KNOWN), 0, "new", "large"])
+    assert known.learn(function("larger", 5000)) == (False, [])
+    assert known.learn(function("small")) == (True, ["larger"]) and known.learn(function("small")) == (False, [])
+
+
 @pytest.mark.skipif(sys.version_info < (3, 14), reason="annotations are evaluated when the function is made")
 def test_a_function_whose_annotations_name_what_is_not_there_runs_all_the_same():
     cell = {"__name__": "__main__"}
