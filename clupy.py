@@ -1371,6 +1371,31 @@ def _remember(func, function, reads):
             del _captures[next(iter(_captures))]
 
 
+def limit_key(func):
+    """Texts and numbers that name func as its author sees it, the same in the client and in a worker: calls with one key
+    share one `max`, whatever func has in its globals, cells and defaults, and to whatever object it is bound.  So all
+    functions that one lambda or one inner `def` makes are one, and a wrapper is what it wraps."""
+    while True:
+        if isinstance(func, (functools.partial, Wrapper)):
+            func = func.func
+        elif isinstance(func, types.MethodType):
+            func = func.__func__
+        elif "__wrapped__" in getattr(func, "__dict__", ()):
+            func = func.__wrapped__
+        else:
+            break
+    name = getattr(func, "__qualname__", None) or getattr(func, "__name__", None)
+    if not isinstance(name, str):                 # an object that can be called
+        func = type(func)
+        name = func.__qualname__
+    module = getattr(func, "__module__", None) or ""
+    key = "__main__" if module in _MAINS else module, name
+    if "<" not in name or not hasattr(func, "__code__"):
+        return key
+    code = func.__code__                          # where in the line it stands is in its line table
+    return *key, code.co_filename, code.co_firstlineno, _hash(code.co_code, code.co_linetable).hex()
+
+
 def _function_name(func):
     if isinstance(func, functools.partial):
         return _function_name(func.func)

@@ -2056,6 +2056,32 @@ def test_both_ends_of_a_slot_forget_functions_by_number_and_by_bytes(monkeypatch
     assert known.learn(function("small")) == (True, ["larger"]) and known.learn(function("small")) == (False, [])
 
 
+class Callable:
+    def __call__(self): pass
+    def method(self): pass
+    @classmethod
+    def make(cls): pass
+
+
+def test_a_limit_belongs_to_a_function_as_its_author_sees_it():
+    def local(n):
+        def inner(): return n
+        return inner
+
+    @functools.wraps(local)
+    def wrapper(n): pass
+    key = clupy.limit_key
+    first, second = lambda: 1, lambda: 1
+    assert key(square) == key(functools.partial(square, 2)) == key(clupy.parallel(square)) == (__name__, "square")
+    assert key(Callable().method) == key(Callable().method) == key(Callable.method) == (__name__, "Callable.method")
+    assert key(Callable()) == key(Callable) == (__name__, "Callable") and key(Callable.make) == (__name__, "Callable.make")
+    assert key(len) == ("builtins", "len") and key([].index) == ("", "list.index")
+    assert key(local(1)) == key(local(2)) == key(functools.lru_cache(local(3))) != key(local) == key(wrapper)
+    assert len({key(first), key(second), key(lambda: 1), key(lambda: 2)}) == 4
+    for func in local(1), first, second, wrapper, square, Callable().method, functools.partial(local, 1), [].index, len:
+        assert call(key, func) == key(func) and {type(part) for part in key(func)} <= {str, int}
+
+
 @pytest.mark.skipif(sys.version_info < (3, 14), reason="annotations are evaluated when the function is made")
 def test_a_function_whose_annotations_name_what_is_not_there_runs_all_the_same():
     cell = {"__name__": "__main__"}
