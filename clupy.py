@@ -1589,7 +1589,7 @@ def _line_text(frame, line):
     if "remote text" in frame.f_globals:          # a frame made by _traceback, of a nested call
         return frame.f_globals["remote text"]
     module = sys.modules.get(frame.f_globals.get("__name__"))
-    if module is None or vars(module) is not frame.f_globals:
+    if getattr(module, "__dict__", None) is not frame.f_globals:
         return None
     return linecache.getline(frame.f_code.co_filename, line, frame.f_globals).rstrip() or None
 
@@ -1666,21 +1666,20 @@ def _line(error):
 def _traceback(frames):
     """A traceback of frames: (file, function, first and last line, first and last column, text or None).
 
-    A frame cannot be made, but code that fails at any place can be compiled: the idea is Jinja2's. The text
-    is given for files that the worker has: if the file here has another line there, its name gets
-    " (remote)"."""
+    A frame cannot be made, but code that fails at any place can be compiled: the idea is Jinja2's.  The text is given for
+    files that the worker has: if the file here has another line there, its name gets " (remote)"."""
     trace = None
     for filename, name, line, last_line, column, last_column, text in reversed(frames):
-        linecache.checkcache(filename)      # as printing will do
+        linecache.checkcache(filename)            # as printing will do
         if text is not None and linecache.getline(filename, line).rstrip() != text:
             filename = filename.removesuffix(" (remote)") + " (remote)"
             _remember_line(filename, line, text)
-        if last_line != line or column is None:     # the whole line, which Python then does not underline
+        if last_line != line or column is None:   # the whole line, which Python then does not underline
             whole = linecache.getline(filename, line).encode().rstrip()
             column, last_column = column or len(whole) - len(whole.lstrip()), len(whole)
         code = _failing(filename, name, line, column, max(column, last_column))
         try:
-            eval(code, {"__builtins__": {}, "remote text": text})       # the text is for a worker's client
+            eval(code, {"__builtins__": {}, "remote text": text})       # the text: see _line_text
         except NameError as error:
             inner = error.__traceback__.tb_next
             trace = types.TracebackType(trace, inner.tb_frame, inner.tb_lasti, line)
@@ -1689,6 +1688,7 @@ def _traceback(frames):
 
 @functools.lru_cache(1024)
 def _failing(filename, name, line, column, last_column):
+    """Code that raises NameError there."""
     node = ast.Name("no such name", ast.Load(), lineno=line, end_lineno=line,
                     col_offset=column, end_col_offset=last_column)
     return compile(ast.Expression(node), filename, "eval").replace(co_name=name)
@@ -1703,37 +1703,47 @@ def _remember_line(filename, line, text):
 
 # ---- modules on demand
 
-CLUPY_MODULES = {"clupy", "clupy_master", "clupy_server"}      # every server has its own
+_EVERY_SERVERS = sys.stdlib_module_names | {"clupy", "clupy_master", "clupy_server"}
 
 
 def own_modules():
-    """The user's own top-level modules that are imported, or run by -m: a worker asks for these first."""
-    main = getattr(sys.modules["__main__"], "__spec__", None)
-    specs = {name: getattr(module, "__spec__", None) for name, module in list(sys.modules.items())}
-    top = {main.name.partition(".")[0]} if main is not None and _is_own(main.name, main) else set()
-    return frozenset(top | {name for name, spec in specs.items() if "." not in name and _is_own(name, spec)})
+    """The user's own top-level modules that are imported, or run by -m: a worker asks for these first.  Never raises."""
+    specs = {name: _spec_of(name) for name in list(sys.modules) if isinstance(name, str) and "." not in name}
+    if (main := specs.get("__main__")) is not None:         # under the name by which it could be imported
+        specs.setdefault(main.name.partition(".")[0], main)
+    return frozenset(name for name, spec in specs.items() if _is_own(name, spec))
+
+
+def _spec_of(name):
+    """The __spec__ of a module that is imported, or None.  What stands in sys.modules is anybody's: it may have none, or
+    one that is no spec, or raise, as modules do that import themselves at the first use."""
+    try:
+        spec = sys.modules[name].__spec__
+        return spec if isinstance(spec, importlib.machinery.ModuleSpec) else None
+    except BaseException:                         # pytest's Skipped is no Exception
+        return None
 
 
 def module_source(name, parent_path=None):
-    """What a worker is told that lacks a module; parent_path: the __path__ of the package it is in. One of
+    """What a worker is told that lacks a module; parent_path: the __path__ of the package it is in.  One of
          ("source", text, file name, __path__ or None)      it is the user's own
          ("namespace", __path__)                            a folder without __init__.py
          ("library", distribution, version)                 installed here, but not sent
          ("refused", why)                                   own, but it has no source
          ("no",)                                            unknown here, or the standard library's
-    Nothing is imported or run, not even the parent. Reads files; any thread may call; never raises."""
+    Nothing is imported or run, not even the parent.  Reads files; any thread may call; never raises."""
     try:
         return _module_source(name, parent_path)
-    except Exception as error:      # a finder or loader of the user's may raise anything
+    except BaseException as error:                # a finder or loader of the user's may raise anything
         return "refused", f"module {name!r} cannot be read by its client: {_line(error)}"
 
 
 def _module_source(name, parent_path):
     spec = _spec(name, parent_path)
-    if spec is None and name in sys.modules and sys.modules[name] is not None:
+    if spec is None and sys.modules.get(name) is not None:
         return "refused", (f"module {name!r} was made while its client ran, so it has no source to send: "
                            f"call cloudpickle.register_pickle_by_value(module) before the calls that use it")
-    if spec is None or name.partition(".")[0] in sys.stdlib_module_names | CLUPY_MODULES or not _places(spec):
+    if spec is None or not _places(spec) or is_every_servers(name):
         return ("no",)
     if not _is_own(name, spec):
         return "library", *_distribution(name)
@@ -1741,7 +1751,7 @@ def _module_source(name, parent_path):
         return "namespace", [place for place in _places(spec) if not _is_library(place)]
     if hasattr(spec.loader, "get_source"):
         text = spec.loader.get_source(spec.name)
-    else:                                           # pytest's
+    else:                                         # pytest's
         with io.open(spec.origin, "rb") as file:
             text = importlib.util.decode_source(file.read())
     if text is None:
@@ -1752,16 +1762,16 @@ def _module_source(name, parent_path):
 
 
 def _spec(name, parent_path):
-    """The module's spec or None. importlib.util.find_spec would run the parent."""
-    main = getattr(sys.modules["__main__"], "__spec__", None)
-    if main is not None and main.name == name:      # python -m package.script
+    """The module's spec or None.  importlib.util.find_spec would run the parent."""
+    main = _spec_of("__main__")
+    if main is not None and main.name == name:    # python -m package.script
         return main
-    spec = getattr(sys.modules.get(name), "__spec__", None)
+    spec = _spec_of(name)
     finders = [finder for finder in sys.meta_path if hasattr(finder, "find_spec")]
     while spec is None and finders:
         try:
             spec = finders.pop(0).find_spec(name, parent_path)
-        except KeyError:        # a namespace package whose parent is not imported here
+        except KeyError:                          # a namespace package whose parent is not imported here
             spec = _namespace(name, parent_path)
     return spec
 
@@ -1774,9 +1784,19 @@ def _namespace(name, parent_path):
     return spec
 
 
+def is_every_servers(name):
+    """Whether the module is one of which every server has its own: the standard library's or CluPy's."""
+    return name.partition(".")[0] in _EVERY_SERVERS
+
+
 def _is_own(name, spec):
-    return (spec is not None and name.partition(".")[0] not in sys.stdlib_module_names | CLUPY_MODULES
-            and name not in _MAINS and not all(_is_library(place) for place in _places(spec)))
+    """Whether it is the user's own: a place of it, its file or a folder, is not where libraries are installed."""
+    if spec is None or name in _MAINS or is_every_servers(name):
+        return False
+    try:
+        return not all(_is_library(place) for place in _places(spec))
+    except Exception:                             # a namespace package whose parent is gone; a spec made by hand
+        return False
 
 
 def _places(spec):
@@ -1790,7 +1810,7 @@ def _is_library(path):
 
 @functools.cache
 def _library_folders():
-    """Where installed modules are, by plain and by real path. An editable install is elsewhere: it is own."""
+    """Where installed modules are, by plain and by real path.  An editable install is elsewhere: it is own."""
     folders = {sysconfig.get_path(kind) for kind in ("stdlib", "platstdlib", "purelib", "platlib")}
     folders.update(site.getsitepackages(), [site.getusersitepackages()])
     return tuple({os.path.join(form(folder), "")
@@ -1804,7 +1824,7 @@ def _distribution(name):
     return (names[0], metadata.version(names[0])) if names else (top, None)
 
 
-FETCHES = {"module": module_source}     # what a worker may ask its client for: each answers in a thread that may block
+FETCHES = {"module": module_source}               # what a worker may ask its client for; called in a thread that may block
 
 
 # ==== Future =================================================================

@@ -1718,10 +1718,12 @@ def test_a_program_run_by_dash_m_is_a_module_of_its_package(tmp_path):
         "pkg/__init__.py": "",
         "pkg/other.py": "def name():\n    from pkg import main\n    return main.__name__, main.shared\n",
         "pkg/main.py": "import clupy\nfrom . import other\nshared = 5\ndef f():\n    return *other.name(), shared\n"
-                       "if __name__ == '__main__':\n    print(clupy.parallel(f)().result(30))\n"})
-    done = subprocess.run([sys.executable, "-m", "pkg.main"], cwd=tmp_path, env=environ(CLUPY_PORT=free_port()),
-                          capture_output=True, text=True, timeout=60)
-    assert done.stdout == "('pkg.main', 5, 5)\n", done.stderr
+                       "if __name__ == '__main__':\n    print(clupy.parallel(f)().result(30))\n",
+        "single.py": "import clupy\nprint('single' in clupy.own_modules())\n"})
+    for name, says in ("pkg.main", "('pkg.main', 5, 5)\n"), ("single", "True\n"):
+        done = subprocess.run([sys.executable, "-m", name], cwd=tmp_path, env=environ(CLUPY_PORT=free_port()),
+                              capture_output=True, text=True, timeout=60)
+        assert done.stdout == says, done.stderr
 
 
 def test_what_the_server_has_goes_behind_the_clients_own_and_a_library_that_it_lacks_is_named(tmp_path):
@@ -1808,6 +1810,33 @@ def test_looking_for_a_module_imports_nothing(tmp_path, monkeypatch):
         assert clupy.module_source(*question) == answer
     assert "loud" not in sys.modules
     assert __name__ in clupy.own_modules() and not clupy.own_modules() & {"os", "sys", "pytest", "clupy", "__main__"}
+
+
+def test_whatever_stands_among_the_modules_hurts_no_call(tmp_path, monkeypatch):
+    class Raising:
+        def __getattr__(self, name): raise SystemExit(name)
+
+    class Yielding:
+        def __getattr__(self, name): return self
+    namespace = importlib.machinery.ModuleSpec("orphan.space", None, is_package=True)
+    namespace.submodule_search_locations = Refusing(KeyError("orphan"), "pickled")      # is no list
+    strange = types.ModuleType("strange")
+    strange.__spec__ = namespace
+    for name, thing in {"raising": Raising(), "yielding": Yielding(), "strange": strange, "number": 3, "nothing": None,
+                        "no.string": "text", 7: strange}.items():
+        monkeypatch.setitem(sys.modules, name, thing)
+    assert __name__ in clupy.own_modules() and not clupy.own_modules() & {"raising", "yielding", "strange", "number", 7}
+    assert call(square, 3) == 9
+    for name in "raising", "yielding", "strange", "number":
+        assert clupy.module_source(name)[0] == "refused"
+    assert clupy.module_source("nothing") == ("no",)
+
+    class Finder:
+        def find_spec(self, name, path=None, target=None): raise SystemExit("no")
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path, Finder()])
+    assert "SystemExit: no" in clupy.module_source("nowhere")[1]
+    monkeypatch.delitem(sys.modules, "__main__")
+    assert __name__ in clupy.own_modules() and clupy.module_source("json") == ("no",)
 
 
 # ---- Functions and classes
