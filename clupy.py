@@ -48,6 +48,7 @@ import copy
 import errno
 import functools
 import heapq
+import hashlib
 import hmac
 import importlib
 import io
@@ -92,6 +93,7 @@ class _Lazy:
         return getattr(module, attribute)
 
 
+annotationlib = _Lazy("annotationlib")        # from Python 3.14 on, and only used there
 argparse = _Lazy("argparse")
 ast = _Lazy("ast")
 asyncio = _Lazy("asyncio")
@@ -937,27 +939,31 @@ class MasterLink:
             self.connection.abort()
 
 
-# ==== Code and pickles ======================================================
+# ==== Code and pickles =======================================================
 # A worker has neither the program's modules nor its __main__, so that what it is sent travels in three ways:
 #
 #      data                      pickle             a payload: bytes, or (bytes, [large buffers])
 #      __main__, lambda, local   cloudpickle        by value: the code and the globals that it uses
 #      the user's own modules    pickle, by name    the worker's Finder asks module_source() for their text
 #
-# Plain pickle is tried first since it is 6 times as fast, and its bytes tell when it is not enough:
-# "__main__" is in them. Back come results, in which the client's classes are only named (_client_class), and
-# exceptions, taken apart into a list (unpack_exception), since a pickle loses cause, context and traceback.
+# Plain pickle is tried first since it is 6 times as fast.  What it does not do shows: either it raises, or it wrote the
+# name "__main__", under which a worker has another module.  Back come results, in which the client's classes are only
+# named (_client_class), and exceptions, each taken apart (pack_exception), since a pickle loses cause, context and
+# traceback.
 
-PLAIN = frozenset((int, float, bool, type(None), str))     # types that travel in a message as they are
-MAX_CAPTURES = 256      # functions kept with their pickle: a closure per turn of a loop is a new function
-MAX_CLASSES = 4096      # classes kept alive after they were sent, as a result may name them
-MAX_CHAIN = 2000        # exceptions of one failure that are sent: cause, context and group members
-MAX_FRAMES = 100        # of each exception: more are left out in the middle
-MAX_TEXT = 10_000       # characters of the message that stands for an exception which cannot be rebuilt
-_missing_modules = {}   # in a worker: name -> what the ModuleNotFoundError should say; its Finder's
-_MAINS = ("__main__", "__mp_main__")    # the second is the first's name in a child of multiprocessing
+PLAIN = frozenset((int, float, bool, type(None), str))    # types that travel in a message as they are
+MAX_CAPTURES = 256                # functions kept with their pickle: a closure per turn of a loop is a new function
+MAX_CAPTURED_BYTES = 64 << 20     # ... and bytes of those pickles; more is memory, less is copied and hashed again
+MAX_KNOWN = 500                   # functions that a worker keeps for its client, and a client for a worker
+MAX_KNOWN_BYTES = 256 << 20       # ... and bytes of them; more is memory for every slot, less is sent again
+MAX_CLASSES = 4096                # classes kept alive after they were sent, as a result may name them
+MAX_CHAIN = 100                   # how far causes, contexts and group members of a failure are followed
+MAX_FRAMES = 100                  # of each exception: more are left out in the middle
+MAX_TEXT = 10_000                 # characters of the message that stands for an exception which cannot be rebuilt
+_missing_modules = {}             # in a worker: name -> what the ModuleNotFoundError should say; its Finder's
+_MAINS = ("__main__", "__mp_main__")      # the second is the first's name in a child of multiprocessing
+_MAIN = b"_main__"                # in a pickle that names either
 _RAW = {bytes, bytearray}
-_MAIN = b"_main__"                      # in a pickle that has something of either
 _ABSENT = type("absent", (), {"__repr__": lambda self: "<absent>"})()
 
 
@@ -965,18 +971,17 @@ def pack(obj, by_value=None, snapshot=True):
     """The payload of obj: bytes, or (bytes, [pickle.PickleBuffer]) with the buffers of 64 KiB and more.
 
     snapshot: writable buffers are copied, so that obj may be changed afterwards; read-only ones never are.
-    by_value(obj, buffer_callback) pickles what plain pickle cannot. Raises what it raises. Any thread may call."""
+    by_value(obj, buffer_callback) pickles what plain pickle cannot.  Raises what it raises.  Any thread may call."""
     return _pack(_raw(obj), by_value or _by_value, snapshot)
 
 
 def _pack(obj, by_value, snapshot=True):
-    buffers = _Buffers()
-    buffers.snapshot = snapshot
+    buffers = _Buffers(snapshot)
     try:
         data = pickle.dumps(obj, 5, buffer_callback=buffers)
-    except Exception:           # lambda, local class, lock ...: if by_value cannot either, it raises
+    except Exception:                             # a lambda, local class, lock ...: if by_value cannot either, it raises
         data = _MAIN
-    if data.find(_MAIN) >= 0 or _registered():      # `in` takes 0.2 us more: it asks first for a number
+    if data.find(_MAIN) >= 0 or _registered():    # find: for bytes, `in` first tries to make a number of _MAIN, 0.2 us
         buffers.clear()
         data = by_value(obj, buffers)
     return (data, list(buffers)) if buffers else data
@@ -984,10 +989,14 @@ def _pack(obj, by_value, snapshot=True):
 
 class _Buffers(list):
     """A buffer_callback: takes large buffers out of the pickle, and copies those that may change."""
+
+    def __init__(self, snapshot):
+        self.snapshot = snapshot
+
     def __call__(self, buffer):
         view = buffer.raw()
         if view.nbytes < LARGE:
-            return True
+            return True                           # it stays in the pickle
         self.append(buffer if view.readonly or not self.snapshot else pickle.PickleBuffer(_copied(view)))
 
 
@@ -998,16 +1007,25 @@ def _copied(view):
 
 
 def unpack(payload):
-    """The object. Once per payload, as arrays are not copies: they use the payload's buffers."""
+    """The object.  Once per payload, as arrays are not copies: they use the payload's buffers."""
     if type(payload) is tuple:
         data, buffers = payload
         return pickle.loads(data, buffers=buffers)
     return pickle.loads(payload)
 
 
+def payload_size(payload):
+    """About how many bytes of memory the arguments of a call hold, or a function, or None."""
+    if type(payload) is bytes:
+        return len(payload)
+    if payload and type(payload[-1]) is list:
+        return len(payload[0]) + sum(memoryview(buffer).nbytes for buffer in payload[1])
+    return sum(len(value) for value in payload or () if type(value) is str)
+
+
 def pack_arguments(function_name, args, kwargs, func=None):
-    """The payload of (args, kwargs). Raises PicklingError that names the argument at fault and its type; with
-    func also the parameter's name. Any thread may call."""
+    """The payload of (args, kwargs).  Raises PicklingError that names the argument at fault and its type; with func also
+    the parameter's name.  Any thread may call."""
     for value in args:
         if type(value) in _RAW:
             args = tuple([_raw(value) for value in args])
@@ -1016,7 +1034,7 @@ def pack_arguments(function_name, args, kwargs, func=None):
         kwargs = {name: _raw(value) for name, value in kwargs.items()}
     try:
         return _pack((args, kwargs), _by_value)
-    except Exception as error:      # whatever a class of the user's raises while it is pickled
+    except Exception as error:                    # whatever a class of the user's raises while it is pickled
         named = [*_numbered(args, func), *((f"argument {name!r}", kwargs[name]) for name in kwargs)]
         raise pickle.PicklingError(f"{function_name} cannot be called: {_culprit(named, 'its arguments')} "
                                    f"cannot be pickled: {error}") from error
@@ -1029,12 +1047,13 @@ def _registered():
         return set()
     if not hasattr(module, "list_registry_pickle_by_value"):
         module = importlib.import_module("cloudpickle")     # waits for the thread that imports it just now
-    names = module.list_registry_pickle_by_value()      # a copy
-    names.discard("__mp_main__")                        # _dumps's
+    names = module.list_registry_pickle_by_value()          # a copy
+    names.discard("__mp_main__")                            # by _dumps, not by the user
     return names
 
 
-def _registered_are(modules, _): return _registered() == modules
+def _registered_are(modules, _):
+    return _registered() == modules
 
 
 def _by_value(obj, buffer_callback=None):
@@ -1042,11 +1061,15 @@ def _by_value(obj, buffer_callback=None):
 
 
 def _dumps(pickler, obj, buffer_callback=None):
-    if "__mp_main__" in sys.modules:            # which cloudpickle takes for a module that workers have
+    if "__mp_main__" in sys.modules:              # which cloudpickle takes for a module that workers have
         cloudpickle.register_pickle_by_value(sys.modules["__mp_main__"])
     file = io.BytesIO()
     pickler(file, 5, buffer_callback).dump(obj)
     return file.getvalue()
+
+
+class Wrapper:
+    """The base of Parallel: wraps a function, its `func`, under whose name a module has the wrapper; never changes."""
 
 
 @functools.cache
@@ -1057,8 +1080,11 @@ def _by_value_pickler():
             {functools._lru_cache_wrapper: _reduce_cached, types.CodeType: _reduce_code})
 
         def reducer_override(self, obj):
-            if type(obj) is types.FunctionType and _is_wrapped(obj):
-                return getattr, (_named(obj), "func")
+            if type(obj) is types.FunctionType:
+                if _is_wrapped(obj):
+                    return getattr, (_named(obj), "func")
+                if _named(obj) is not obj:        # it goes by value
+                    obj = _readable(obj)
             reduced = super().reducer_override(obj)
             if reduced is not NotImplemented and isinstance(obj, type):
                 _keep(obj)
@@ -1068,7 +1094,7 @@ def _by_value_pickler():
 
 @functools.lru_cache(MAX_CLASSES)
 def _keep(cls):
-    """Keeps a class that was sent: cloudpickle's tracker is weak, and a result must find it by its id."""
+    """Keep a class that was sent: cloudpickle's tracker is weak, and a result must find it by its id."""
 
 
 def _named(obj):
@@ -1080,14 +1106,28 @@ def _named(obj):
         return None
     try:
         return operator.attrgetter(name)(sys.modules[module])
-    except (AttributeError, KeyError):      # a local name; a module made by hand
+    except Exception:                             # a local name; a module made by hand, or one that raises what it likes
         return None
 
 
 def _is_wrapped(func):
-    """Whether a module has a Parallel under func's name: func goes as the `.func` of it, not by value."""
+    """Whether a module has a Wrapper under func's name: func goes as the `.func` of it, not by value."""
     found = _named(func)
-    return isinstance(found, Parallel) and found.func is func
+    return isinstance(found, Wrapper) and found.func is func
+
+
+def _readable(func):
+    """func, or a twin whose annotations are texts: Python 3.14 evaluates them when they are asked for, as cloudpickle does,
+    and what they name may not be there, or only for a type checker."""
+    try:
+        func.__annotations__
+        return func
+    except Exception:                             # whatever the user's expressions raise
+        twin = types.FunctionType(func.__code__, func.__globals__, func.__name__, func.__defaults__, func.__closure__)
+        for name in "__kwdefaults__", "__module__", "__qualname__", "__doc__", "__dict__":
+            setattr(twin, name, getattr(func, name))
+        twin.__annotations__ = annotationlib.get_annotations(func, format=annotationlib.Format.STRING)
+        return twin
 
 
 def _reduce_cached(cached):
@@ -1113,7 +1153,9 @@ def _make_code(arguments, filename):
 
 class _Raw:
     """Large bytes or a bytearray, which plain pickle would copy into its stream."""
-    def __init__(self, value): self.value = value
+
+    def __init__(self, value):
+        self.value = value
 
     def __reduce__(self):
         return (bytes if type(self.value) is bytes else _bytearray), (pickle.PickleBuffer(self.value),)
@@ -1124,13 +1166,14 @@ def _raw(value):
 
 
 def _bytearray(buffer):
-    return buffer if type(buffer) is bytearray else bytearray(buffer)   # received memory becomes the argument
+    return buffer if type(buffer) is bytearray else bytearray(buffer)     # received memory becomes the argument
 
 
 def _numbered(args, func):
+    """("argument 2 ('key')", value) of each positional argument."""
     try:
         names = list(inspect.signature(func).parameters)
-    except (TypeError, ValueError):         # None, or a builtin that does not tell
+    except (TypeError, ValueError):               # None, or a builtin that does not tell
         names = []
     for i, value in enumerate(args):
         yield f"argument {i + 1}" + (f" ({names[i]!r})" if i < len(names) else ""), value
@@ -1141,7 +1184,7 @@ def _culprit(named_values, otherwise):
     for name, value in named_values:
         try:
             pack(value)
-        except Exception:       # that one
+        except Exception:                         # that one
             return f"{name}, a {_type_name(type(value))},"
     return otherwise
 
@@ -1151,12 +1194,11 @@ def _type_name(cls):
     return name if module in ("builtins", *_MAINS) else f"{module}.{name}"
 
 
-# A class that came from the client goes back as the id that cloudpickle's tracker gave it. By value,
-# cloudpickle would find the class by the same id and set all its attributes to copies. The tracker is
-# private, so it is checked.
+# A class that came from the client goes back as the id that cloudpickle's tracker gave it.  By value, cloudpickle would
+# find the class by the same id and set all its attributes to copies.  The tracker is private, so it is checked.
 
 def _class_tracker():
-    """cloudpickle's module with the tracker's three names. Raises ClupyError if they are gone."""
+    """cloudpickle's module with the tracker's three names.  Raises ClupyError if they are gone."""
     module = importlib.import_module("cloudpickle.cloudpickle")
     for name in "_DYNAMIC_CLASS_TRACKER_BY_ID", "_get_or_create_tracker_id", "_lookup_class_or_track":
         if not hasattr(module, name):
@@ -1166,7 +1208,7 @@ def _class_tracker():
 
 
 def _client_class(tracker_id, name):
-    """The class that went by value under this id. A worker's results name it so; pickles call this."""
+    """The class that went by value under this id.  A worker's results name it so; pickles call this."""
     cls = _class_tracker()._DYNAMIC_CLASS_TRACKER_BY_ID.get(tracker_id)
     if cls is None:
         raise pickle.UnpicklingError(f"a result has an object of class {name}, which this process never "
@@ -1178,10 +1220,10 @@ _client_classes = weakref.WeakSet()     # in a worker: classes and type variable
 
 
 def pack_result(value, name="the call"):
-    """The payload of what `name` returned, its buffers not copied. Raises PicklingError that says its type."""
+    """The payload of what `name` returned, its buffers not copied.  Raises PicklingError that says its type."""
     try:
         return pack(value, _result_by_value, snapshot=False)
-    except BaseException as error:      # whatever a class of the user's raises while it is pickled, SystemExit too
+    except BaseException as error:                # whatever a class of the user's raises while it is pickled, SystemExit too
         raise pickle.PicklingError(f"the result of {name}, a {_type_name(type(value))}, cannot be "
                                    f"pickled: {error}") from error
 
@@ -1202,62 +1244,88 @@ def _result_pickler():
 
 
 # ---- functions
+# A function is captured: pickled by value with all that it uses, as it is now.  It is known everywhere by the hash of that
+# pickle, so a worker is sent the same content once, whoever captured it and however often.
 
 class Function:
-    """One version of a function: what workers are sent once, and then know by its id (of this process)."""
-    __slots__ = "payload", "name", "setup", "id", "mean", "__weakref__"
+    """One version of a function: what workers are sent once and then know by its id."""
 
-    def __init__(self, payload, name, setup=None):
-        self.payload, self.name, self.id = payload, name, next(_function_ids)
-        self.setup = setup      # payload of a function that a worker must have called first, or None
-        self.mean = None        # seconds that a call takes, as far as is known
+    __slots__ = "id", "payload", "name", "setup", "size", "mean", "__weakref__"
 
-    def __repr__(self): return f"<Function {self.id} {self.name}>"
+    def __init__(self, id, payload, name, setup):
+        self.id = id                              # 16 bytes: what function_of says of payload and setup
+        self.payload, self.name = payload, name
+        self.setup = setup                        # payload of a function that a worker must have called first, or None
+        self.size = payload_size(payload) + payload_size(setup)     # bytes that it takes at either end of a slot
+        self.mean = None                          # seconds that a call takes, as far as is known
+
+    def __repr__(self):
+        return f"<Function {self.id.hex()[:8]} {self.name}, {self.size:,} bytes>"
 
 
 class Known:
-    """What one end remembers of the functions that the other has."""
+    """What one end of a slot has told the other, which keeps so many functions and bytes of them: the teller alone counts,
+    and says what is to be dropped, so the two never differ."""
 
     def __init__(self):
-        self._sizes = collections.OrderedDict()
+        self._sizes = collections.OrderedDict()   # {id of a Function: its size}, least recently used first
+        self._total = 0
+
+    def __repr__(self):
+        return f"<Known {len(self._sizes)} functions, {self._total:,} bytes>"
 
     def learn(self, function):
+        """(whether it has to be told, ids of functions to be dropped for it); never drops the one just learned."""
         if function.id in self._sizes:
             self._sizes.move_to_end(function.id)
             return False, []
-        self._sizes[function.id] = 0
-        return True, [self._sizes.popitem(last=False)[0]] if len(self._sizes) > 500 else []
+        self._sizes[function.id] = function.size
+        self._total += function.size
+        dropped = []
+        while len(self._sizes) > MAX_KNOWN or self._total > MAX_KNOWN_BYTES and len(self._sizes) > 1:
+            id, size = self._sizes.popitem(last=False)
+            self._total -= size
+            dropped.append(id)
+        return True, dropped
 
 
-def limit_key(func):
-    func = getattr(func, "__func__", func)
-    if isinstance(func, functools.partial):
-        return limit_key(func.func)
-    return getattr(func, "__module__", None), getattr(func, "__qualname__", None)
-
-
-_function_ids = itertools.count(1)
-_functions = weakref.WeakValueDictionary()      # (payload, setup) -> Function, while anybody has it
-_captures = {}          # id(func) -> (func, Function, reads), oldest first; any thread looks, changed under the lock
-_capture_lock = threading.Lock()                # for both tables
+_functions = weakref.WeakValueDictionary()        # {id: Function} while anybody has it
+_hashed = weakref.WeakValueDictionary()           # {id() of a payload: the Function that has it, without a setup}
+_captures = {}          # {id(func): (func, Function, reads)}, oldest first; any thread looks, changed under the lock
+_capture_lock = threading.Lock()                  # for the three
 
 
 def function_of(payload, name, setup=None):
-    """The Function of this payload, the same object while anybody has it."""
-    if type(payload) is not bytes:
-        return Function(payload, name, setup)
+    """The Function of this payload: the same content is the same object, while anybody has it.  Any thread may call.
+
+    setup: payload of a function that a worker must have called first."""
+    hashed = content_id(payload) if setup is None else _hash(content_id(payload), content_id(setup))
     with _capture_lock:
-        function = _functions.get((payload, setup))
+        function = _functions.get(hashed)
         if function is None:
-            function = _functions[payload, setup] = Function(payload, name, setup)
+            function = _functions[hashed] = Function(hashed, payload, name, setup)
+            if setup is None:
+                _hashed[id(payload)] = function
         return function
 
 
-def capture(func):
-    """The Function that func is now: a changed global or closure is seen; the same pickle is the same object.
+def content_id(payload):
+    """16 bytes that name what is in a payload, the same in every process."""
+    known = _hashed.get(id(payload))              # hashing 8 MB takes 4 ms
+    if known is not None:
+        return known.id
+    return _hash(payload[0], *payload[1]) if type(payload) is tuple else _hash(payload)
 
-    Pickling takes 40 us; if all that the last pickle read is immutable and still the same object (_reads), it
-    is reused in 0.6 us. Raises PicklingError that names what is at fault. Any thread may call."""
+
+def _hash(*parts):
+    return hashlib.sha256(b"".join([hashlib.sha256(part).digest() for part in parts])).digest()[:16]
+
+
+def capture(func):
+    """The Function that func is now: a changed global or closure is seen.  Any thread may call.
+
+    Pickling takes 40 us; if all that the last pickle read is immutable and still the same object (_reads), it is reused in
+    0.5 us.  Raises PicklingError that names what is at fault."""
     known = _captures.get(id(func))
     if known is not None and known[0] is func:
         for read, a, b, value in known[2]:
@@ -1270,25 +1338,67 @@ def capture(func):
 
 def _capture(func):
     name = _function_name(func)
-    reads = _reads(func)        # first: what changes while it is pickled is seen by the next capture
+    reads = _reads(func)                          # first: what changes while it is pickled is seen by the next capture
+    buffers = _Buffers(snapshot=False)
     try:
-        data = _by_value(func)
-    except Exception as error:      # whatever a class of the user's raises while it is pickled
+        data = _by_value(func, buffers)
+    except Exception as error:                    # whatever a class of the user's raises while it is pickled
         raise pickle.PicklingError(f"{name} cannot be sent to a worker: {_culprit(_used(func), 'it')} cannot "
                                    f"be pickled: {error}") from error
-    function = function_of(data, name) if len(data) < LARGE else Function(pack(_Pickled(data)), name)
-    if reads is not None and type(function.payload) is bytes:
-        with _capture_lock:
-            if len(_captures) >= MAX_CAPTURES:
-                del _captures[next(iter(_captures))]
-            _captures[id(func)] = func, function, reads
+    views = [buffer.raw() for buffer in buffers]
+    known = _captures.get(id(func))
+    if known is not None and known[0] is func and _is_still(known[1].payload, data, views):
+        function = known[1]
+    else:
+        copies = [pickle.PickleBuffer(bytearray(view)) for view in views]
+        function = function_of((data, copies) if copies else data, name)
+    if reads is not None or function.size >= LARGE:
+        _remember(func, function, reads or _NEVER)
     return function
 
 
-class _Pickled:
-    """The pickle of a function with much data in it: beside the payload, where it is sent without a copy."""
-    def __init__(self, data): self.data = data
-    def __reduce__(self): return pickle.loads, (pickle.PickleBuffer(self.data),)
+_NEVER = [(operator.is_, 0, 0, False)]            # a read that is never what it was: the function is captured at each use
+
+
+def _is_still(payload, data, views):
+    """Whether a payload that _capture made has these bytes: comparing 8 MB takes 0.2 ms, copying and hashing it 4 ms."""
+    last, copies = payload if type(payload) is tuple else (payload, ())
+    return (last == data and len(copies) == len(views)
+            and all(copy.raw().obj == view for copy, view in zip(copies, views)))       # bytearray == view is a memcmp
+
+
+def _remember(func, function, reads):
+    with _capture_lock:
+        _captures.pop(id(func), None)             # it is the newest now
+        _captures[id(func)] = func, function, reads
+        while len(_captures) > MAX_CAPTURES or function.size >= LARGE and len(_captures) > 1 and (
+                sum(kept.size for _, kept, _ in _captures.values()) > MAX_CAPTURED_BYTES):
+            del _captures[next(iter(_captures))]
+
+
+def limit_key(func):
+    """Texts and numbers that name func as its author sees it, the same in the client and in a worker: calls with one key
+    share one `max`, whatever func has in its globals, cells and defaults, and to whatever object it is bound.  So all
+    functions that one lambda or one inner `def` makes are one, and a wrapper is what it wraps."""
+    while True:
+        if isinstance(func, (functools.partial, Wrapper)):
+            func = func.func
+        elif isinstance(func, types.MethodType):
+            func = func.__func__
+        elif "__wrapped__" in getattr(func, "__dict__", ()):
+            func = func.__wrapped__
+        else:
+            break
+    name = getattr(func, "__qualname__", None) or getattr(func, "__name__", None)
+    if not isinstance(name, str):                 # an object that can be called
+        func = type(func)
+        name = func.__qualname__
+    module = getattr(func, "__module__", None) or ""
+    key = "__main__" if module in _MAINS else module, name
+    if "<" not in name or not hasattr(func, "__code__"):
+        return key
+    code = func.__code__                          # where in the line it stands is in its line table
+    return *key, code.co_filename, code.co_firstlineno, _hash(code.co_code, code.co_linetable).hex()
 
 
 def _function_name(func):
@@ -1301,8 +1411,8 @@ _CONSTANTS = {int, float, complex, bool, str, bytes, range, type(None), type(...
 
 
 def _reads(func):
-    """[(read, a, b, value)]: func's pickle is right while each read(a, b) is value. None: part of it may
-    change unseen. All that goes by value is followed, but no names, docs, and later imports of packages."""
+    """[(read, a, b, value)]: func's pickle is right while each read(a, b) is value.  None: part of it may change unseen.
+    All that goes by value is followed, but no names, docs, and later imports of packages."""
     reads, todo, seen = [(_registered_are, _registered(), None, True)], [func], set()
     while todo:
         obj = todo.pop()
@@ -1311,14 +1421,14 @@ def _reads(func):
         seen.add(id(obj))
         if type(obj) in (tuple, frozenset):
             todo += obj
-        elif type(obj) in (types.GenericAlias, types.UnionType):        # list[int], int | None in annotations
+        elif type(obj) in (types.GenericAlias, types.UnionType):    # list[int], int | None in annotations
             todo += getattr(obj, "__origin__", None), *obj.__args__
         elif _named(obj) is obj or type(obj) is types.FunctionType and _is_wrapped(obj):
             prefix, _, name = obj.__qualname__.rpartition(".")
             owner = sys.modules[obj.__module__]
             namespace = vars(operator.attrgetter(prefix)(owner) if prefix else owner)
             reads.append((namespace.get, name, _ABSENT, _named(obj)))
-        elif isinstance(obj, Parallel):
+        elif isinstance(obj, Wrapper):
             todo.append(obj.func)
         elif type(obj) is types.FunctionType:
             todo += _function_reads(obj, reads)
@@ -1328,15 +1438,16 @@ def _reads(func):
 
 
 def _function_reads(func, reads):
-    """Adds to reads what the function itself consists of; the values it uses."""
+    """Add to reads what the function itself consists of.  Returns the values it uses, which are to be followed."""
     for name in "__code__", "__defaults__", "__kwdefaults__":
         reads.append((getattr, func, name, getattr(func, name)))
-    reads.append((operator.eq, vars(func), {}, True))       # attributes go by value, and are seldom used
+    reads.append((operator.eq, vars(func), {}, True))               # attributes go by value, and are seldom used
     kwonly = func.__code__.co_varnames[func.__code__.co_argcount:][:func.__code__.co_kwonlyargcount]
+    annotations = _readable(func).__annotations__
     used = [(_contents, cell, _ABSENT) for cell in func.__closure__ or ()]
     for namespace, names in ((func.__globals__, _global_names(func.__code__)),
                              (func.__kwdefaults__ or {}, kwonly),
-                             (func.__annotations__, func.__annotations__)):
+                             (annotations, annotations)):
         used += [(namespace.get, name, _ABSENT) for name in names]
     values = [read(a, b) for read, a, b in used]
     reads += [(*what, value) for what, value in zip(used, values)]
@@ -1346,7 +1457,7 @@ def _function_reads(func, reads):
 def _contents(cell, otherwise):
     try:
         return cell.cell_contents
-    except ValueError:      # not assigned yet
+    except ValueError:                            # not assigned yet
         return otherwise
 
 
@@ -1370,90 +1481,93 @@ def _used(func):
 
 
 # ---- exceptions
+# A pickle of an exception loses its cause, context and traceback, and one that cannot be pickled, or rebuilt at the other
+# end, would spoil all that hang together with it.  So each goes as two calls,
+#
+#      _rebuilt(type name, message, frames, pickle of (class, args), ...)      if that fails, a RemoteError of the texts
+#      _link(the exception, (pickle of its attributes, ..., cause, context, ...))
+#
+# in one pickle for all, whose memo keeps what is shared and circular among them.  The inner pickles have no exceptions in
+# them, only their places in a list that travels beside (_alone).
 
 def pack_exception(error, skip_frames=0, where=""):
-    """The payload that unpack_exception takes. Cannot raise."""
+    """The payload that unpack_exception takes.  Cannot raise.
+
+    skip_frames: how many of the outermost frames are not the user's; where: a text that stands for them, or none."""
     try:
-        return pack(_links(error, skip_frames, where))
-    except BaseException as problem:        # at worst: no memory left, a class that breaks type()
+        frames = [(f"<{where}>", "call", 1, 1, None, None, None)] * bool(where) + _frames(error.__traceback__)[skip_frames:]
+        return _dumps(functools.partial(_FailurePickler, {id(error): frames}), error)
+    except BaseException as problem:              # RecursionError, MemoryError, a class that breaks type()
         why = f"{type(problem).__name__} while the exception was taken apart"
-        return pack([(None, why, type(error).__name__, "message not known", [], None, None, False)])
+        return pack(_remote_error(type(error).__name__, _message(error), [], why))
 
 
-def _links(error, skip_frames, where):
-    """The exceptions that hang together, as _Chain takes them: the first is error itself."""
-    chain = _chain(error)
-    positions = {id(error): i for i, error in enumerate(chain)}
-    links = []
-    for error in chain:
+class _FailurePickler(pickle.Pickler):
+    """frames: {id of an exception: its frames}, if not those of its traceback."""
+
+    def __init__(self, frames, *arguments):
+        super().__init__(*arguments)
+        self.frames = frames
+        self.depths = {}                          # {id of an exception: how many others lead to it}
+
+    def reducer_override(self, error):
+        if not isinstance(error, BaseException):
+            return NotImplemented
         if isinstance(error, ModuleNotFoundError) and error.name in _missing_modules:
             error.msg = _missing_modules[error.name]
             error.args = error.msg,
-        frames = _frames(error.__traceback__)
-        if not links:
-            frames = [(f"<{where}>", "call", 1, 1, None, None, None)] * bool(where) + frames[skip_frames:]
-        links.append((*_pickled(error, positions), _type_name(type(error)), _message(error),
-                      _shortened(frames), positions.get(id(error.__cause__)),
-                      positions.get(id(error.__context__)), error.__suppress_context__))
-    return links
+        frames = _shortened(self.frames.get(id(error)) or _frames(error.__traceback__))
+        texts = _type_name(type(error)), _message(error), frames
+        links, depth = [error.__cause__, error.__context__], self.depths.get(id(error), 0) + 1
+        for other in *links, *(error.exceptions if isinstance(error, BaseExceptionGroup) else ()):
+            self.depths.setdefault(id(other), depth)
+        if depth > MAX_CHAIN:
+            return _remote_error, (*texts, f"it is behind {MAX_CHAIN} others")
+        made_by, attributes = _parts(error)
+        state = *_alone(attributes), getattr(error, "__notes__", []), *links, error.__suppress_context__
+        return _rebuilt, (*texts, *_alone(made_by)), state, None, None, _link
 
 
-def _chain(error):
-    """error and what it refers to as cause, context or member of a group, each once, at most MAX_CHAIN."""
-    chain, todo = {}, [error]
-    while todo and len(chain) < MAX_CHAIN:
-        error = todo.pop()
-        if error is not None and id(error) not in chain:
-            chain[id(error)] = error
-            todo += reversed(error.exceptions if isinstance(error, BaseExceptionGroup) else ())
-            todo += error.__context__, error.__cause__
-    return list(chain.values())
-
-
-def _pickled(error, positions):
-    """(pickle, None), or (None, why there is none). An __init__ that does not take `args` is left out."""
+def _parts(error):
+    """((make, args), attributes) of an exception: as its __reduce__ has them, if what they make looks the same."""
     try:
-        faithful = _is_faithful(error)
-        return _dumps_link(error, positions, error if faithful else _WithoutInit(error)), None
-    except BaseException as problem:        # whatever the user's methods raise; RecursionError, MemoryError
+        copied = copy.copy(error)                 # does what unpickling does, but makes no classes
+        if type(copied) is type(error) and str(copied) == str(error):
+            make, args, *state = error.__reduce_ex__(5)
+            return (make, args), state[0] if state else None
+    except BaseException:                         # the __init__ wants other arguments, or a method of the user's fails
+        pass
+    return (_without_init, (type(error), error.args)), vars(error)
+
+
+def _alone(obj):
+    """(pickle, [the exceptions in it]) of obj, or (None, why there is none)."""
+    others = {}                                   # {id: exception}
+
+    def pickler(*arguments):
+        made = _part_pickler()(*arguments)
+        made.others = others
+        return made
+    try:
+        return _dumps(pickler, obj), list(others.values())
+    except BaseException as problem:              # whatever the user's methods raise; RecursionError, MemoryError
         return None, _line(problem)
 
 
-def _is_faithful(error):
-    """Whether its pickle would make the same: copy.copy does what unpickling does, but makes no classes."""
-    try:
-        copied = copy.copy(error)
-        return type(copied) is type(error) and str(copied) == str(error)
-    except Exception:       # the __init__ wants other arguments
-        return False
-
-
-class _WithoutInit:
-    def __init__(self, error): self.error = error
-    def __reduce__(self): return _without_init, (type(self.error), self.error.args, vars(self.error))
-
-
-def _dumps_link(error, positions, obj):
-    def pickler(*arguments):
-        made = _link_pickler()(*arguments)
-        made.error, made.positions = error, positions
-        return made
-    return _dumps(pickler, obj)
-
-
 @functools.cache
-def _link_pickler():
+def _part_pickler():
     class Pickler(_result_pickler()):
-        def persistent_id(self, part):
-            if isinstance(part, BaseException) and part is not self.error:
-                return self.positions.get(id(part))
+        def persistent_id(self, obj):
+            if isinstance(obj, BaseException):
+                self.others.setdefault(id(obj), obj)
+                return list(self.others).index(id(obj))
     return Pickler
 
 
 def _message(error):
     try:
         text = str(error)
-    except Exception:       # a __str__ of the user's
+    except BaseException:                         # a __str__ of the user's
         return "<no text: its __str__ fails>"
     return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]}... ({len(text):,} characters)"
 
@@ -1477,10 +1591,10 @@ def _frames(trace):
 
 def _line_text(frame, line):
     """The line of a module's file; None for code that came by value: only the client has its file."""
-    if "remote text" in frame.f_globals:        # of a nested call
+    if "remote text" in frame.f_globals:          # a frame made by _traceback, of a nested call
         return frame.f_globals["remote text"]
     module = sys.modules.get(frame.f_globals.get("__name__"))
-    if module is None or vars(module) is not frame.f_globals:
+    if getattr(module, "__dict__", None) is not frame.f_globals:
         return None
     return linecache.getline(frame.f_code.co_filename, line, frame.f_globals).rstrip() or None
 
@@ -1494,63 +1608,59 @@ def _shortened(frames):
 
 
 def unpack_exception(payload):
-    """The exception of a pack_exception, with its causes, contexts, group members, notes, and the worker's
-    traceback: raised here, it prints as if the call had run here. One that cannot be rebuilt, be it a cause,
-    is a RemoteError with a note that says why. Any thread may call."""
-    chain = _Chain(unpack(payload))
-    for i in reversed(range(len(chain.links))):     # members before their group
-        chain.load(i)
-    for error, (*_, cause, context, suppress) in zip(chain.errors, chain.links):
-        error.__cause__ = None if cause is None else chain.errors[cause]
-        error.__context__ = None if context is None else chain.errors[context]
-        error.__suppress_context__ = suppress
-    return chain.errors[0]
+    """The exception of a pack_exception, with its causes, contexts, group members, notes, and the worker's traceback:
+    raised here, it prints as if the call had run here.  One that cannot be rebuilt, be it a cause, is a RemoteError with a
+    note that says why.  Any thread may call."""
+    return unpack(payload)
 
 
-class _Chain:
-    """links: (pickle or None, why none, type name, message, frames, cause, context, suppress) of each
-    exception. Cause and context are positions in the list, and so are other exceptions within a pickle."""
-    def __init__(self, links):
-        self.links = links
-        self.errors = [None] * len(links)
-
-    def load(self, i):
-        if self.errors[i] is None:
-            data, why, type_name, message, frames, *_ = self.links[i]
-            self.errors[i] = RemoteError(type_name, message)        # for those within that refer to it
-            trace = _traceback(frames)
-            try:
-                error = self._unpickled(data, why)
-            except Exception as problem:    # a constructor's, or a module is missing here
-                text = "".join(traceback.format_tb(trace))
-                text = f"Traceback (most recent call last):\n{text}{type_name}: {message}"
-                error = RemoteError(type_name, message, text)
-                error.add_note(f"{type_name} cannot be rebuilt here: {_line(problem)}")
-            self.errors[i] = error.with_traceback(trace)
-        return self.errors[i]
-
-    def _unpickled(self, data, why):
-        if data is None:
-            raise pickle.UnpicklingError(why)
-        error = _LinkUnpickler(data, self.load).load()
-        if not isinstance(error, BaseException):
-            raise pickle.UnpicklingError(f"its pickle is a {type(error).__qualname__}")
-        return error
-
-
-class _LinkUnpickler(pickle.Unpickler):
-    def __init__(self, data, load):
+class _PartUnpickler(pickle.Unpickler):
+    def __init__(self, data, others):
         super().__init__(io.BytesIO(data))
-        self.load_link = load
-
-    def persistent_load(self, position): return self.load_link(position)
+        self.persistent_load = others.__getitem__
 
 
-def _without_init(cls, args, attributes):
+def _together(data, others):
+    """The object that _alone took apart."""
+    if data is None:
+        raise pickle.UnpicklingError(others)      # why
+    return _PartUnpickler(data, others).load()
+
+
+def _rebuilt(type_name, message, frames, data, others):
+    try:
+        make, args = _together(data, others)
+        error = make(*args)
+        return error.with_traceback(_traceback(frames))
+    except Exception as problem:                  # a constructor's, a module is missing here, or what it made is no exception
+        return _remote_error(type_name, message, frames, _line(problem))
+
+
+def _link(error, state):
+    data, others, notes, error.__cause__, error.__context__, error.__suppress_context__ = state
+    try:
+        if type(error) is not RemoteError and (attributes := _together(data, others)):
+            error.__setstate__(attributes)
+    except Exception as problem:                  # one of them is of a class that is missing here, say
+        error.add_note(f"its attributes cannot be rebuilt here: {_line(problem)}")
+    for note in notes:
+        if note not in getattr(error, "__notes__", ()):
+            error.add_note(note)
+
+
+def _remote_error(type_name, message, frames, why):
+    """What stands for an exception that cannot be rebuilt."""
+    trace = _traceback(frames)
+    text = "".join(traceback.format_tb(trace))
+    error = RemoteError(type_name, message, f"Traceback (most recent call last):\n{text}{type_name}: {message}")
+    error.add_note(f"{type_name} cannot be rebuilt here: {why}")
+    return error.with_traceback(trace)
+
+
+def _without_init(cls, args):
     """An exception whose __init__ does not take its args: class E(Exception) with __init__(self, a, b)."""
     error = cls.__new__(cls, *args)
     error.args = args
-    error.__dict__.update(attributes)
     return error
 
 
@@ -1561,21 +1671,20 @@ def _line(error):
 def _traceback(frames):
     """A traceback of frames: (file, function, first and last line, first and last column, text or None).
 
-    A frame cannot be made, but code that fails at any place can be compiled: the idea is Jinja2's. The text
-    is given for files that the worker has: if the file here has another line there, its name gets
-    " (remote)"."""
+    A frame cannot be made, but code that fails at any place can be compiled: the idea is Jinja2's.  The text is given for
+    files that the worker has: if the file here has another line there, its name gets " (remote)"."""
     trace = None
     for filename, name, line, last_line, column, last_column, text in reversed(frames):
-        linecache.checkcache(filename)      # as printing will do
+        linecache.checkcache(filename)            # as printing will do
         if text is not None and linecache.getline(filename, line).rstrip() != text:
             filename = filename.removesuffix(" (remote)") + " (remote)"
             _remember_line(filename, line, text)
-        if last_line != line or column is None:     # the whole line, which Python then does not underline
+        if last_line != line or column is None:   # the whole line, which Python then does not underline
             whole = linecache.getline(filename, line).encode().rstrip()
             column, last_column = column or len(whole) - len(whole.lstrip()), len(whole)
         code = _failing(filename, name, line, column, max(column, last_column))
         try:
-            eval(code, {"__builtins__": {}, "remote text": text})       # the text is for a worker's client
+            eval(code, {"__builtins__": {}, "remote text": text})       # the text: see _line_text
         except NameError as error:
             inner = error.__traceback__.tb_next
             trace = types.TracebackType(trace, inner.tb_frame, inner.tb_lasti, line)
@@ -1584,6 +1693,7 @@ def _traceback(frames):
 
 @functools.lru_cache(1024)
 def _failing(filename, name, line, column, last_column):
+    """Code that raises NameError there."""
     node = ast.Name("no such name", ast.Load(), lineno=line, end_lineno=line,
                     col_offset=column, end_col_offset=last_column)
     return compile(ast.Expression(node), filename, "eval").replace(co_name=name)
@@ -1598,37 +1708,47 @@ def _remember_line(filename, line, text):
 
 # ---- modules on demand
 
-CLUPY_MODULES = {"clupy", "clupy_master", "clupy_server"}      # every server has its own
+_EVERY_SERVERS = sys.stdlib_module_names | {"clupy", "clupy_master", "clupy_server"}
 
 
 def own_modules():
-    """The user's own top-level modules that are imported, or run by -m: a worker asks for these first."""
-    main = getattr(sys.modules["__main__"], "__spec__", None)
-    specs = {name: getattr(module, "__spec__", None) for name, module in list(sys.modules.items())}
-    top = {main.name.partition(".")[0]} if main is not None and _is_own(main.name, main) else set()
-    return frozenset(top | {name for name, spec in specs.items() if "." not in name and _is_own(name, spec)})
+    """The user's own top-level modules that are imported, or run by -m: a worker asks for these first.  Never raises."""
+    specs = {name: _spec_of(name) for name in list(sys.modules) if isinstance(name, str) and "." not in name}
+    if (main := specs.get("__main__")) is not None:         # under the name by which it could be imported
+        specs.setdefault(main.name.partition(".")[0], main)
+    return frozenset(name for name, spec in specs.items() if _is_own(name, spec))
+
+
+def _spec_of(name):
+    """The __spec__ of a module that is imported, or None.  What stands in sys.modules is anybody's: it may have none, or
+    one that is no spec, or raise, as modules do that import themselves at the first use."""
+    try:
+        spec = sys.modules[name].__spec__
+        return spec if isinstance(spec, importlib.machinery.ModuleSpec) else None
+    except BaseException:                         # pytest's Skipped is no Exception
+        return None
 
 
 def module_source(name, parent_path=None):
-    """What a worker is told that lacks a module; parent_path: the __path__ of the package it is in. One of
+    """What a worker is told that lacks a module; parent_path: the __path__ of the package it is in.  One of
          ("source", text, file name, __path__ or None)      it is the user's own
          ("namespace", __path__)                            a folder without __init__.py
          ("library", distribution, version)                 installed here, but not sent
          ("refused", why)                                   own, but it has no source
          ("no",)                                            unknown here, or the standard library's
-    Nothing is imported or run, not even the parent. Reads files; any thread may call; never raises."""
+    Nothing is imported or run, not even the parent.  Reads files; any thread may call; never raises."""
     try:
         return _module_source(name, parent_path)
-    except Exception as error:      # a finder or loader of the user's may raise anything
+    except BaseException as error:                # a finder or loader of the user's may raise anything
         return "refused", f"module {name!r} cannot be read by its client: {_line(error)}"
 
 
 def _module_source(name, parent_path):
     spec = _spec(name, parent_path)
-    if spec is None and name in sys.modules and sys.modules[name] is not None:
+    if spec is None and sys.modules.get(name) is not None:
         return "refused", (f"module {name!r} was made while its client ran, so it has no source to send: "
                            f"call cloudpickle.register_pickle_by_value(module) before the calls that use it")
-    if spec is None or name.partition(".")[0] in sys.stdlib_module_names | CLUPY_MODULES or not _places(spec):
+    if spec is None or not _places(spec) or is_every_servers(name):
         return ("no",)
     if not _is_own(name, spec):
         return "library", *_distribution(name)
@@ -1636,7 +1756,7 @@ def _module_source(name, parent_path):
         return "namespace", [place for place in _places(spec) if not _is_library(place)]
     if hasattr(spec.loader, "get_source"):
         text = spec.loader.get_source(spec.name)
-    else:                                           # pytest's
+    else:                                         # pytest's
         with io.open(spec.origin, "rb") as file:
             text = importlib.util.decode_source(file.read())
     if text is None:
@@ -1647,16 +1767,16 @@ def _module_source(name, parent_path):
 
 
 def _spec(name, parent_path):
-    """The module's spec or None. importlib.util.find_spec would run the parent."""
-    main = getattr(sys.modules["__main__"], "__spec__", None)
-    if main is not None and main.name == name:      # python -m package.script
+    """The module's spec or None.  importlib.util.find_spec would run the parent."""
+    main = _spec_of("__main__")
+    if main is not None and main.name == name:    # python -m package.script
         return main
-    spec = getattr(sys.modules.get(name), "__spec__", None)
+    spec = _spec_of(name)
     finders = [finder for finder in sys.meta_path if hasattr(finder, "find_spec")]
     while spec is None and finders:
         try:
             spec = finders.pop(0).find_spec(name, parent_path)
-        except KeyError:        # a namespace package whose parent is not imported here
+        except KeyError:                          # a namespace package whose parent is not imported here
             spec = _namespace(name, parent_path)
     return spec
 
@@ -1669,9 +1789,19 @@ def _namespace(name, parent_path):
     return spec
 
 
+def is_every_servers(name):
+    """Whether the module is one of which every server has its own: the standard library's or CluPy's."""
+    return name.partition(".")[0] in _EVERY_SERVERS
+
+
 def _is_own(name, spec):
-    return (spec is not None and name.partition(".")[0] not in sys.stdlib_module_names | CLUPY_MODULES
-            and name not in _MAINS and not all(_is_library(place) for place in _places(spec)))
+    """Whether it is the user's own: a place of it, its file or a folder, is not where libraries are installed."""
+    if spec is None or name in _MAINS or is_every_servers(name):
+        return False
+    try:
+        return not all(_is_library(place) for place in _places(spec))
+    except Exception:                             # a namespace package whose parent is gone; a spec made by hand
+        return False
 
 
 def _places(spec):
@@ -1685,7 +1815,7 @@ def _is_library(path):
 
 @functools.cache
 def _library_folders():
-    """Where installed modules are, by plain and by real path. An editable install is elsewhere: it is own."""
+    """Where installed modules are, by plain and by real path.  An editable install is elsewhere: it is own."""
     folders = {sysconfig.get_path(kind) for kind in ("stdlib", "platstdlib", "purelib", "platlib")}
     folders.update(site.getsitepackages(), [site.getusersitepackages()])
     return tuple({os.path.join(form(folder), "")
@@ -1699,8 +1829,8 @@ def _distribution(name):
     return (names[0], metadata.version(names[0])) if names else (top, None)
 
 
-FETCHES = {"module": module_source}     # what a worker may ask its client for: each answers in a thread that may block
-served = {}                             # {name: buffers} of the Refs that this process shared without Redis
+FETCHES = {"module": module_source}               # what a worker may ask its client for; called in a thread that may block
+served = {}                                       # {name: buffers} of the Refs that this process shared without Redis
 
 
 # ==== Future =================================================================
@@ -3755,7 +3885,7 @@ def _current_engine():
     return _engine
 
 
-class Parallel:
+class Parallel(Wrapper):
     """A function whose calls run in the cluster: calling it returns a Future at once.
 
     .func is the function itself."""
@@ -3938,15 +4068,6 @@ def _map(call, batches, chunked):
             future.cancel()
 
 
-def payload_size(payload):
-    """About how many bytes of memory the arguments of a call hold."""
-    if type(payload) is bytes:
-        return len(payload)
-    if payload and type(payload[-1]) is list:
-        return len(payload[0]) + sum(memoryview(buffer).nbytes for buffer in payload[1])
-    return sum(len(value) for value in payload or () if type(value) is str)
-
-
 class Executor(concurrent.futures.Executor):
     """A concurrent.futures.Executor whose calls run in the cluster.
 
@@ -4032,19 +4153,20 @@ class ExecutorEngine(BaseEngine):
         return list(self._running)
 
 
-_set_up = {}                    # {payload of an initializer: None, or the exception that it raised here}
+_set_up = {}                    # {content id of an initializer: None, or the exception that it raised here}
 
 
 def set_up(setup, unpack=unpack):
     """Run an Executor's initializer, a payload, once in this process. Raises BrokenExecutor if it raised."""
-    if setup not in _set_up:
+    key = content_id(setup)
+    if key not in _set_up:
         try:
             unpack(setup)()
-            _set_up[setup] = None
+            _set_up[key] = None
         except BaseException as error:            # whatever it raised, it is why no call can run here
-            _set_up[setup] = error
-    if _set_up[setup] is not None:
-        raise BrokenExecutor("the initializer raised") from _set_up[setup]
+            _set_up[key] = error
+    if _set_up[key] is not None:
+        raise BrokenExecutor("the initializer raised") from _set_up[key]
 
 
 def run_packed(function, setup, arguments):

@@ -507,11 +507,12 @@ class NestedCalls(clupy.BaseEngine):
 # The client's classes are only named in results (clupy._client_class).  A class that was made here, or came with the
 # result of a nested call, is one that the client does not know: it goes by value.
 
-_unpacking = threading.local()          # .call: whether this thread unpacks something of the client's
+_unpacking = threading.local()                     # .call: whether this thread unpacks something of the client's
 
 
 def note_client_classes():
-    """Once, when a worker starts: wraps the function by which cloudpickle makes or finds classes."""
+    """Note the classes that come from the client, from now on: wrap the function by which cloudpickle makes or finds them.
+    Once, when a worker starts."""
     tracker = clupy._class_tracker()
     lookup = tracker._lookup_class_or_track
 
@@ -538,42 +539,42 @@ def unpack_call(payload):
 
 
 class Finder:
-    """Imports the client's modules from it; stands twice on sys.meta_path: first for the client's own
-    top-level modules, so that another version installed here is not taken, last for all others.
+    """Imports the client's modules from it; stands twice on sys.meta_path: first for the client's own top-level modules, so
+    that another version installed here is not taken, last for all others.
 
-    fetch(name, parent's __path__) -> clupy.module_source's answer; it blocks, and any thread may call it.
-    What it says is kept for the life of the worker, "no" included: a module has one version per slot. Never
-    asked: for the standard library, for submodules of packages that did not come from the client, and in a
-    child that the call forked, as the socket is its parent's. A child of multiprocessing's spawn has no
-    Finder: it sees only what is installed."""
+    fetch(name, parent's __path__) -> clupy.module_source's answer; it blocks, and any thread may call it.  What it says is
+    kept for the life of the worker, "no" included: a module has one version per slot.  Never asked: for the standard
+    library, for submodules of packages that did not come from the client, and in a child that the call forked, as the
+    socket is its parent's.  A child of multiprocessing's spawn has no Finder: it sees only what is installed."""
 
     def __init__(self, fetch, own, server):
         self.fetch, self.own, self.server = fetch, frozenset(own), server
         self.pid = os.getpid()
-        self.answers = {}       # module name -> what the client said; any importing thread adds
-        self.packages = set()   # names of packages that came from the client; any importing thread adds
+        self.answers = {}                          # {module name: what the client said}; any importing thread adds
+        self.packages = set()                      # names of packages that came from the client; any importing thread adds
 
-    def __repr__(self): return f"<Finder {self.server} {len(self.answers)} modules asked for>"
+    def __repr__(self):
+        return f"<Finder {self.server} {len(self.answers)} modules asked for>"
 
     def install(self):
         sys.meta_path.insert(0, _OwnFirst(self))
         sys.meta_path.append(self)
 
     def find_spec(self, name, path=None, target=None):
-        """The module's spec from the client, or None. Does not raise for a missing module, as optional
-        libraries are looked for with importlib.util.find_spec: _missing_modules has the error's text."""
+        """The module's spec from the client, or None.  Does not raise for a missing module, as optional libraries are looked
+        for with importlib.util.find_spec: _missing_modules has the error's text."""
         parent = name.rpartition(".")[0]
-        if os.getpid() != self.pid or parent and parent not in self.packages \
-                or name.partition(".")[0] in sys.stdlib_module_names | clupy.CLUPY_MODULES:
+        if os.getpid() != self.pid or parent and parent not in self.packages or clupy.is_every_servers(name):
             return None
         if name not in self.answers:
             self.answers[name] = self.fetch(name, path and list(path))
-        return getattr(self, "on_" + self.answers[name][0])(name, path, *self.answers[name][1:])
+        kind, *answer = self.answers[name]
+        return getattr(self, f"on_{kind}")(name, path, *answer)
 
     def on_source(self, name, path, text, filename, package_path):
         linecache.cache[filename] = len(text), None, text.splitlines(keepends=True), filename
         spec = importlib.machinery.ModuleSpec(name, _Loader(text, filename), origin=filename)
-        spec.has_location = True        # sets __file__
+        spec.has_location = True                   # sets __file__
         spec.submodule_search_locations = package_path
         if package_path is not None:
             self.packages.add(name)
@@ -601,7 +602,10 @@ class Finder:
 
 
 class _OwnFirst:
-    def __init__(self, finder): self.finder = finder
+    """The Finder for the client's own top-level modules alone, and for what is in packages that came from it."""
+
+    def __init__(self, finder):
+        self.finder = finder
 
     def find_spec(self, name, path=None, target=None):
         first = name.partition(".")[0] in self.finder.own or name.rpartition(".")[0] in self.finder.packages
@@ -610,13 +614,19 @@ class _OwnFirst:
 
 class _Loader:
     """Runs the client's text under the client's file name."""
-    def __init__(self, text, filename): self.text, self.filename = text, filename
-    def create_module(self, spec): return None
+
+    def __init__(self, text, filename):
+        self.text, self.filename = text, filename
+
+    def create_module(self, spec):
+        return None
 
     def exec_module(self, module):
         exec(compile(self.text, self.filename, "exec", dont_inherit=True), vars(module))
 
-    def get_source(self, name): return self.text        # for inspect and linecache
+    def get_source(self, name):
+        """For inspect and linecache."""
+        return self.text
 
     def get_data(self, path):
         """What pkgutil.get_data asks, and importlib.resources before it reads a file."""

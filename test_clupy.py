@@ -2026,10 +2026,12 @@ def test_a_program_run_by_dash_m_is_a_module_of_its_package(tmp_path):
         "pkg/__init__.py": "",
         "pkg/other.py": "def name():\n    from pkg import main\n    return main.__name__, main.shared\n",
         "pkg/main.py": "import clupy\nfrom . import other\nshared = 5\ndef f():\n    return *other.name(), shared\n"
-                       "if __name__ == '__main__':\n    print(clupy.parallel(f)().result(30))\n"})
-    done = subprocess.run([sys.executable, "-m", "pkg.main"], cwd=tmp_path, env=environ(CLUPY_PORT=free_port()),
-                          capture_output=True, text=True, timeout=60)
-    assert done.stdout == "('pkg.main', 5, 5)\n", done.stderr
+                       "if __name__ == '__main__':\n    print(clupy.parallel(f)().result(30))\n",
+        "single.py": "import clupy\nprint('single' in clupy.own_modules())\n"})
+    for name, says in ("pkg.main", "('pkg.main', 5, 5)\n"), ("single", "True\n"):
+        done = subprocess.run([sys.executable, "-m", name], cwd=tmp_path, env=environ(CLUPY_PORT=free_port()),
+                              capture_output=True, text=True, timeout=60)
+        assert done.stdout == says, done.stderr
 
 
 def test_what_the_server_has_goes_behind_the_clients_own_and_a_library_that_it_lacks_is_named(tmp_path):
@@ -2116,6 +2118,33 @@ def test_looking_for_a_module_imports_nothing(tmp_path, monkeypatch):
         assert clupy.module_source(*question) == answer
     assert "loud" not in sys.modules
     assert __name__ in clupy.own_modules() and not clupy.own_modules() & {"os", "sys", "pytest", "clupy", "__main__"}
+
+
+def test_whatever_stands_among_the_modules_hurts_no_call(tmp_path, monkeypatch):
+    class Raising:
+        def __getattr__(self, name): raise SystemExit(name)
+
+    class Yielding:
+        def __getattr__(self, name): return self
+    namespace = importlib.machinery.ModuleSpec("orphan.space", None, is_package=True)
+    namespace.submodule_search_locations = Refusing(KeyError("orphan"), "pickled")      # is no list
+    strange = types.ModuleType("strange")
+    strange.__spec__ = namespace
+    for name, thing in {"raising": Raising(), "yielding": Yielding(), "strange": strange, "number": 3, "nothing": None,
+                        "no.string": "text", 7: strange}.items():
+        monkeypatch.setitem(sys.modules, name, thing)
+    assert __name__ in clupy.own_modules() and not clupy.own_modules() & {"raising", "yielding", "strange", "number", 7}
+    assert call(square, 3) == 9
+    for name in "raising", "yielding", "strange", "number":
+        assert clupy.module_source(name)[0] == "refused"
+    assert clupy.module_source("nothing") == ("no",)
+
+    class Finder:
+        def find_spec(self, name, path=None, target=None): raise SystemExit("no")
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path, Finder()])
+    assert "SystemExit: no" in clupy.module_source("nowhere")[1]
+    monkeypatch.delitem(sys.modules, "__main__")
+    assert __name__ in clupy.own_modules() and clupy.module_source("json") == ("no",)
 
 
 # ---- Functions and classes
@@ -2235,6 +2264,11 @@ def test_classes_keep_their_identity_through_calls_inside_calls():
 CHANGES = [                             # a definition of f, which returns 1; what makes it return 2
     ("n = 1\ndef f(): return n", "n = 2"),
     ("n = [1]\ndef f(): return n[0]", "n[0] = 2"),
+    ("n = b'1' * 100_000\ndef f(): return int(n[:1])", "n = b'2' * 100_000"),
+    ("n = bytearray(b'1' * 100_000)\ndef f(): return int(n[:1])", "n[:1] = b'2'"),
+    ("n = [1] * 100_000\ndef f(): return n[-1]", "n[-1] = 2"),
+    ("import numpy\nn = numpy.ones(100_000)\ndef f(): return int(n[-1])", "n[-1] = 2"),
+    ("import numpy\nn = numpy.ones((300, 300), order='F')\ndef f(): return int(n[0, -1])", "n[0, -1] = 2"),
     ("n = 1\ndef f(): return (lambda: n)()", "n = 2"),
     ("n = 1\ndef g(): return n\ndef f(): return g()", "n = 2"),
     ("def g(): return 1\ndef f(): return g()", "def g(): return 2"),
@@ -2289,6 +2323,107 @@ def test_captures_are_few_and_what_cannot_be_captured_is_named():
     failure = clupy.parallel(write_files)("folder", files=lock).failure
     assert "write_files cannot be called: argument 'files', a _thread.lock, cannot" in str(failure)
     assert "argument 2 ('files'), a _thread.lock," in str(clupy.parallel(write_files)("folder", lock).failure)
+
+
+@pytest.mark.parametrize("size", [1, 63 << 10, 65 << 10, 8 << 20])
+def test_data_of_any_size_goes_with_a_function_an_initializer_and_a_nested_call(size):
+    numpy = pytest.importorskip("numpy")
+    text, array = b"x" * size, numpy.full(size, 7, "uint8")
+
+    def lengths(n):
+        return len(text), array.nbytes, int(array[-1]), n
+
+    def outer(n):
+        return clupy.parallel(lengths)(n).result()
+
+    def set_up(text, array):
+        sys.modules["prepared"] = text, array
+
+    def prepared():
+        text, array = sys.modules["prepared"]
+        return len(text), array.nbytes
+    assert [f.result(PATIENCE) for f in [clupy.parallel(lengths)(n) for n in range(3)]] == [(size, size, 7, n) for n in range(3)]
+    assert call(outer, 4) == (size, size, 7, 4)
+    with clupy.Executor(initializer=set_up, initargs=(text, array)) as executor:
+        assert [executor.submit(prepared).result(PATIENCE) for _ in range(3)] == [(size, size)] * 3
+
+
+def test_the_same_content_is_one_function_and_what_did_not_change_is_not_copied_again(monkeypatch):
+    numpy = pytest.importorskip("numpy")
+    data = numpy.zeros(1 << 20)
+    made = [lambda: data.sum() for _ in range(2)]
+    first = clupy.capture(made[0])
+    assert clupy.capture(made[1]) is first and first.size > data.nbytes
+    assert clupy.function_of((first.payload[0], [bytes(first.payload[1][0])]), "f") is first
+    with monkeypatch.context() as patch:
+        patch.setattr(clupy, "function_of", None)           # it would be asked if there were something new
+        assert clupy.capture(made[0]) is clupy.capture(made[1]) is first
+    data[-1] = 1
+    second = clupy.capture(made[0])
+    assert second.id != first.id and clupy.unpack(second.payload)() == 1 and clupy.unpack(first.payload)() == 0
+    data[-1] = 0
+    assert clupy.capture(made[0]) is first
+    set_up = clupy.function_of(first.payload, "f", second.payload)
+    assert set_up is clupy.function_of(first.payload, "f", second.payload) and set_up.size == first.size + second.size
+    assert len({set_up.id, first.id, clupy.function_of(first.payload, "f", first.payload).id}) == 3
+
+
+def test_captures_are_bounded_by_bytes_as_well():
+    numpy = pytest.importorskip("numpy")
+
+    def reader(data):
+        return lambda: data.sum()
+    for n in range(20):
+        newest = clupy.capture(reader(numpy.full(1 << 20, n)))
+    kept = [function for _, function, _ in clupy._captures.values()]
+    assert sum(function.size for function in kept) <= clupy.MAX_CAPTURED_BYTES and kept[-1] is newest and len(kept) > 5
+
+
+def test_both_ends_of_a_slot_forget_functions_by_number_and_by_bytes(monkeypatch):
+    def function(n, size=1):
+        return clupy.Function(n, b"x" * size, "f", None)
+    known = clupy.Known()
+    assert [known.learn(function(n)) for n in range(clupy.MAX_KNOWN)] == [(True, [])] * clupy.MAX_KNOWN
+    assert known.learn(function(0)) == (False, [])                        # now the one used last
+    assert known.learn(function("new")) == (True, [1])
+    monkeypatch.setattr(clupy, "MAX_KNOWN_BYTES", 1000)
+    assert known.learn(function("large", 600)) == (True, [*range(2, 102)])
+    assert known.learn(function("larger", 5000)) == (True, [*range(102, clupy.MAX_KNOWN), 0, "new", "large"])
+    assert known.learn(function("larger", 5000)) == (False, [])
+    assert known.learn(function("small")) == (True, ["larger"]) and known.learn(function("small")) == (False, [])
+
+
+class Callable:
+    def __call__(self): pass
+    def method(self): pass
+    @classmethod
+    def make(cls): pass
+
+
+def test_a_limit_belongs_to_a_function_as_its_author_sees_it():
+    def local(n):
+        def inner(): return n
+        return inner
+
+    @functools.wraps(local)
+    def wrapper(n): pass
+    key = clupy.limit_key
+    first, second = lambda: 1, lambda: 1
+    assert key(square) == key(functools.partial(square, 2)) == key(clupy.parallel(square)) == (__name__, "square")
+    assert key(Callable().method) == key(Callable().method) == key(Callable.method) == (__name__, "Callable.method")
+    assert key(Callable()) == key(Callable) == (__name__, "Callable") and key(Callable.make) == (__name__, "Callable.make")
+    assert key(len) == ("builtins", "len") and key([].index) == ("", "list.index")
+    assert key(local(1)) == key(local(2)) == key(functools.lru_cache(local(3))) != key(local) == key(wrapper)
+    assert len({key(first), key(second), key(lambda: 1), key(lambda: 2)}) == 4
+    for func in local(1), first, second, wrapper, square, Callable().method, functools.partial(local, 1), [].index, len:
+        assert call(key, func) == key(func) and {type(part) for part in key(func)} <= {str, int}
+
+
+@pytest.mark.skipif(sys.version_info < (3, 14), reason="annotations are evaluated when the function is made")
+def test_a_function_whose_annotations_name_what_is_not_there_runs_all_the_same():
+    cell = {"__name__": "__main__"}
+    exec("def f(x: Missing[int] = 1, *, y: 1 / 0 = 2) -> Missing:\n    return x + y", cell)
+    assert call(cell["f"], 5) == 7 and clupy.capture(cell["f"]) is clupy.capture(cell["f"])
 
 
 def test_a_cloudpickle_without_the_names_that_clupy_uses_is_refused(monkeypatch):
@@ -2403,6 +2538,24 @@ def circle():
     raise a
 
 
+def because_of(make):
+    """What raises an exception whose cause, made by `make`, cannot travel, but has a cause that can."""
+    def fail():
+        error = make()
+        error.__cause__ = KeyError("first")
+        raise ValueError("main") from error
+    return fail
+
+
+def keeps(make):
+    def fail():
+        error = ValueError("keeps")
+        error.kept = make()
+        error.add_note("mine")
+        raise error
+    return fail
+
+
 def foreign():
     """An object of a module that only the worker has."""
     module = sys.modules["server_only"] = types.ModuleType("server_only")
@@ -2422,16 +2575,25 @@ WAYS_TO_SPOIL = [               # what is called, the type of its failure, words
     (lambda: raise_it(Strange(1, 2)), Strange, "1-2", lambda e: (e.args, e.a, e.b) == (("1-2",), 1, 2)),
     (lambda: raise_it(Doubling("x")), Doubling, "wrapped x", lambda e: str(e) == "wrapped x"),
     (lambda: raise_it(Silent("x")), Silent, None),
-    (lambda: raise_it(Refusing(SystemExit("no"), "pickled")), clupy.RemoteError, f"{__name__}.Refusing: ",
-     lambda e: "SystemExit: no" in e.__notes__[0]),
+    (lambda: raise_it(Refusing(SystemExit("no"), "pickled")), Refusing, "SystemExit('no')", lambda e: e.when == "pickled"),
+    (lambda: raise_it(Refusing(SystemExit("no"), threading.Lock())), clupy.RemoteError, f"{__name__}.Refusing: ",
+     lambda e: "cannot pickle" in e.__notes__[0]),
     (lambda: raise_it(ValueError(threading.Lock())), clupy.RemoteError, "ValueError: <unlocked _thread.lock",
      lambda e: "in raise_it" in e.traceback and "lock" in e.__notes__[0] and "in raise_it" in printed(e)),
     (lambda: raise_it(ValueError("x" * 20_000_000)), ValueError, "xxx", lambda e: len(str(e)) == 20_000_000),
     (lambda: raise_it(ValueError("x" * 20_000_000, threading.Lock())), clupy.RemoteError, "ValueError: ",
      lambda e: len(str(e)) < 11_000),
-    (functools.partial(chain, 1000), ValueError, "999", lambda e: cause(e, 999).args == (0,)),
-    (functools.partial(chain, 5000), ValueError, "4999", lambda e: cause(e, clupy.MAX_CHAIN) is None),
-    (circle, ValueError, "a", lambda e: e.__cause__.__cause__ is e.itself is e and str(e.other) == "ValueError: b"),
+    (functools.partial(chain, 100), ValueError, "99", lambda e: cause(e, 99).args == (0,)),
+    (functools.partial(chain, 5000), ValueError, "4999",
+     lambda e: str(cause(e, 100)) == "ValueError: 4899" and cause(e, 101) is None),
+    (circle, ValueError, "a", lambda e: e.__cause__.__cause__ is e.itself is e and e.other is e.__cause__),
+    (because_of(lambda: foreign()), ValueError, "main", lambda e: "No module" in e.__cause__.__notes__[0]),
+    (because_of(lambda: ValueError(threading.Lock())), ValueError, "main",
+     lambda e: "unlocked _thread.lock" in str(e.__cause__) and type(e.__cause__.__cause__) is KeyError),
+    (because_of(lambda: Refusing(SystemExit("no"), "unpickled")), ValueError, "main",
+     lambda e: type(e.__cause__) is Refusing and type(e.__cause__.__cause__) is KeyError),
+    (keeps(lambda: foreign()), ValueError, "keeps", lambda e: "No module" in e.kept.__notes__[0] and e.__notes__ == ["mine"]),
+    (keeps(lambda: threading.Lock()), ValueError, "keeps", lambda e: "lock" in e.__notes__[0] and e.__notes__[1] == "mine"),
     (lambda: raise_it(functools.reduce(lambda e, _: ExceptionGroup("g", [e]), range(900), ValueError(1))),
      ExceptionGroup, "g (1 sub-exception)"),
     (lambda: (lambda again: again(again))(lambda again: again(again)), RecursionError, "recursion",
