@@ -142,7 +142,7 @@ log = logging.getLogger("clupy")
 
 # Each constant names the price of turning it.
 PORT = 7878                       # the master's; users know it, so it never changes
-PYTHON = sys.version_info[:2]     # bytecode travels, so client, server and master must have the same
+PYTHON = sys.version_info.minor   # bytecode travels, so client, server and master must have the same
 HANDSHAKE_TIME = 5.0              # a stranger holds a connection no longer; less refuses honest peers on a busy machine
 STATEMENT_TIME = 2.0              # statements are repeated; less is traffic, more delays the repair of what was lost
 GATHER_TIME = 0.02                # changes are gathered so long; more delays shares, less makes more of them
@@ -501,11 +501,14 @@ def find_secret(settings, create=False):
 # ==== Wire ===================================================================
 # Everything two processes of a cluster say to each other.
 #
-# preamble   8 bytes, read exactly and before TLS: "clupy", version, role, 0.  Roles: M to a master, C control, S slot.
+# preamble   8 bytes, read exactly and before TLS: "clupy", version, role, Python's minor version, which must be the same
+#            since bytecode travels.  Roles: M to a master, C control, S slot.
 # handshake  for M and C, raw bytes of fixed size, HANDSHAKE_TIME at most; D dials, A admits:
-#              D -> A  preamble, nonce (32)
-#              A -> D  preamble, nonce (32), HMAC-SHA256(secret, "admit", preamble, both nonces)
-#              D -> A  HMAC-SHA256(secret, "dial", preamble, both nonces)
+#              D -> A  preamble
+#              A -> D  preamble: also in answer to another version or Python, so that both sides can say what is wrong
+#              D -> A  nonce (32), from here on under TLS, if that is configured
+#              A -> D  nonce (32), HMAC-SHA256(secret, "admit", D's preamble, both nonces)
+#              D -> A  HMAC-SHA256(secret, "dial", D's preamble, both nonces)
 #            Both proofs are bound to role and nonces, so neither can be reflected or replayed.  The control
 #            connection's key, HMAC(secret, "key", ...), stays in the two processes.
 # slot       D -> A  preamble, session (16), number (8), nested (1), HMAC(key, those)     each number once
@@ -517,10 +520,10 @@ def find_secret(settings, create=False):
 # A *statement* is complete and replaces the one before; sent on connecting, on change and every STATEMENT_TIME.
 #
 # from -> to        kind      fields                                       answer      if it fails
-# server -> master  server    id, address, python, slots,                  cluster     next master of the list
-#                             held {client: n}, state {load, draining, ...}
-# client -> master  client    id, python, wanted slots, unreachable        share       back-off; `patience` without slots
-#                             servers, hash of its libraries
+# server -> master  server    id, address, slots, held {client: n},        cluster     next master of the list
+#                             state {load, draining, ...}
+# client -> master  client    id, wanted slots, unreachable servers,       share       back-off; `patience` without slots
+#                             hash of its libraries
 # master -> client  share     {server: (address, n)}, services             -           stands until replaced
 # master -> server  cluster   services, silent clients, hash of libraries  -           the last one stands
 # standby -> any    leader    (host, port) or None                         go there    next master of the list
@@ -528,9 +531,8 @@ def find_secret(settings, create=False):
 # server -> master  wheel     sha256                                       wheel       pip says that it is not there
 # client -> master  resolve   libraries, pip options, {sha256: wheel}      resolved    again after reconnecting
 # any -> master     status    -                                            tables      an error text
-# any -> dialer     refused   error type, text                             -           the connection is closed
-# client -> server  hello     client, python, libraries (None: the         welcome     told to the master, again later
-#                             cluster's), whether output is wanted
+# client -> server  hello     client, libraries (None: the cluster's),     welcome     told to the master, again later
+#                             whether output is wanted
 # server -> client  welcome   session, name of the server, {its versions}  -
 # client -> server  close     number                                       ended       control lost: all are closed
 # client -> server  kill      number, call                                 ended, late the future has its outcome already
@@ -571,15 +573,21 @@ FRAME_HEAD = struct.Struct(">QI")                                      # body le
 
 
 def preamble(role):
-    return MAGIC + bytes((VERSION,)) + role + b"\0"
+    """What a connection begins with, by this process."""
+    return MAGIC + bytes((VERSION,)) + role + bytes((PYTHON,))
 
 
 def read_preamble(data):
-    """The role that a preamble names. Raises ProtocolError."""
+    """The role that a peer's preamble names.
+
+    Raises ProtocolError or VersionMismatch, which speak of the peer as "it": who dials or listens says who that is."""
     if data[:5] != MAGIC:
         raise ProtocolError(f"not CluPy: it began with {bytes(data)!r}")
     if data[5] != VERSION:
         raise VersionMismatch(f"it speaks protocol version {data[5]}, this is {VERSION}; install the same CluPy on both")
+    if data[7] != PYTHON:
+        raise VersionMismatch(f"it runs Python 3.{data[7]}, this process runs Python 3.{PYTHON}; they must be the same, "
+                              "since bytecode travels")
     if data[6:7] not in (TO_MASTER, CONTROL, SLOT):
         raise ProtocolError(f"unknown role {data[6:7]!r}")
     return bytes(data[6:7])
@@ -793,12 +801,6 @@ class Connection:
         finally:
             self.close()
 
-    def refuse(self, error):
-        """Tell the peer why, as an error it raises, and close."""
-        log.warning("refused %s: %s", self.peer, error)
-        self.send("refused", type(error).__name__, str(error))
-        self.close()
-
     def close(self):
         """Send what is under way, then end."""
         self._writer.close()
@@ -808,60 +810,76 @@ class Connection:
         self._writer.transport.abort()
 
 
+async def read_exactly(sock, count):
+    """`count` bytes of a non-blocking socket and not one more, so that the rest is there for another reader."""
+    data = b""
+    while len(data) < count:
+        part = await asyncio.get_running_loop().sock_recv(sock, count - len(data))
+        if not part:
+            raise EOFError(f"it closed the connection after {len(data)} of {count} bytes", len(data))
+        data += part
+    return data
+
+
 async def connect_socket(host, port):
-    """A connected, non-blocking socket; tries each address of the host in turn. Raises OSError."""
+    """A connected, non-blocking socket; tries each address of the host in turn. Raises OSError, with words."""
     loop = asyncio.get_running_loop()
-    error = OSError(f"{host} has no address")
-    for family, kind, protocol, _, address in await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+    try:
+        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except ValueError as error:                    # "a..b" cannot even be asked for
+        raise OSError(f"{host!r} is no name of a host: {error}") from None
+    failure = OSError(f"{host} has no address")
+    for family, kind, protocol, _, address in found:
         sock = socket.socket(family, kind, protocol)
         sock.setblocking(False)
         try:
             async with asyncio.timeout(HANDSHAKE_TIME):
                 await loop.sock_connect(sock, address)
             return sock
-        except BaseException as caught:
+        except BaseException as error:
             sock.close()
-            if not isinstance(caught, OSError):
+            if not isinstance(error, OSError):
                 raise
-            error = caught
-    raise error
+            failure = error if str(error) else TimeoutError(f"no answer within {HANDSHAKE_TIME:g} s")
+    raise failure
 
 
 async def dial(address, role, secret, settings):
     """A Connection to a master or server at (host, port), after the handshake.
 
-    Raises OSError if nobody answers there, SecretError, VersionMismatch or ProtocolError if the peer is not one of
-    ours."""
+    Raises OSError if nobody answers there, SecretError, VersionMismatch or ProtocolError if who answers is not one of
+    ours.  Each has words, which do not name the address: the caller tries several."""
     host, port = address
     sock = await connect_socket(host, port)
     try:
-        tune(sock)
-        async with asyncio.timeout(HANDSHAKE_TIME):
-            await asyncio.get_running_loop().sock_sendall(sock, preamble(role))
-            context = tls_context(settings, "dial")
-            reader, writer = await asyncio.open_connection(sock=sock, ssl=context, server_hostname=host if context else None)
-    except BaseException:
-        sock.close()
-        raise
-    try:
-        async with asyncio.timeout(HANDSHAKE_TIME):
-            return await _prove(reader, writer, f"{host}:{port}", preamble(role), secret)
-    except BaseException as error:
-        writer.transport.abort()
-        if isinstance(error, asyncio.IncompleteReadError):
-            raise ProtocolError(f"{host}:{port} closed the connection during the handshake; "
-                                "is it CluPy's port, and the secret the same?") from None
-        raise
+        with contextlib.ExitStack() as undo:
+            undo.callback(sock.close)
+            tune(sock)
+            async with asyncio.timeout(HANDSHAKE_TIME):
+                await asyncio.get_running_loop().sock_sendall(sock, preamble(role))
+                read_preamble(await read_exactly(sock, PREAMBLE_SIZE))
+                context = tls_context(settings, "dial")
+                reader, writer = await asyncio.open_connection(sock=sock, ssl=context, server_hostname=context and host)
+                undo.callback(writer.transport.abort)
+                connection = await _prove(reader, writer, f"{host}:{port}", preamble(role), secret)
+            undo.pop_all()
+            return connection
+    except EOFError:
+        raise ProtocolError("it closed the connection during the handshake; is it CluPy's port, and TLS the same on both "
+                            "sides?") from None
+    except TimeoutError:
+        raise TimeoutError(f"it did not finish the handshake within {HANDSHAKE_TIME:g} s; is it CluPy's port?") from None
+    except ssl.SSLCertVerificationError as error:
+        raise SecretError(f"its certificate is not accepted: {error.verify_message}; tls_ca names whose signature is") from None
 
 
 async def _prove(reader, writer, peer, mine, secret):
     """The dialing side of the handshake."""
     nonce = os.urandom(NONCE_SIZE)
     writer.write(nonce)
-    read_preamble(await reader.readexactly(PREAMBLE_SIZE))
     bound = mine, nonce, await reader.readexactly(NONCE_SIZE)
     if not hmac.compare_digest(await reader.readexactly(PROOF_SIZE), proof(secret, b"admit", *bound)):
-        raise SecretError(f"{peer} has another secret than this process; copy its ~/.clupy/secret here")
+        raise SecretError("it has another secret than this process; copy its ~/.clupy/secret here")
     writer.write(proof(secret, b"dial", *bound))
     return Connection(reader, writer, peer, proof(secret, b"key", *bound))
 
@@ -869,7 +887,8 @@ async def _prove(reader, writer, peer, mine, secret):
 class MasterLink:
     """A connection to the leading master, kept for ever: each address in turn, back-off with jitter between rounds.
 
-    The owner answers messages, and hears of the connection by master_joined(connection) and master_lost()."""
+    The owner answers messages, and hears of the connection by master_joined(connection), master_lost() and
+    master_refused(error)."""
 
     def __init__(self, addresses, secret, settings):
         self.addresses, self.secret, self.settings = addresses, secret, settings
@@ -892,7 +911,7 @@ class MasterLink:
             except (OSError, ClupyError) as error:
                 self.why_lost = f"{address[0]}:{address[1]}: {error or 'no answer'}"
                 if isinstance(error, (SecretError, VersionMismatch)):
-                    owner.on_refused(None, type(error).__name__, str(error))
+                    owner.master_refused(error)
             else:
                 self.connection, self.host = connection, address[0]
                 owner.master_joined(connection)
@@ -2175,7 +2194,7 @@ class ServerLink:
 
     def greet(self):
         libraries = self.engine.libraries
-        self.send("hello", self.engine.id, PYTHON, libraries and libraries.plain, self.engine.settings.output)
+        self.send("hello", self.engine.id, libraries and libraries.plain, self.engine.settings.output)
 
     def send(self, *message):
         if self.connection:
@@ -2187,9 +2206,6 @@ class ServerLink:
             log.info("server %s runs Python %s, this client %s", name, versions["python"], sys.version.split()[0])
         self.engine.check_server(versions)
         self.engine.balance()
-
-    def on_refused(self, _, kind, text):
-        self.engine.fail_all(refusal(kind, text))
 
     def on_ended(self, _, number, how):
         self.heard = time.monotonic()
@@ -2218,12 +2234,6 @@ class ServerLink:
             self.engine.show_building(self, text)
         elif what == "broken":
             self.engine.libraries_broken(self, text)
-
-
-def refusal(kind, text):
-    """The error that a peer's `refused` stands for."""
-    known = {cls.__name__: cls for cls in (VersionMismatch, SecretError, ProtocolError, ConfigurationError)}
-    return known.get(kind, ClupyError)(text)
 
 
 class Engine:
@@ -2510,7 +2520,7 @@ class Engine:
         self._stated = now
         if self._master and self._master.connection:
             unreachable = [link.id for link in self._links.values() if link.failed_at is not None]
-            self._master.connection.send("client", self.id, PYTHON, most, unreachable,
+            self._master.connection.send("client", self.id, most, unreachable,
                                          self.libraries and self.libraries.hash)
 
     def _count_wanted(self):
@@ -2605,8 +2615,8 @@ class Engine:
     def on_leader(self, _, address):
         self._master.follow(address)
 
-    def on_refused(self, _, kind, text):
-        self.fail_all(refusal(kind, text))
+    def master_refused(self, error):
+        self.fail_all(error)
 
     # -- slots: as many as the share says, where it says
 

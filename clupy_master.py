@@ -42,9 +42,9 @@ from importlib import metadata
 from pathlib import Path
 
 import clupy
-from clupy import (HANDSHAKE_TIME, NONCE_SIZE, PORT, PREAMBLE_SIZE, PROOF_SIZE, PYTHON, SLOT, TO_MASTER, ClupyError,
-                   ConfigurationError, Connection, DependencyError, LibraryMismatch, MasterUnreachable, ProtocolError,
-                   SecretError, VersionMismatch, dial, find_secret, masters_of, preamble, proof, read_preamble, tls_context)
+from clupy import (HANDSHAKE_TIME, NONCE_SIZE, PORT, PREAMBLE_SIZE, PROOF_SIZE, TO_MASTER, ClupyError, ConfigurationError,
+                   Connection, DependencyError, LibraryMismatch, MasterUnreachable, ProtocolError, SecretError,
+                   VersionMismatch, dial, find_secret, masters_of, preamble, proof, read_exactly, read_preamble, tls_context)
 
 log = logging.getLogger("clupy.master")
 
@@ -56,19 +56,19 @@ FILE_TIME = 1.0            # the dependency file is looked at so often
 
 # ==== Listening ==============================================================
 
-async def admit(sock, peer, mine, secret, settings):
-    """The Connection of an accepted socket whose preamble `mine` was read: the mirror of `dial`.
+async def admit(sock, peer, theirs, secret, settings):
+    """The Connection of an accepted socket whose preamble `theirs` was read: the mirror of `dial`.
 
     Raises SecretError or OSError; the caller closes the socket then."""
+    await asyncio.get_running_loop().sock_sendall(sock, theirs)       # ours is the same, or it had been refused
     context = tls_context(settings, "admit")
     reader = asyncio.StreamReader()
     transport, protocol = await asyncio.get_running_loop().connect_accepted_socket(
         lambda: asyncio.StreamReaderProtocol(reader), sock, ssl=context)
     writer = asyncio.StreamWriter(transport, protocol, reader, asyncio.get_running_loop())
     try:
-        theirs, nonce = await reader.readexactly(NONCE_SIZE), os.urandom(NONCE_SIZE)
-        bound = mine, theirs, nonce
-        writer.write(mine + nonce + proof(secret, b"admit", *bound))
+        bound = theirs, await reader.readexactly(NONCE_SIZE), os.urandom(NONCE_SIZE)
+        writer.write(bound[-1] + proof(secret, b"admit", *bound))
         try:
             answer = await reader.readexactly(PROOF_SIZE)
         except asyncio.IncompleteReadError:
@@ -122,16 +122,17 @@ class Listener:
         try:
             async with asyncio.timeout(HANDSHAKE_TIME):
                 data = await read_exactly(sock, PREAMBLE_SIZE)
-                role = read_preamble(data)
+                try:
+                    role = read_preamble(data)
+                except VersionMismatch:            # by ours it learns that, too
+                    await asyncio.get_running_loop().sock_sendall(sock, preamble(data[6:7]))
+                    raise
                 life = await self._greet(sock, peer, role, data)
         except (ClupyError, OSError, EOFError) as error:
             silent = isinstance(error, EOFError) and error.args[1:] == (0,)        # somebody only looked who is here
             why = error.args[0] if isinstance(error, EOFError) else str(error)
             log.log(logging.DEBUG if silent else logging.WARNING, "refused %s: %s", peer,
                     why or f"no handshake within {HANDSHAKE_TIME:g} s")
-            if isinstance(error, VersionMismatch):
-                with contextlib.suppress(OSError):
-                    sock.send(preamble(SLOT))       # a few bytes always fit; it tells the peer which version this is
             sock.close()
             return
         except asyncio.CancelledError:
@@ -148,17 +149,6 @@ class Listener:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._socket.close()
-
-
-async def read_exactly(sock, count):
-    """`count` bytes of a non-blocking socket and not one more, so that the rest is there for another reader."""
-    data = b""
-    while len(data) < count:
-        part = await asyncio.get_running_loop().sock_recv(sock, count - len(data))
-        if not part:
-            raise EOFError(f"it closed the connection after {len(data)} of {count} bytes", len(data))
-        data += part
-    return data
 
 
 # ==== Tables =================================================================
@@ -870,8 +860,8 @@ class Master:
 
     # -- messages
 
-    def on_server(self, connection, id, address, python, slots, held, state):
-        if not self._leads(connection) or self._refuse_python(connection, python, "server"):
+    def on_server(self, connection, id, address, slots, held, state):
+        if not self._leads(connection):
             return
         host, port = address
         peer, own = connection.host
@@ -887,8 +877,8 @@ class Master:
         if known is None or (known.slots, known.usable) != (slots, self.servers[id].usable):
             self._change()
 
-    def on_client(self, connection, id, python, wanted, unreachable, environment):
-        if not self._leads(connection) or self._refuse_python(connection, python, "client"):
+    def on_client(self, connection, id, wanted, unreachable, environment):
+        if not self._leads(connection):
             return
         now = time.monotonic()
         row = self.clients.get(id)
@@ -959,14 +949,6 @@ class Master:
             "clients": {id: {"address": row.peer, "wanted": row.wanted, "share": sum(row.share.values()),
                              "silent": now - row.heard} for id, row in self.clients.items()},
         }
-
-    def _refuse_python(self, connection, python, kind):
-        if tuple(python) == PYTHON:
-            return False
-        connection.refuse(VersionMismatch(
-            f"the {kind} runs Python {python[0]}.{python[1]}, the master at {connection.host[1]} runs Python "
-            f"{PYTHON[0]}.{PYTHON[1]}; they must be the same, since bytecode travels"))
-        return True
 
     def _note_patch(self, connection, version):
         if version and version != platform.python_version():

@@ -44,8 +44,8 @@ import threading
 import time
 
 import clupy
-from clupy import (CONTROL, PYTHON, SLOT, ClupyError, DependencyError, ProtocolError, VersionMismatch, dispatch, encode, proof,
-                   slot_head, slot_key, tune)
+from clupy import (CONTROL, SLOT, ClupyError, DependencyError, ProtocolError, dispatch, encode, proof, slot_head, slot_key,
+                   tune)
 # Imported at first use, and never in a worker:
 from clupy import asyncio, clupy_master, pathlib, platform, shutil, site, subprocess, sysconfig, tempfile
 
@@ -1141,12 +1141,7 @@ class Session:
     def nested_slots(self, waiting=False):
         return sum(slot.nested for slot in self.slots.values() if slot.process or waiting)
 
-    def on_hello(self, connection, client, python, environment, output):
-        if tuple(python) != PYTHON:
-            connection.refuse(VersionMismatch(
-                f"the client runs Python {python[0]}.{python[1]}, the server {self.server.name} runs Python "
-                f"{PYTHON[0]}.{PYTHON[1]}; they must be the same, since bytecode travels"))
-            return
+    def on_hello(self, connection, client, environment, output):
         self.client, self.output = client, output
         if environment is not None:
             self.libraries = self.server.libraries_of(clupy_master.Resolution.of(environment))
@@ -1330,7 +1325,7 @@ class Server:
                     slot.waiter.cancel()
 
     async def _greet_slot(self, sock):
-        head = await clupy_master.read_exactly(sock, clupy.SLOT_HEAD.size + clupy.PROOF_SIZE)
+        head = await clupy.read_exactly(sock, clupy.SLOT_HEAD.size + clupy.PROOF_SIZE)
         id, number, nested = clupy.SLOT_HEAD.unpack(head[:clupy.SLOT_HEAD.size])
         session = self.sessions.get(id)
         key = session.connection.key if session else os.urandom(32)
@@ -1663,7 +1658,7 @@ class Server:
         held = collections.Counter(process.slot.session.client for process in self.processes.values() if process.slot)
         host, port = self.address
         host = None if host in ("0.0.0.0", "::", "") else host
-        self.link.connection.send("server", self.id, (host, port), PYTHON, self.slots, dict(held), {
+        self.link.connection.send("server", self.id, (host, port), self.slots, dict(held), {
             "name": self.name, "load": os.getloadavg()[0], "draining": self.draining, **self.versions,
             "environment": self.default.resolution.hash if self.default.resolution.pins else None,
             "environments": [hash for hash, libraries in self.known.items() if libraries.environment],
@@ -1686,9 +1681,9 @@ class Server:
     def on_leader(self, _, address):
         self.link.follow(address)
 
-    def on_refused(self, _, kind, text):
+    def master_refused(self, error):
         if not self.failed.done():
-            self.failed.set_result(clupy.refusal(kind, text))
+            self.failed.set_result(error)
 
     # -- the end
 

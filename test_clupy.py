@@ -690,8 +690,9 @@ def talk(address, data, seconds=8):
 
 
 STRANGERS = {"nothing": b"", "http": b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", "garbage": os.urandom(4000),
-             "half": b"clupy\x01M\0", "version": b"clupy\x63M\0", "no proof": b"clupy\x01C\0" + b"x" * 32,
-             "forged slot": b"clupy\x01S\0" + b"x" * 57, "pickle": pickle.dumps(os.system)}
+             "half": clupy.preamble(b"M"), "version": b"clupy\x63M\x0b", "python": b"clupy\x01M\x63",
+             "no proof": clupy.preamble(b"C") + b"x" * 32, "forged slot": clupy.preamble(b"S") + b"x" * 57,
+             "pickle": pickle.dumps(os.system)}
 
 
 def test_strangers_are_refused_within_five_seconds_and_with_one_line_each(cluster):
@@ -755,11 +756,14 @@ def test_a_worker_never_has_the_secret(cluster):
     assert "CLUPY_SECRET" not in clupy.parallel(lambda: dict(os.environ))().result(PATIENCE)
 
 
-def test_another_python_version_is_refused_on_both_sides(cluster, monkeypatch):
-    monkeypatch.setattr(clupy, "PYTHON", (3, 99))
-    with pytest.raises(clupy.VersionMismatch, match="3.99.*3[.]1"):
+@pytest.mark.parametrize("name, words", [("PYTHON", "it runs Python 3.{}, this process runs Python 3.{};"),
+                                         ("VERSION", "it speaks protocol version {}, this is {};")])
+def test_another_python_or_protocol_is_refused_on_both_sides(cluster, monkeypatch, name, words):
+    usual = getattr(clupy, name)
+    monkeypatch.setattr(clupy, name, 99)
+    with pytest.raises(clupy.VersionMismatch, match=words.format(usual, 99)):
         clupy.connect(cluster.address)
-    until(lambda: "3.99" in cluster.master.log)
+    until(lambda: words.format(99, usual) in cluster.master.log)
 
 
 def test_everything_travels_under_tls_where_a_certificate_is_configured(tmp_path):
