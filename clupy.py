@@ -272,6 +272,12 @@ def _count(value):
     return value
 
 
+def _port(value):
+    if _count(value) > 65535:
+        raise ValueError("a port: a whole number up to 65535")
+    return _count(value)
+
+
 def _text(value):
     if not isinstance(value, str):
         raise ValueError("a text")
@@ -313,7 +319,7 @@ def _addresses(value):
 SETTINGS = {   # key: (roles that have it, how it is read, default)
     "listen": ("master server", parse_address, None),           # None: every address; a master's PORT, a server's free one
     "master": ("server client", _addresses, None),
-    "port": ("server client", _count, PORT),                    # the master's, where its address names none
+    "port": ("server client", _port, PORT),                     # the master's, where its address names none
     "secret_file": ("master server client", _text, "~/.clupy/secret"),
     "tls_cert": ("master server", _text, None),
     "tls_key": ("master server", _text, None),
@@ -526,7 +532,7 @@ def find_secret(settings, create=False):
 #                             hash of its libraries
 # master -> client  share     {server: (address, n)}, services             -           stands until replaced
 # master -> server  cluster   services, silent clients, hash of libraries  -           the last one stands
-# standby -> any    leader    (host, port) or None                         go there    next master of the list
+# standby -> any    leader    (host, port) or None: not known              go there    next master of the list
 # any -> master     libraries hash, or None for the cluster's              libraries   again with the next statement
 # server -> master  wheel     sha256                                       wheel       pip says that it is not there
 # client -> master  resolve   libraries, pip options, {sha256: wheel}      resolved    again after reconnecting
@@ -840,7 +846,8 @@ async def connect_socket(host, port):
             sock.close()
             if not isinstance(error, OSError):
                 raise
-            failure = error if str(error) else TimeoutError(f"no answer within {HANDSHAKE_TIME:g} s")
+            number = error.errno                   # asyncio's own text is "Connect call failed"
+            failure = OSError(number, os.strerror(number)) if number else OSError(f"no answer within {HANDSHAKE_TIME:g} s")
     raise failure
 
 
@@ -885,18 +892,19 @@ async def _prove(reader, writer, peer, mine, secret):
 
 
 class MasterLink:
-    """A connection to the leading master, kept for ever: each address in turn, back-off with jitter between rounds.
+    """A connection to the leading master, kept for ever: each address in turn, and after each round a pause with jitter.
 
-    The owner answers messages, and hears of the connection by master_joined(connection), master_lost() and
-    master_refused(error)."""
+    An address that is of no use is passed over, whatever is wrong with it.  The owner answers messages, and hears by
+    master_joined(connection), by master_lost() when that has ended or a round was in vain, and by master_refused(error)
+    when a whole round gave the same answer, one that no patience mends: another secret, another version."""
 
     def __init__(self, addresses, secret, settings):
         self.addresses, self.secret, self.settings = addresses, secret, settings
         self.connection = None         # Connection, while there is one
         self.host = None               # how the master was reached; servers on its machine are there, too
         self.lost_at = time.monotonic()
-        self.why_lost = "not tried yet"
-        self.leader = None             # (host, port) to which a standby sent us
+        self.why_lost = "no answer yet"            # every address of the last round, and what it said
+        self._onward = None            # [address to which a standby sent us], [] if it knows none; None: it is no standby
         self._looked = time.monotonic()
 
     def __repr__(self):
@@ -904,26 +912,39 @@ class MasterLink:
 
     async def run(self, owner):
         delay = 0.1
-        for address in itertools.cycle(self.addresses):
-            address, self.leader, began = self.leader or address, None, time.monotonic()
-            try:
-                connection = await dial(address, TO_MASTER, self.secret, self.settings)
-            except (OSError, ClupyError) as error:
-                self.why_lost = f"{address[0]}:{address[1]}: {error or 'no answer'}"
-                if isinstance(error, (SecretError, VersionMismatch)):
-                    owner.master_refused(error)
-            else:
-                self.connection, self.host = connection, address[0]
-                owner.master_joined(connection)
-                await connection.serve(owner)
-                self.connection, self.lost_at = None, time.monotonic()
-                self.why_lost = f"{address[0]}:{address[1]} closed the connection"
+        while True:
+            began, said, waiting = time.monotonic(), {}, collections.deque(self.addresses)
+            while waiting:
+                address = waiting.popleft()
+                if address not in said:            # else two standbys that name each other would keep us running about
+                    said[address] = await self._visit(address, owner)
+                    waiting.extendleft(self._onward or ())
+            self.why_lost = "; ".join(f"{host}:{port}: {why}" for (host, port), why in said.items())
+            kinds = {type(why) for why in said.values()}
+            if kinds <= {SecretError} or kinds <= {VersionMismatch}:
+                owner.master_refused(kinds.pop()(self.why_lost))
             owner.master_lost()
             if time.monotonic() - began > 1.0:
                 delay = 0.1
-            if self.leader is None:
-                await asyncio.sleep(delay * random.uniform(0.5, 1))
-                delay = min(1.0, delay * 1.5)
+            await asyncio.sleep(delay * random.uniform(0.5, 1))
+            delay = min(1.0, delay * 1.5)
+
+    async def _visit(self, address, owner):
+        """Be connected to the master at this address, for as long as it leads; why that is over, as an error or a text."""
+        self._onward = None
+        try:
+            connection = await dial(address, TO_MASTER, self.secret, self.settings)
+        except (OSError, ClupyError) as error:
+            return error
+        self.connection, self.host = connection, address[0]
+        owner.master_joined(connection)
+        await connection.serve(owner)
+        self.connection = None
+        if self._onward is not None:
+            return "it stands by; " + ("{}:{} leads".format(*self._onward[0]) if self._onward else "no master leads yet")
+        self.lost_at, self.why_lost = time.monotonic(), f"{address[0]}:{address[1]}: it closed the connection"
+        owner.master_lost()
+        return "it closed the connection"
 
     def look(self, now):
         """To be called every STATEMENT_TIME: a master that answers no statement is left, if there are others; where it is
@@ -935,8 +956,8 @@ class MasterLink:
             self.connection.close()
 
     def follow(self, address):
-        """A standby said who leads, or that it does not know: go there, or to the next."""
-        self.leader = address and tuple(address)
+        """A standby said who leads, or None if it does not know: go there, or to the next."""
+        self._onward = [tuple(address)] if address else []
         self.connection.close()
 
     def close(self):

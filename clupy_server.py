@@ -1265,7 +1265,7 @@ class Server:
         self._endings = set()                      # tasks that end ZooKeeper sessions of dead workers
         self._stating = None
         self._closing = False
-        self._said = ""                            # why there was no master, as the log says
+        self._said = ""                            # why there is no master, as the log says; None: there is one
         self._failures = 0                         # workers in a row that died before they were ready
         self._listener = clupy_master.Listener(settings.listen or ("", 0), self._greet)
         self.address = self._listener.address
@@ -1629,9 +1629,7 @@ class Server:
     # -- the master
 
     def master_joined(self, connection):
-        log.info("connected to the master at %s", connection.peer)
-        self._said = ""
-        self._state()
+        self._state()                              # a standby answers with `leader`, the master with `cluster`
 
     def master_lost(self):
         for kind, key in list(self._questions):
@@ -1665,7 +1663,10 @@ class Server:
             "building": any(libraries.building for libraries in self.known.values()),
             "faults": [libraries.fault for libraries in self.known.values() if libraries.fault]})
 
-    def on_cluster(self, _, services, silent, libraries):
+    def on_cluster(self, connection, services, silent, libraries):
+        if self._said is not None:
+            log.info("connected to the master at %s", connection.peer)
+            self._said = None
         self.services = services
         if libraries != self.wanted:
             if self.wanted in self.known:

@@ -4084,6 +4084,130 @@ def test_a_leader_is_sure_of_its_office_for_two_thirds_of_its_session_only():
     assert leadership.sure(99.9) and not leadership.sure(100.0)
 
 
+# ---- one bad master among several
+
+@contextlib.contextmanager
+def impostor(answer):
+    """The address of a port where each connection gets these bytes for an answer, or, if None, nothing at all."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        def serve():
+            with contextlib.suppress(OSError):
+                while True:
+                    sock, _ = listener.accept()
+                    sock.recv(8)
+                    sock.sendall(answer)
+                    sock.close()
+        thread = threading.Thread(target=serve)
+        if answer is not None:                     # else the kernel alone accepts
+            thread.start()
+        try:
+            yield "127.0.0.1:%s" % listener.getsockname()[1]
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            if answer is not None:
+                thread.join()
+
+
+OTHER_VERSION, OTHER_PYTHON = b"clupy\x63M" + clupy.preamble(b"M")[7:], clupy.preamble(b"M")[:7] + b"\x63"
+BAD_MASTERS = {"a..b": "'a..b' is no name of a host", "127.0.0.1:closed": "refused",
+               "mute": "did not finish the handshake within", "other version": "speaks protocol version 99",
+               "other Python": "runs Python 3.99",
+               "not CluPy": "not CluPy: it began with b'HTTP/1.1'", "hangs up": "closed the connection during the handshake",
+               "other secret": "has another secret"}
+
+
+@contextlib.contextmanager
+def bad_masters(folder):
+    """{kind: address} of a master for every kind of BAD_MASTERS."""
+    with contextlib.ExitStack() as stack:
+        other = f"127.0.0.1:{free_port()}"
+        stack.enter_context(Program(folder, "-m", "clupy", "master", "--listen", other, CLUPY_SECRET="another " * 4))
+        until(lambda: answers(other))
+        answer = {"mute": None, "other version": OTHER_VERSION, "other Python": OTHER_PYTHON, "not CluPy": b"HTTP/1.1 400 no",
+                  "hangs up": b""}
+        yield {"a..b": "a..b:7878", "127.0.0.1:closed": f"127.0.0.1:{free_port()}", "other secret": other,
+               **{kind: stack.enter_context(impostor(bytes)) for kind, bytes in answer.items()}}
+
+
+def test_a_bad_master_among_several_is_passed_over_whatever_is_wrong_with_it(tmp_path):
+    with bad_masters(tmp_path / "bad") as bad, Cluster(tmp_path, servers=0) as cluster:
+        addresses = ",".join([*bad.values(), cluster.address])
+        cluster.add_server("--master", addresses)
+        clupy.connect(addresses)
+        assert clupy.parallel(square)(3).result(PATIENCE) == 9
+        assert "Traceback" not in cluster.servers[0].log and "connected to the master at" in cluster.servers[0].log
+        clupy.close()
+        with pytest.raises(clupy.MasterUnreachable) as caught:     # all are bad, but not all for ever
+            clupy.connect(",".join(bad.values()), patience=1.5 * clupy.HANDSHAKE_TIME)
+        for kind, address in bad.items():
+            assert re.search(f"{re.escape(address)}: [^;]*{re.escape(BAD_MASTERS[kind])}", str(caught.value)), kind
+
+
+@pytest.mark.parametrize("kind, error", [("other secret", clupy.SecretError), ("other version", clupy.VersionMismatch)])
+def test_what_all_masters_say_and_no_patience_mends_is_an_error_at_once(tmp_path, monkeypatch, kind, error):
+    with bad_masters(tmp_path / "bad") as bad, impostor(OTHER_PYTHON) as another:
+        if kind == "other secret":
+            another = f"127.0.0.1:{free_port()}"
+            monkeypatch.setenv("CLUPY_SECRET", "a third secret, of neither")
+            other = Program(tmp_path / "other", "-m", "clupy", "master", "--listen", another, CLUPY_SECRET=SECRET)
+        else:
+            other = contextlib.nullcontext()
+        with other:
+            until(lambda: answers(another))
+            with pytest.raises(error) as caught:
+                clupy.connect(f"{bad[kind]},{another}")
+            assert f"{bad[kind]}: it " in str(caught.value) and f"; {another}: it " in str(caught.value)
+            server = subprocess.run([sys.executable, "-m", "clupy", "serve", "--master", f"{bad[kind]},{another}"], timeout=60,
+                                    env=environ(CLUPY_SECRET=os.environ["CLUPY_SECRET"]), capture_output=True, text=True)
+            assert server.returncode == 1 and server.stderr.splitlines()[-1] == f"clupy serve: {caught.value}"
+
+
+def test_two_masters_that_stand_by_and_name_each_other_are_asked_once_between_two_pauses(monkeypatch):
+    class Standby:                                 # stands by for ever
+        name = "itself"
+
+        def sure(self, now):
+            return False
+
+        def close(self):
+            pass
+
+    class Asker:
+        visits = lost = 0
+
+        def master_joined(self, connection):
+            self.visits += 1
+            connection.send("status")
+
+        def on_leader(self, _, address):
+            link.follow(address)
+
+        def master_lost(self):
+            self.lost += 1
+
+    async def story():
+        nonlocal link
+        settings = clupy.default_settings("master", listen=("127.0.0.1", 0))
+        masters = [clupy_master.Master(settings, SECRET.encode()) for _ in range(2)]
+        for master, other in zip(masters, masters[::-1], strict=True):
+            master.stand(Standby())
+            master.leadership.leader = "%s:%s" % other.address
+        link = clupy.MasterLink([masters[0].address, ("localhost", masters[1].address[1])], SECRET.encode(),
+                                clupy.default_settings("client"))
+        since, asker = link.lost_at, Asker()
+        task = asyncio.create_task(link.run(asker))
+        while len(pauses) < 4 and asker.visits < 100:
+            await asyncio.sleep(0.01)
+        task.cancel()
+        for master in masters:
+            await master.close()
+        assert asker.visits == 3 * 4 and asker.lost == 4 and link.lost_at == since        # patience is not for who stands by
+        assert link.why_lost.count("it stands by; 127.0.0.1:") == 3
+    link, pauses = None, []
+    monkeypatch.setattr(clupy.random, "uniform", lambda *_: pauses.append(0) or 1.0)
+    asyncio.run(story())
+
+
 # ==== The wire: bytes by hand ================================================
 
 def feed(frames, data, step):
