@@ -689,29 +689,13 @@ class Frames:
     received into memory of their own, allocated once.  `proof`: bytes that must come first."""
 
     def __init__(self, proof=b"", limit=MAX_FRAME):
-        self._proof, self._limit = proof, limit
         self._chunk = memoryview(bytearray(CHUNK))
         self._messages = []
-        self._parts = self._parse()
+        self._parts = _parse(proof, limit, self._messages)
         self._want(next(self._parts))
 
     def _want(self, size):
         self._part, self._have = memory(size), 0
-
-    def _parse(self):
-        """Yields the size of the next part, is sent the part."""
-        if self._proof and not hmac.compare_digest((yield len(self._proof)), self._proof):
-            raise ProtocolError("the peer does not know the slot's key")
-        while True:
-            size, count = frame_sizes((yield FRAME_HEAD.size), self._limit)
-            lengths = struct.unpack(f">{count}Q", (yield 8 * count)) if count else ()
-            if sum(lengths) > self._limit:
-                raise ProtocolError(f"buffers of {sum(lengths)} bytes are over the limit of {self._limit}")
-            body = yield size
-            buffers = []
-            for length in lengths:
-                buffers.append((yield length))
-            self._messages.append(decode(body, buffers))
 
     def space(self):
         """Where the next bytes are to be written."""
@@ -731,9 +715,28 @@ class Frames:
                 self._have += take
                 start += take
             if self._have < len(self._part):
-                messages, self._messages = self._messages, []
+                messages = self._messages.copy()
+                self._messages.clear()
                 return messages
             self._want(self._parts.send(self._part))
+
+
+def _parse(proof, limit, messages):
+    """Yields the size of the next part, is sent the part, and appends each message that is complete.
+
+    No method of Frames: a generator that knew it would keep it, and its chunk, until the next collection of garbage."""
+    if proof and not hmac.compare_digest((yield len(proof)), proof):
+        raise ProtocolError("the peer does not know the slot's key")
+    while True:
+        size, count = frame_sizes((yield FRAME_HEAD.size), limit)
+        lengths = struct.unpack(f">{count}Q", (yield 8 * count)) if count else ()
+        if sum(lengths) > limit:
+            raise ProtocolError(f"buffers of {sum(lengths)} bytes are over the limit of {limit}")
+        body = yield size
+        buffers = []
+        for length in lengths:
+            buffers.append((yield length))
+        messages.append(decode(body, buffers))
 
 
 # ---- Connections over asyncio streams: to masters, and for control

@@ -12,6 +12,7 @@ import csv
 import ctypes
 import errno
 import functools
+import gc
 import importlib.machinery
 import importlib.resources
 import importlib.util
@@ -37,6 +38,7 @@ import time
 import traceback
 import types
 import uuid
+import weakref
 import zipfile
 
 import cloudpickle
@@ -4236,6 +4238,18 @@ def test_a_frame_that_is_too_large_is_refused_before_memory_is_spent():
         feed(clupy.Frames(limit=1000), struct.pack(">QI", 1 << 50, 0), 12)
     with pytest.raises(clupy.ProtocolError, match="over the limit"):
         feed(clupy.Frames(limit=1000), struct.pack(">QIQ", 10, 1, 1 << 50), 20)
+
+
+def test_what_frames_hold_is_free_as_soon_as_they_are():
+    gc.disable()
+    try:
+        frames = clupy.Frames(b"proof")
+        assert len(feed(frames, b"proof" + b"".join(clupy.encode(("a", 1))) + b"half a fra", 1 << 20)) == 1
+        gone = weakref.ref(frames)
+        del frames
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_a_message_never_runs_code():
