@@ -542,8 +542,9 @@ def find_secret(settings, create=False):
 # server -> client  welcome   session, name of the server, {its versions}  -
 # client -> server  close     number                                       ended       control lost: all are closed
 # client -> server  kill      number, call                                 ended, late the future has its outcome already
-# server -> client  ended     number, {pid, begun, why, reason, code,      -           1 s after the slot's end: lost
-#                             peak, limit, lines, stack}
+# server -> client  ended     number, {pid, begun, why (one of Why),       -           1 s after the slot's end: Why.LOST
+#                             reason (a text), code, peak, limit, lines,
+#                             stack}
 # server -> client  late      number, call: it is over, or has not begun   -           asked again while it is out
 # server -> client  output    pid, stream, text, dropped lines             seen        over UNSEEN_OUTPUT: dropped
 # client -> server  seen      characters                                   -
@@ -570,6 +571,26 @@ def find_secret(settings, create=False):
 # worker -> client  forget    [numbers of nested calls]                    -
 #
 # Kind `share` is answered by the method `on_share` of the class that owns the receiver's state.
+
+class Why:
+    """Why a slot ended: plain text, so that it travels in a message.
+
+    Whatever the word, a call that had begun is charged with a try, and one that had not starts again elsewhere (but see
+    MAX_SPARED)."""
+    # said by the server
+    DIED = "died"                      # the worker ended, and nobody here wanted it to: a crash, os._exit, too little memory
+    TIMEOUT = "timeout"                # the call that ran was over its time; it is not tried again
+    CANCELLED = "cancelled"            # the call that ran was cancelled
+    CLOSED = "closed"                  # its client asked for that
+    CLIENT_GONE = "client gone"        # the control connection ended: nobody is left to hear of it
+    RELIEVED = "relieved"              # it was idle, its client has been silent for SILENT_CLIENT, and others want slots
+    NOT_NEEDED = "not needed"          # a worker that never had a slot: others are wanted in its place
+    MAX_NESTED = "max_nested"          # it never had a worker: too many slots of its client are nested ones
+    SERVER_CLOSED = "server closed"    # the server ends, drained or not
+    # told to itself by the client, where no `ended` came
+    UNREACHABLE = "unreachable"        # the slot's connection could not be made, so no call was sent
+    LOST = "lost"                      # the server, or the way to it: whatever was sent may have begun
+
 
 MAGIC, VERSION = b"clupy", 1
 TO_MASTER, CONTROL, SLOT = b"M", b"C", b"S"
@@ -2807,7 +2828,7 @@ class Engine:
             if child:
                 self._queue.remove(child)
                 outcomes.append((child, False, ClupyError(
-                    f"calls inside calls wait for each other in all workers of {slot.link.name} ({how['why']}); a module that "
+                    f"calls inside calls wait for each other in all workers of {slot.link.name} ({how['reason']}); a module that "
                     "makes calls when it is imported does so in every worker: put them under if __name__ == '__main__'")))
         self._requeue(again)
         self._finish(outcomes)

@@ -44,8 +44,8 @@ import threading
 import time
 
 import clupy
-from clupy import (CONTROL, SLOT, ClupyError, DependencyError, ProtocolError, dispatch, encode, proof, slot_head, slot_key,
-                   tune)
+from clupy import (CONTROL, SLOT, ClupyError, DependencyError, ProtocolError, Why, dispatch, encode, proof, slot_head,
+                   slot_key, tune)
 # Imported at first use, and never in a worker:
 from clupy import asyncio, clupy_master, pathlib, platform, shutil, site, subprocess, sysconfig, tempfile
 
@@ -843,7 +843,7 @@ class Process:
         self.libraries = libraries                 # Libraries, the environment of which it runs in
         self.ready = False                         # warm, and waits for a slot
         self.slot = None                           # SlotRow it serves, or did
-        self.why = None                            # why the server ended it; None: it ended by itself
+        self.why = None                            # one of Why, if the server ended it; None: it ended by itself
         self.late = False                          # a call is over its time, and being looked at
         self.tail = {1: b"", 2: b""}               # output without a line's end yet
         self.last_lines = collections.deque(maxlen=LAST_LINES)     # of standard error, since this call began:
@@ -988,7 +988,7 @@ class Process:
         """Kill the worker if it runs this call, and no other; False if it does not.
 
         Its Python stack is taken first; it is stopped while the board is read, so that no call can begin between."""
-        if why == "timeout" and self.runs(number):
+        if why == Why.TIMEOUT and self.runs(number):
             self._signal(STACK_SIGNAL, group=False)
             await asyncio.sleep(STACK_TIME)
         async with self._stopping:
@@ -1154,9 +1154,9 @@ class Session:
         slot = self.slots.get(number)
         if slot is None:                           # it ended by itself, or was never opened
             self.numbers.add(number)
-            self.connection.send("ended", number, {"pid": None, "begun": 0, "why": "closed"})
+            self.connection.send("ended", number, {"pid": None, "begun": 0, "why": Why.CLOSED})
         elif slot.process:
-            slot.process.end("closed", GRACE_TIME)
+            slot.process.end(Why.CLOSED, GRACE_TIME)
         else:
             slot.waiter.cancel()
 
@@ -1166,7 +1166,7 @@ class Session:
             self.server.spawn(self._kill(slot, call))
 
     async def _kill(self, slot, call):
-        if not await slot.process.kill_call(call, "cancelled"):
+        if not await slot.process.kill_call(call, Why.CANCELLED):
             self.connection.send("late", slot.number, call)
 
     def on_seen(self, _, count):
@@ -1320,7 +1320,7 @@ class Server:
             del self.sessions[session.id]
             for slot in list(session.slots.values()):
                 if slot.process:
-                    slot.process.end("client gone", GRACE_TIME)
+                    slot.process.end(Why.CLIENT_GONE, GRACE_TIME)
                 else:
                     slot.waiter.cancel()
 
@@ -1343,7 +1343,7 @@ class Server:
     async def _serve_slot(self, slot):
         """Wait for a free worker and hand the socket over."""
         if slot.nested and slot.session.nested_slots() >= self.settings.max_nested:    # nobody else's end would make room
-            self._turn_away(slot, f"max_nested is {self.settings.max_nested}")
+            self._turn_away(slot, Why.MAX_NESTED, f"max_nested is {self.settings.max_nested}")
             return
         self.waiting.append(slot)
         self.replenish()
@@ -1353,13 +1353,13 @@ class Server:
         except asyncio.CancelledError:             # closed by the client before a worker was free
             if slot in self.waiting:
                 self.waiting.remove(slot)
-            self._turn_away(slot, "closed")
+            self._turn_away(slot, Why.CLOSED)
 
-    def _turn_away(self, slot, why):
+    def _turn_away(self, slot, why, reason=""):
         """End a slot that no worker serves."""
         slot.session.slots.pop(slot.number, None)
         slot.sock.close()
-        slot.session.connection.send("ended", slot.number, {"pid": None, "begun": 0, "why": why})
+        slot.session.connection.send("ended", slot.number, {"pid": None, "begun": 0, "why": why, "reason": reason})
 
     # -- slots and workers
 
@@ -1409,7 +1409,7 @@ class Server:
             if process.libraries in needed:
                 needed.remove(process.libraries)
             else:
-                process.end("not needed")
+                process.end(Why.NOT_NEEDED)
         for libraries in needed:
             try:
                 process = Process(self, libraries)
@@ -1476,7 +1476,7 @@ class Server:
         process.last_output()
         if slot:
             slot.session.connection.send("ended", slot.number, {
-                "pid": process.pid, "begun": begun, "why": process.why or "died", "reason": describe_exit(code),
+                "pid": process.pid, "begun": begun, "why": process.why or Why.DIED, "reason": describe_exit(code),
                 "code": code, "peak": peak, "limit": self.settings.memory_limit, "lines": list(process.last_lines),
                 "stack": process.stack.decode(errors="replace")})
             await self._drain_socket(slot.sock)
@@ -1622,7 +1622,7 @@ class Server:
 
     async def _time_out(self, process, number):
         try:
-            await process.kill_call(number, "timeout")
+            await process.kill_call(number, Why.TIMEOUT)
         finally:
             process.late = False                   # it may be the next call that runs by now
 
@@ -1677,7 +1677,7 @@ class Server:
             if session.client in silent:           # it is stopped or hangs: its idle slots are of use to others
                 for slot in session.slots.values():
                     if slot.process and slot.process.begun()[1] == IDLE:
-                        slot.process.end("relieved", GRACE_TIME)
+                        slot.process.end(Why.RELIEVED, GRACE_TIME)
 
     def on_leader(self, _, address):
         self.link.follow(address)
@@ -1705,7 +1705,7 @@ class Server:
         self.link.close()
         await self._listener.close()
         for process in list(self.processes.values()):
-            process.end("server closed")
+            process.end(Why.SERVER_CLOSED)
         if self.processes:
             await asyncio.wait([process.dead for process in self.processes.values()])
         while self.processes:
