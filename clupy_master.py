@@ -421,53 +421,49 @@ def _absolute_options(path, texts, folder):
 
 # ---- running pip
 
-class _Output:
-    """The protocol of a subprocess (duck-typed: naming asyncio's base class would import it): each line goes
-    to progress and the last ones are kept. `ended` is done when the process is, and all it wrote was read or
-    a second has passed since (something that it left behind may hold the pipe for ever)."""
-    def __init__(self, loop, progress):
-        self.loop, self.progress, self.ended = loop, progress, loop.create_future()
-        self.lines, self.rest = collections.deque(maxlen=PIP_LINES), b""
-
-    def connection_made(self, transport): self.transport = transport
-
-    def pipe_data_received(self, _, data):
-        *lines, self.rest = (self.rest[-65536:] + data).split(b"\n")     # bounded, should no newline come
-        for line in lines:
-            self.line(line.decode(errors="replace").rstrip())
-
-    def line(self, line):
-        if line:
-            self.lines.append(line)
-            self.progress(line)
-
-    def pipe_connection_lost(self, _, error): self.line(self.rest.decode(errors="replace").rstrip())
-
-    def process_exited(self): self.loop.call_later(1.0, self.transport.close)
-
-    def connection_lost(self, error): self.ended.done() or self.ended.set_result(None)
-
-
 async def run_command(command, what, progress=None, keep=()):
-    """Run command to its end. progress(line) is called in the loop for each line it prints, keep are
-    descriptors that it inherits. Raises DependencyError, `what` and the last lines, if it fails. Cancelling
-    kills it and all its children."""
-    loop = asyncio.get_running_loop()
-    transport, output = await loop.subprocess_exec(
-        lambda: _Output(loop, progress or (lambda line: None)), *command, stdin=asyncio.subprocess.DEVNULL,
-        stderr=asyncio.subprocess.STDOUT, env=pip_environ(os.environ), start_new_session=True, pass_fds=keep)
+    """Run a command to its end, and kill what it leaves behind.
+
+    progress(line) is called in the loop for each line that it prints; keep: descriptors that it inherits.  Raises
+    DependencyError, `what` and the last lines, if it fails.  Cancelling kills it and all its children."""
+    lines = collections.deque(maxlen=PIP_LINES)
+    ours, its = os.pipe()              # not asyncio's, or Process.wait() would wait for everybody who holds it, orphans too
+    output = asyncio.StreamReader()
+    transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(output), open(ours, "rb", 0))
+    reading = asyncio.create_task(_read_lines(output, lines, progress))
     try:
-        await asyncio.shield(output.ended)
-    except BaseException:
-        with contextlib.suppress(ProcessLookupError):       # it ended in this very moment
-            os.killpg(transport.get_pid(), signal.SIGKILL)
-        await output.ended
-        raise
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *command, stdin=asyncio.subprocess.DEVNULL, stdout=its, stderr=its, env=pip_environ(os.environ),
+                start_new_session=True, pass_fds=keep)
+        finally:
+            os.close(its)
+        try:
+            code = await process.wait()
+        finally:
+            with contextlib.suppress(ProcessLookupError):       # nobody is left
+                os.killpg(process.pid, signal.SIGKILL)
+            await process.wait()
+        await asyncio.wait([reading], timeout=1.0)     # who left its group may hold the pipe for ever
     finally:
-        transport.close()
-    if code := transport.get_returncode():
+        transport.close()              # the end of what is read, if it was not there yet
+        await reading
+    if code:
         end = f"exit code {code}" if code > 0 else f"killed by signal {-code}"
-        raise DependencyError(f"{what}: {end}", output.lines)
+        raise DependencyError(f"{what}: {end}", lines)
+
+
+async def _read_lines(output, lines, progress):
+    """Append each line to `lines`, and tell it to progress."""
+    rest, more = b"", True
+    while more:
+        more = await output.read(1 << 16)
+        *whole, rest = (rest[-65536:] + (more or b"\n")).split(b"\n")       # bounded, should no newline come
+        for line in filter(None, (line.decode(errors="replace").rstrip() for line in whole)):
+            lines.append(line)
+            if progress:
+                progress(line)
 
 
 async def pip(arguments, what, progress=None, keep=()):

@@ -2326,6 +2326,31 @@ def test_a_refusal_has_pips_words_and_stands_until_the_next_try(index):
     assert [clupy_master.next_try(failures, 100.0) - 100 for failures in (1, 2, 3, 4, 5, 2000)] == [60, 120, 240, 480, 600, 600]
 
 
+ORPHANED = """
+    import subprocess, sys
+    sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
+    print("orphans", subprocess.Popen(sleep).pid, subprocess.Popen(sleep, start_new_session=True).pid)
+    print("x" * 200_000, "the end", sep="\\n", end="")
+    sys.exit(3)
+"""
+
+
+def test_an_orphan_of_pip_is_killed_and_one_that_left_its_group_is_not_waited_for():
+    said = []
+    with pytest.raises(clupy.DependencyError) as caught:
+        asyncio.run(clupy_master.run_command([sys.executable, "-c", textwrap.dedent(ORPHANED)], "it failed", said.append))
+    killed, left = map(int, said[0].split()[1:3])
+    try:
+        until(lambda: killed not in processes())
+        assert left in processes() and caught.value.lines == tuple(said) and said[-1] == "the end"
+        assert str(caught.value).startswith("it failed: exit code 3\n  orphans ")
+    finally:
+        os.kill(left, signal.SIGKILL)
+    said.clear()
+    asyncio.run(clupy_master.run_command([sys.executable, "-c", "print('one\\n\\ntwo', end='')"], "it failed", said.append))
+    assert said == ["one", "two"]
+
+
 def test_a_python_without_pip_is_told_how_to_get_it(tmp_path, index, monkeypatch):
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "bare/bin/python"))
