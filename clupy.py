@@ -399,7 +399,7 @@ def read_settings(role, file=None, **arguments):
             raise ConfigurationError(f"{where}: {key} is {masked(value)!r}, but must be {error}") from None
         given.add(key)
 
-    for key, value, line in _read_yaml(file or f"clupy.{role}.yaml", must_exist=file is not None):
+    for key, value, line in read_yaml(file or f"clupy.{role}.yaml", must_exist=file is not None):
         take(key, value, f"{file or f'clupy.{role}.yaml'}, line {line}")
     for variable in [name for name in os.environ if name.startswith("CLUPY_")]:
         key = variable[6:].lower()
@@ -420,15 +420,17 @@ def read_settings(role, file=None, **arguments):
     return Settings(values, given)
 
 
-def _read_yaml(path, must_exist=False):
-    """[(key, value, line)] of a YAML file with one mapping; [] without the file."""
+def read_yaml(path, must_exist=False):
+    """[(key, value, line)] of a YAML file with one mapping; [] without the file. Raises ConfigurationError."""
     try:
-        with io.open(path, encoding="utf-8") as file:
+        with io.open(path, encoding="utf-8") as file:      # io's, since `open` is clupy.open in this file
             text = file.read()
     except FileNotFoundError:
         if must_exist:
             raise ConfigurationError(f"{path}: there is no such file") from None
         return []
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{path}: cannot be read: {error}") from None
     try:
         node, value = yaml.compose(text), yaml.safe_load(text)
     except importlib.import_module("yaml").YAMLError as error:

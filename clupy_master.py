@@ -350,73 +350,70 @@ _REFUSED_OPTIONS = {"-r", "--requirement", "-e", "--editable", "-t", "--target",
 
 
 def read_dependencies(path):
-    """The Dependencies that the file at path asks for, none if it is absent. Paths in it are relative to the
-    file, and absolute in what is returned. Raises ConfigurationError. What is read depends on the file alone:
-    one who changed a local library that it names touches the file."""
-    try:
-        text = Path(path).read_text("utf-8")
-        content = clupy.yaml.safe_load(text) or {}
-    except FileNotFoundError:
-        return Dependencies()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"{path} cannot be read: {error}") from error
-    except clupy.yaml.YAMLError as error:
-        raise ConfigurationError(f"{path} is not YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigurationError(f"{path}: expected libraries: and pip_options:, found {content!r:.60}")
-    for key in content:
-        if key not in Dependencies._fields:
-            nearest = difflib.get_close_matches(str(key), Dependencies._fields, 1, 0) or Dependencies._fields
-            raise ConfigurationError(f"{path}: unknown key {key!r}; did you mean {nearest[0]!r}?")
-    folder = Path(path).absolute().parent
-    lines = (re.sub(r"(^|\s+)#.*", "", line).strip() for line in _texts(path, content, "libraries"))
-    libraries = tuple(_absolute_line(path, line, folder) for line in lines if line)
-    return Dependencies(libraries, _absolute_options(path, _texts(path, content, "pip_options"), folder))
+    """The Dependencies that a file asks for, none if it is absent.
+
+    Paths in it are relative to the file, and absolute in what is returned.  What is read depends on the file alone: who
+    changed a local library that it names touches the file.  Raises ConfigurationError."""
+    found, folder = {}, Path(path).absolute().parent
+    readers = {"libraries": _absolute_lines, "pip_options": _absolute_options}
+    for key, value, line in clupy.read_yaml(path):
+        if key not in readers:
+            nearest, = difflib.get_close_matches(str(key), readers, 1, 0)
+            raise ConfigurationError(f"{path}, line {line}: unknown key {key!r}; did you mean {nearest!r}?")
+        try:
+            found[key] = tuple(readers[key](_texts(value), folder))
+        except ValueError as error:
+            raise ConfigurationError(f"{path}, line {line}: {key}: {error}") from None
+    return Dependencies(**found)
 
 
-def _texts(path, content, key):
-    texts = content.get(key) or []
-    if not isinstance(texts, list):
-        raise ConfigurationError(f"{path}: {key} must be a list, one entry a line, not {texts!r:.60}")
-    for text in texts:
+def _texts(value):
+    """The entries of a key, all of them texts."""
+    if not isinstance(value, list | None):
+        raise ValueError(f"must be a list, one entry a line, not {value!r:.60}")
+    for text in value or ():
         if not isinstance(text, str):
-            raise ConfigurationError(f"{path}: {key}: {text!r:.60} is not text; put it in quotes")
-    return texts
+            raise ValueError(f"{text!r:.60} is not text; put it in quotes")
+    return value or ()
 
 
-def _absolute_line(path, line, folder):
-    """line, in which a file or folder of this machine is in its one form: `/absolute/path[extras] ;
-    marker`."""
+def _absolute_lines(texts, folder):
+    """The lines, in which a file or folder of this machine is in its one form: `/absolute/path[extras] ; marker`."""
+    lines = (re.sub(r"(^|\s+)#.*", "", text).strip() for text in texts)
+    return [_absolute_line(line, folder) for line in lines if line]
+
+
+def _absolute_line(line, folder):
     if line.startswith("-"):
-        raise ConfigurationError(f"{path}: libraries: {line!r} is an option; those for pip go under "
-                                 "pip_options, and a local folder is named without -e")
+        raise ValueError(f"{line!r} is an option; those for pip go under pip_options, and a local folder is named without -e")
     match = _LINE.fullmatch(line)
-    where = match["where"] if match else ""
-    if where.startswith("file:"):
-        where = urllib.parse.unquote(urllib.parse.urlsplit(where).path)
-    elif "://" in where or not ("/" in where or where.endswith(_ARCHIVES)):
+    path = match["where"] if match else ""
+    if path.startswith("file:"):
+        path = urllib.parse.unquote(urllib.parse.urlsplit(path).path)
+    elif "://" in path or not ("/" in path or path.endswith(_ARCHIVES)):
         return line
-    where = Path(folder, Path(where).expanduser()).resolve()
-    if not where.exists():
-        raise ConfigurationError(f"{path}: libraries: {line!r}: there is no {where}")
-    return f"{where}{match['extras'] or match['more_extras'] or ''} {match['marker'] or ''}".strip()
+    path = Path(folder, Path(path).expanduser()).resolve()
+    if not path.exists():
+        raise ValueError(f"{line!r}: there is no {path}")
+    return f"{path}{match['extras'] or match['more_extras'] or ''} {match['marker'] or ''}".strip()
 
 
-def _absolute_options(path, texts, folder):
+def _absolute_options(texts, folder):
     """The options one by one ("--find-links wheels" is two), with paths made absolute."""
-    def absolute(value): return value if "://" in value else str(Path(folder, Path(value).expanduser()))
+    def absolute(value):
+        return value if "://" in value else str(Path(folder, Path(value).expanduser()))
 
     options = []
     for option in [word for text in texts for word in shlex.split(text)]:
         name, equals, value = option.partition("=")
         if name in _REFUSED_OPTIONS:
-            raise ConfigurationError(f"{path}: pip_options: {name} is CluPy's own to decide; leave it out")
+            raise ValueError(f"{name} is CluPy's own to decide; leave it out")
         if options and options[-1] in _PATH_OPTIONS:
             option = absolute(option)
         elif equals and name in _PATH_OPTIONS:
             option = f"{name}={absolute(value)}"
         options.append(option)
-    return tuple(options)
+    return options
 
 
 # ---- running pip

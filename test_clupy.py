@@ -2276,14 +2276,17 @@ def test_paths_in_a_dependency_file_are_relative_to_the_file(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("text, words", [
-    ("librarys: []", "unknown key 'librarys'; did you mean 'libraries'?"),
-    ("libraries: numpy", "libraries must be a list"), ("libraries: [1.5]", "1.5 is not text"),
-    ("- numpy", "expected libraries:"), ("libraries: [", "is not YAML"), ("libraries: [-e .]", "is an option"),
-    ("libraries: [./absent.whl]", "there is no"), ("pip_options: [--prefix=/usr]", "--prefix is CluPy's own"),
+    ("librarys: []", ", line 1: unknown key 'librarys'; did you mean 'libraries'?"),
+    ("libraries: numpy", "libraries: must be a list"), ("libraries: [1.5]", "1.5 is not text"),
+    ("- numpy", "must hold lines of `key: value`"), ("libraries: [", "not YAML"), ("libraries: [-e .]", "is an option"),
+    ("libraries: [./absent.whl]", "there is no"),
+    ("pip_options: ['--prefix \"a']", ", line 1: pip_options: No closing quotation"),
+    ("\nlibraries:\npip_options: [--prefix=/usr]", ", line 3: pip_options: --prefix is CluPy's own"),
+    ("libraries: [caf\udce9]", "cannot be read"),
 ])
 def test_a_bad_dependency_file_is_refused_with_its_name(tmp_path, text, words):
     path = tmp_path / "clupy.client.dependency.yaml"
-    path.write_text(text)
+    path.write_text(text, errors="surrogateescape")
     with pytest.raises(clupy.ConfigurationError) as caught:
         clupy_master.read_dependencies(path)
     assert str(path) in str(caught.value) and words in str(caught.value)
