@@ -145,7 +145,7 @@ log = logging.getLogger("clupy")
 
 # Each constant names the price of turning it.
 PORT = 7878                       # the master's; users know it, so it never changes
-PYTHON = sys.version_info[:2]     # bytecode travels, so client, server and master must have the same
+PYTHON = sys.version_info.minor   # bytecode travels, so client, server and master must have the same
 HANDSHAKE_TIME = 5.0              # a stranger holds a connection no longer; less refuses honest peers on a busy machine
 STATEMENT_TIME = 2.0              # statements are repeated; less is traffic, more delays the repair of what was lost
 GATHER_TIME = 0.02                # changes are gathered so long; more delays shares, less makes more of them
@@ -277,6 +277,12 @@ def _count(value):
     return value
 
 
+def _port(value):
+    if _count(value) > 65535:
+        raise ValueError("a port: a whole number up to 65535")
+    return _count(value)
+
+
 def _text(value):
     if not isinstance(value, str):
         raise ValueError("a text")
@@ -318,7 +324,7 @@ def _addresses(value):
 SETTINGS = {   # key: (roles that have it, how it is read, default)
     "listen": ("master server", parse_address, None),           # None: every address; a master's PORT, a server's free one
     "master": ("server client", _addresses, None),
-    "port": ("server client", _count, PORT),                    # the master's, where its address names none
+    "port": ("server client", _port, PORT),                     # the master's, where its address names none
     "secret_file": ("master server client", _text, "~/.clupy/secret"),
     "tls_cert": ("master server", _text, None),
     "tls_key": ("master server", _text, None),
@@ -398,7 +404,7 @@ def read_settings(role, file=None, **arguments):
             raise ConfigurationError(f"{where}: {key} is {masked(value)!r}, but must be {error}") from None
         given.add(key)
 
-    for key, value, line in _read_yaml(file or f"clupy.{role}.yaml", must_exist=file is not None):
+    for key, value, line in read_yaml(file or f"clupy.{role}.yaml", must_exist=file is not None):
         take(key, value, f"{file or f'clupy.{role}.yaml'}, line {line}")
     for variable in [name for name in os.environ if name.startswith("CLUPY_")]:
         key = variable[6:].lower()
@@ -419,15 +425,17 @@ def read_settings(role, file=None, **arguments):
     return Settings(values, given)
 
 
-def _read_yaml(path, must_exist=False):
-    """[(key, value, line)] of a YAML file with one mapping; [] without the file."""
+def read_yaml(path, must_exist=False):
+    """[(key, value, line)] of a YAML file with one mapping; [] without the file. Raises ConfigurationError."""
     try:
-        with io.open(path, encoding="utf-8") as file:
+        with io.open(path, encoding="utf-8") as file:      # io's, since `open` is clupy.open in this file
             text = file.read()
     except FileNotFoundError:
         if must_exist:
             raise ConfigurationError(f"{path}: there is no such file") from None
         return []
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{path}: cannot be read: {error}") from None
     try:
         node, value = yaml.compose(text), yaml.safe_load(text)
     except importlib.import_module("yaml").YAMLError as error:
@@ -506,11 +514,14 @@ def find_secret(settings, create=False):
 # ==== Wire ===================================================================
 # Everything two processes of a cluster say to each other.
 #
-# preamble   8 bytes, read exactly and before TLS: "clupy", version, role, 0.  Roles: M to a master, C control, S slot.
+# preamble   8 bytes, read exactly and before TLS: "clupy", version, role, Python's minor version, which must be the same
+#            since bytecode travels.  Roles: M to a master, C control, S slot.
 # handshake  for M and C, raw bytes of fixed size, HANDSHAKE_TIME at most; D dials, A admits:
-#              D -> A  preamble, nonce (32)
-#              A -> D  preamble, nonce (32), HMAC-SHA256(secret, "admit", preamble, both nonces)
-#              D -> A  HMAC-SHA256(secret, "dial", preamble, both nonces)
+#              D -> A  preamble
+#              A -> D  preamble: also in answer to another version or Python, so that both sides can say what is wrong
+#              D -> A  nonce (32), from here on under TLS, if that is configured
+#              A -> D  nonce (32), HMAC-SHA256(secret, "admit", D's preamble, both nonces)
+#              D -> A  HMAC-SHA256(secret, "dial", D's preamble, both nonces)
 #            Both proofs are bound to role and nonces, so neither can be reflected or replayed.  The control
 #            connection's key, HMAC(secret, "key", ...), stays in the two processes.
 # slot       D -> A  preamble, session (16), number (8), nested (1), HMAC(key, those)     each number once
@@ -522,25 +533,26 @@ def find_secret(settings, create=False):
 # A *statement* is complete and replaces the one before; sent on connecting, on change and every STATEMENT_TIME.
 #
 # from -> to        kind      fields                                       answer      if it fails
-# server -> master  server    id, address, python, slots,                  cluster     next master of the list
-#                             held {client: n}, state {load, draining, ...}
-# client -> master  client    id, python, wanted slots, unreachable        share       back-off; `patience` without slots
-#                             servers, hash of its libraries
+# server -> master  server    id, address, slots, held {client: n},        cluster     next master of the list
+#                             state {load, draining, ...}
+# client -> master  client    id, wanted slots, unreachable servers,       share       back-off; `patience` without slots
+#                             hash of its libraries
 # master -> client  share     {server: (address, n)}, services             -           stands until replaced
 # master -> server  cluster   services, silent clients, hash of libraries  -           the last one stands
-# standby -> any    leader    (host, port) or None                         go there    next master of the list
+# standby -> any    leader    (host, port) or None: not known              go there    next master of the list
 # any -> master     libraries hash, or None for the cluster's              libraries   again with the next statement
 # server -> master  wheel     sha256                                       wheel       pip says that it is not there
 # client -> master  resolve   libraries, pip options, {sha256: wheel}      resolved    again after reconnecting
 # any -> master     status    -                                            tables      an error text
-# any -> dialer     refused   error type, text                             -           the connection is closed
-# client -> server  hello     client, python, libraries (None: the         welcome     told to the master, again later
-#                             cluster's), whether output is wanted
-# server -> client  welcome   session, name of the server, {its versions}  -
+# client -> server  hello     client, libraries (None: the cluster's),     welcome     told to the master, again later
+#                             whether output is wanted
+# server -> client  welcome   session, name of the server, {its versions}, -
+#                             its max_nested
 # client -> server  close     number                                       ended       control lost: all are closed
 # client -> server  kill      number, call                                 ended, late the future has its outcome already
-# server -> client  ended     number, {pid, begun, why, reason, code,      -           1 s after the slot's end: lost
-#                             peak, limit, lines, stack}
+# server -> client  ended     number, {pid, begun, why (one of Why),       -           1 s after the slot's end: Why.LOST
+#                             reason (a text), code, peak, limit, lines,
+#                             stack}
 # server -> client  late      number, call: it is over, or has not begun   -           asked again while it is out
 # server -> client  output    pid, stream, text, dropped lines             seen        over UNSEEN_OUTPUT: dropped
 # client -> server  seen      characters                                   -
@@ -561,12 +573,31 @@ def find_secret(settings, create=False):
 # client -> worker  fetched   request, answer                              -
 # worker -> client  serve     name, buffers of a Ref shared in a call      -
 # worker -> client  nested    [(number, parent, function id, arguments,    results     the slot's end
-#                             time-out, retries, (Executor's id or None, max) or None)],
+#                             time-out, retries, (key, max) or None)],
 #                             {function id: (payload, name, first) or None: drop it}
 # client -> worker  results   [(number, succeeded, plain value or payload)] of nested calls
 # worker -> client  forget    [numbers of nested calls]                    -
 #
 # Kind `share` is answered by the method `on_share` of the class that owns the receiver's state.
+
+class Why:
+    """Why a slot ended: plain text, so that it travels in a message.
+
+    Whatever the word, a call that had begun is charged with a try, and one that had not starts again elsewhere (but see
+    MAX_SPARED)."""
+    # said by the server
+    DIED = "died"                      # the worker ended, and nobody here wanted it to: a crash, os._exit, too little memory
+    TIMEOUT = "timeout"                # the call that ran was over its time; it is not tried again
+    CANCELLED = "cancelled"            # the call that ran was cancelled
+    CLOSED = "closed"                  # its client asked for that
+    CLIENT_GONE = "client gone"        # the control connection ended: nobody is left to hear of it
+    RELIEVED = "relieved"              # it was idle, its client has been silent for SILENT_CLIENT, and others want slots
+    NOT_NEEDED = "not needed"          # a worker that never had a slot: others are wanted in its place
+    MAX_NESTED = "max_nested"          # it never had a worker: too many slots of its client are nested ones
+    SERVER_CLOSED = "server closed"    # the server ends, drained or not
+    # told to itself by the client, where no `ended` came
+    LOST = "lost"                      # the server, or the way to it: whatever was sent may have begun
+
 
 MAGIC, VERSION = b"clupy", 1
 TO_MASTER, CONTROL, SLOT = b"M", b"C", b"S"
@@ -576,15 +607,21 @@ FRAME_HEAD = struct.Struct(">QI")                                      # body le
 
 
 def preamble(role):
-    return MAGIC + bytes((VERSION,)) + role + b"\0"
+    """What a connection begins with, by this process."""
+    return MAGIC + bytes((VERSION,)) + role + bytes((PYTHON,))
 
 
 def read_preamble(data):
-    """The role that a preamble names. Raises ProtocolError."""
+    """The role that a peer's preamble names.
+
+    Raises ProtocolError or VersionMismatch, which speak of the peer as "it": who dials or listens says who that is."""
     if data[:5] != MAGIC:
         raise ProtocolError(f"not CluPy: it began with {bytes(data)!r}")
     if data[5] != VERSION:
         raise VersionMismatch(f"it speaks protocol version {data[5]}, this is {VERSION}; install the same CluPy on both")
+    if data[7] != PYTHON:
+        raise VersionMismatch(f"it runs Python 3.{data[7]}, this process runs Python 3.{PYTHON}; they must be the same, "
+                              "since bytecode travels")
     if data[6:7] not in (TO_MASTER, CONTROL, SLOT):
         raise ProtocolError(f"unknown role {data[6:7]!r}")
     return bytes(data[6:7])
@@ -680,29 +717,13 @@ class Frames:
     received into memory of their own, allocated once.  `proof`: bytes that must come first."""
 
     def __init__(self, proof=b"", limit=MAX_FRAME):
-        self._proof, self._limit = proof, limit
         self._chunk = memoryview(bytearray(CHUNK))
         self._messages = []
-        self._parts = self._parse()
+        self._parts = _parse(proof, limit, self._messages)
         self._want(next(self._parts))
 
     def _want(self, size):
         self._part, self._have = memory(size), 0
-
-    def _parse(self):
-        """Yields the size of the next part, is sent the part."""
-        if self._proof and not hmac.compare_digest((yield len(self._proof)), self._proof):
-            raise ProtocolError("the peer does not know the slot's key")
-        while True:
-            size, count = frame_sizes((yield FRAME_HEAD.size), self._limit)
-            lengths = struct.unpack(f">{count}Q", (yield 8 * count)) if count else ()
-            if sum(lengths) > self._limit:
-                raise ProtocolError(f"buffers of {sum(lengths)} bytes are over the limit of {self._limit}")
-            body = yield size
-            buffers = []
-            for length in lengths:
-                buffers.append((yield length))
-            self._messages.append(decode(body, buffers))
 
     def space(self):
         """Where the next bytes are to be written."""
@@ -722,9 +743,28 @@ class Frames:
                 self._have += take
                 start += take
             if self._have < len(self._part):
-                messages, self._messages = self._messages, []
+                messages = self._messages.copy()
+                self._messages.clear()
                 return messages
             self._want(self._parts.send(self._part))
+
+
+def _parse(proof, limit, messages):
+    """Yields the size of the next part, is sent the part, and appends each message that is complete.
+
+    No method of Frames: a generator that knew it would keep it, and its chunk, until the next collection of garbage."""
+    if proof and not hmac.compare_digest((yield len(proof)), proof):
+        raise ProtocolError("the peer does not know the slot's key")
+    while True:
+        size, count = frame_sizes((yield FRAME_HEAD.size), limit)
+        lengths = struct.unpack(f">{count}Q", (yield 8 * count)) if count else ()
+        if sum(lengths) > limit:
+            raise ProtocolError(f"buffers of {sum(lengths)} bytes are over the limit of {limit}")
+        body = yield size
+        buffers = []
+        for length in lengths:
+            buffers.append((yield length))
+        messages.append(decode(body, buffers))
 
 
 # ---- Connections over asyncio streams: to masters, and for control
@@ -798,12 +838,6 @@ class Connection:
         finally:
             self.close()
 
-    def refuse(self, error):
-        """Tell the peer why, as an error it raises, and close."""
-        log.warning("refused %s: %s", self.peer, error)
-        self.send("refused", type(error).__name__, str(error))
-        self.close()
-
     def close(self):
         """Send what is under way, then end."""
         self._writer.close()
@@ -820,78 +854,95 @@ def descriptors_left():
         return resource.getrlimit(resource.RLIMIT_NOFILE)[0] - len(os.listdir("/dev/fd"))
     except OSError:                               # not even that one; or there is no such folder
         return 0 if os.path.exists("/dev/fd") else math.inf
+async def read_exactly(sock, count):
+    """`count` bytes of a non-blocking socket and not one more, so that the rest is there for another reader."""
+    data = b""
+    while len(data) < count:
+        part = await asyncio.get_running_loop().sock_recv(sock, count - len(data))
+        if not part:
+            raise EOFError(f"it closed the connection after {len(data)} of {count} bytes", len(data))
+        data += part
+    return data
 
 
 async def connect_socket(host, port):
-    """A connected, non-blocking socket; tries each address of the host in turn. Raises OSError."""
+    """A connected, non-blocking socket; tries each address of the host in turn. Raises OSError, with words."""
     loop = asyncio.get_running_loop()
-    error = OSError(f"{host} has no address")
-    for family, kind, protocol, _, address in await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+    try:
+        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except ValueError as error:                    # "a..b" cannot even be asked for
+        raise OSError(f"{host!r} is no name of a host: {error}") from None
+    failure = OSError(f"{host} has no address")
+    for family, kind, protocol, _, address in found:
         sock = socket.socket(family, kind, protocol)
         sock.setblocking(False)
         try:
             async with asyncio.timeout(HANDSHAKE_TIME):
                 await loop.sock_connect(sock, address)
             return sock
-        except BaseException as caught:
+        except BaseException as error:
             sock.close()
-            if not isinstance(caught, OSError):
+            if not isinstance(error, OSError):
                 raise
-            error = caught
-    raise error
+            number = error.errno                   # asyncio's own text is "Connect call failed"
+            failure = OSError(number, os.strerror(number)) if number else OSError(f"no answer within {HANDSHAKE_TIME:g} s")
+    raise failure
 
 
 async def dial(address, role, secret, settings):
     """A Connection to a master or server at (host, port), after the handshake.
 
-    Raises OSError if nobody answers there, SecretError, VersionMismatch or ProtocolError if the peer is not one of
-    ours."""
+    Raises OSError if nobody answers there, SecretError, VersionMismatch or ProtocolError if who answers is not one of
+    ours.  Each has words, which do not name the address: the caller tries several."""
     host, port = address
     sock = await connect_socket(host, port)
     try:
-        tune(sock)
-        async with asyncio.timeout(HANDSHAKE_TIME):
-            await asyncio.get_running_loop().sock_sendall(sock, preamble(role))
-            context = tls_context(settings, "dial")
-            reader, writer = await asyncio.open_connection(sock=sock, ssl=context, server_hostname=host if context else None)
-    except BaseException:
-        sock.close()
-        raise
-    try:
-        async with asyncio.timeout(HANDSHAKE_TIME):
-            return await _prove(reader, writer, f"{host}:{port}", preamble(role), secret)
-    except BaseException as error:
-        writer.transport.abort()
-        if isinstance(error, asyncio.IncompleteReadError):
-            raise ProtocolError(f"{host}:{port} closed the connection during the handshake; "
-                                "is it CluPy's port, and the secret the same?") from None
-        raise
+        with contextlib.ExitStack() as undo:
+            undo.callback(sock.close)
+            tune(sock)
+            async with asyncio.timeout(HANDSHAKE_TIME):
+                await asyncio.get_running_loop().sock_sendall(sock, preamble(role))
+                read_preamble(await read_exactly(sock, PREAMBLE_SIZE))
+                context = tls_context(settings, "dial")
+                reader, writer = await asyncio.open_connection(sock=sock, ssl=context, server_hostname=context and host)
+                undo.callback(writer.transport.abort)
+                connection = await _prove(reader, writer, f"{host}:{port}", preamble(role), secret)
+            undo.pop_all()
+            return connection
+    except EOFError:
+        raise ProtocolError("it closed the connection during the handshake; is it CluPy's port, and TLS the same on both "
+                            "sides?") from None
+    except TimeoutError:
+        raise TimeoutError(f"it did not finish the handshake within {HANDSHAKE_TIME:g} s; is it CluPy's port?") from None
+    except ssl.SSLCertVerificationError as error:
+        raise SecretError(f"its certificate is not accepted: {error.verify_message}; tls_ca names whose signature is") from None
 
 
 async def _prove(reader, writer, peer, mine, secret):
     """The dialing side of the handshake."""
     nonce = os.urandom(NONCE_SIZE)
     writer.write(nonce)
-    read_preamble(await reader.readexactly(PREAMBLE_SIZE))
     bound = mine, nonce, await reader.readexactly(NONCE_SIZE)
     if not hmac.compare_digest(await reader.readexactly(PROOF_SIZE), proof(secret, b"admit", *bound)):
-        raise SecretError(f"{peer} has another secret than this process; copy its ~/.clupy/secret here")
+        raise SecretError("it has another secret than this process; copy its ~/.clupy/secret here")
     writer.write(proof(secret, b"dial", *bound))
     return Connection(reader, writer, peer, proof(secret, b"key", *bound))
 
 
 class MasterLink:
-    """A connection to the leading master, kept for ever: each address in turn, back-off with jitter between rounds.
+    """A connection to the leading master, kept for ever: each address in turn, and after each round a pause with jitter.
 
-    The owner answers messages, and hears of the connection by master_joined(connection) and master_lost()."""
+    An address that is of no use is passed over, whatever is wrong with it.  The owner answers messages, and hears by
+    master_joined(connection), by master_lost() when that has ended or a round was in vain, and by master_refused(error)
+    when a whole round gave the same answer, one that no patience mends: another secret, another version."""
 
     def __init__(self, addresses, secret, settings):
         self.addresses, self.secret, self.settings = addresses, secret, settings
         self.connection = None         # Connection, while there is one
         self.host = None               # how the master was reached; servers on its machine are there, too
         self.lost_at = time.monotonic()
-        self.why_lost = "not tried yet"
-        self.leader = None             # (host, port) to which a standby sent us
+        self.why_lost = "no answer yet"            # every address of the last round, and what it said
+        self._onward = None            # [address to which a standby sent us], [] if it knows none; None: it is no standby
         self._looked = time.monotonic()
 
     def __repr__(self):
@@ -899,26 +950,39 @@ class MasterLink:
 
     async def run(self, owner):
         delay = 0.1
-        for address in itertools.cycle(self.addresses):
-            address, self.leader, began = self.leader or address, None, time.monotonic()
-            try:
-                connection = await dial(address, TO_MASTER, self.secret, self.settings)
-            except (OSError, ClupyError) as error:
-                self.why_lost = f"{address[0]}:{address[1]}: {error or 'no answer'}"
-                if isinstance(error, (SecretError, VersionMismatch)):
-                    owner.on_refused(None, type(error).__name__, str(error))
-            else:
-                self.connection, self.host = connection, address[0]
-                owner.master_joined(connection)
-                await connection.serve(owner)
-                self.connection, self.lost_at = None, time.monotonic()
-                self.why_lost = f"{address[0]}:{address[1]} closed the connection"
+        while True:
+            began, said, waiting = time.monotonic(), {}, collections.deque(self.addresses)
+            while waiting:
+                address = waiting.popleft()
+                if address not in said:            # else two standbys that name each other would keep us running about
+                    said[address] = await self._visit(address, owner)
+                    waiting.extendleft(self._onward or ())
+            self.why_lost = "; ".join(f"{host}:{port}: {why}" for (host, port), why in said.items())
+            kinds = {type(why) for why in said.values()}
+            if kinds <= {SecretError} or kinds <= {VersionMismatch}:
+                owner.master_refused(kinds.pop()(self.why_lost))
             owner.master_lost()
             if time.monotonic() - began > 1.0:
                 delay = 0.1
-            if self.leader is None:
-                await asyncio.sleep(delay * random.uniform(0.5, 1))
-                delay = min(1.0, delay * 1.5)
+            await asyncio.sleep(delay * random.uniform(0.5, 1))
+            delay = min(1.0, delay * 1.5)
+
+    async def _visit(self, address, owner):
+        """Be connected to the master at this address, for as long as it leads; why that is over, as an error or a text."""
+        self._onward = None
+        try:
+            connection = await dial(address, TO_MASTER, self.secret, self.settings)
+        except (OSError, ClupyError) as error:
+            return error
+        self.connection, self.host = connection, address[0]
+        owner.master_joined(connection)
+        await connection.serve(owner)
+        self.connection = None
+        if self._onward is not None:
+            return "it stands by; " + ("{}:{} leads".format(*self._onward[0]) if self._onward else "no master leads yet")
+        self.lost_at, self.why_lost = time.monotonic(), f"{address[0]}:{address[1]}: it closed the connection"
+        owner.master_lost()
+        return "it closed the connection"
 
     def look(self, now):
         """To be called every STATEMENT_TIME: a master that answers no statement is left, if there are others; where it is
@@ -930,8 +994,8 @@ class MasterLink:
             self.connection.close()
 
     def follow(self, address):
-        """A standby said who leads, or that it does not know: go there, or to the next."""
-        self.leader = address and tuple(address)
+        """A standby said who leads, or None if it does not know: go there, or to the next."""
+        self._onward = [tuple(address)] if address else []
         self.connection.close()
 
     def close(self):
@@ -2469,13 +2533,13 @@ def verdicts(calls, how):
     worker died before it could begin this one, which was the next: it may be its arguments that no worker can receive, so
     that happens MAX_SPARED times only.  verdict: "done" (it has its outcome), "timeout", "died" (it has no try left), "again"."""
     found, charged = [], had_begun([call._number for call in calls], how["begun"])
-    spared = bool(calls) and how["why"] == "died" and not any(charged)
+    spared = bool(calls) and how["why"] == Why.DIED and not any(charged)
     if spared:
         charged[0] = calls[0]._spared >= MAX_SPARED
     for index, call in enumerate(calls):
         if call._state in _DONE:
             verdict = "done"
-        elif how["why"] == "timeout" and call._number == how["begun"]:
+        elif how["why"] == Why.TIMEOUT and call._number == how["begun"]:
             verdict = "timeout"
         else:
             verdict = "died" if call._tries + charged[index] > call._retries else "again"
@@ -2486,17 +2550,17 @@ def verdicts(calls, how):
 def died(call, slot, how):
     """The WorkerDied of a call on its last try; `how` is what the server said of the slot's end."""
     server, pid = slot.link.name, how.get("pid") or slot.pid
-    if how["why"] == "lost":
+    if how["why"] == Why.LOST:
         return WorkerDied(f"server {server} was lost while worker {pid} had {call._function.name}, try {call._tries} of "
                           f"{call._retries + 1}; why is not known: is the machine up, and what does the server's log say?")
-    what = how.get("reason", how["why"]) if how["why"] == "died" else f"was ended ({how['why']})"
+    what = how.get("reason", how["why"]) if how["why"] == Why.DIED else f"was ended ({how['why']})"
     verb = {"signal": "got ", "exit": "ended with "}.get(what.split()[0], "")
     text = (f"worker {pid} on {server} {verb}{what} while running "
             f"{call._function.name}, try {call._tries} of {call._retries + 1}")
     if how.get("peak"):
         of = f" of {how['limit'] / 2**30:.2f}" if how.get("limit") else ""
         text += f"; peak memory {how['peak'] / 2**30:.2f}{of} GB"
-    if how.get("code") == -9 and how["why"] == "died":
+    if how.get("code") == -9 and how["why"] == Why.DIED:
         text += "; nobody here sent it, so the system may have been out of memory"
     for title, lines in (("its last lines of standard error", how.get("lines")),
                          ("it was at", [line for line in how.get("stack", "").splitlines() if "clupy" not in line])):
@@ -2721,7 +2785,7 @@ class ServerLink:
 
     def greet(self):
         resolution = self.engine.libraries.resolution
-        self.send("hello", self.engine.id, PYTHON, resolution and resolution.plain, self.engine.settings.output)
+        self.send("hello", self.engine.id, resolution and resolution.plain, self.engine.settings.output)
 
     def send(self, *message):
         if self.connection:
@@ -2740,9 +2804,6 @@ class ServerLink:
             log.info("server %s runs Python %s, this client %s", name, versions["python"], sys.version.split()[0])
         self.engine.libraries.check_server(versions)
         self.engine.pool.balance()
-
-    def on_refused(self, _, kind, text):
-        self.engine.fail_all(refusal(kind, text))
 
     def on_ended(self, _, number, how):
         self.heard = time.monotonic()
@@ -2770,12 +2831,6 @@ class ServerLink:
             self.engine.libraries.show_progress(f"{self.name}: {text}")
         elif what == "broken":
             self.engine.libraries.cannot_be_built(self, text)
-
-
-def refusal(kind, text):
-    """The error that a peer's `refused` stands for."""
-    known = {cls.__name__: cls for cls in (VersionMismatch, SecretError, ProtocolError, ConfigurationError)}
-    return known.get(kind, ClupyError)(text)
 
 
 class Output:
@@ -3287,8 +3342,8 @@ class Pool:
             self.end(slot)                        # its worker may not know yet
         if slot.transport:
             slot.transport.abort()
-        how = slot.ended or {"why": "lost", "begun": None}
-        if how["why"].startswith("max_nested"):
+        how = slot.ended or {"why": Why.LOST, "begun": None}
+        if how["why"] == Why.MAX_NESTED:
             slot.link.retry_at = time.monotonic() + LINGER_TIME
         self._engine.feeder.slot_over(slot, how)
         self._engine.libraries.slot_over(slot.link)
@@ -3468,7 +3523,7 @@ class MasterSide:
         if self.link and self.link.connection:
             unreachable = [link.id for link in self._engine.pool.links.values() if link.lost_at is not None]
             resolution = self._engine.libraries.resolution
-            self.link.connection.send("client", self._engine.id, PYTHON, self._wanted[0], unreachable,
+            self.link.connection.send("client", self._engine.id, self._wanted[0], unreachable,
                                       resolution and resolution.hash)
 
     def count_wanted(self):
@@ -3537,8 +3592,9 @@ class MasterSide:
     def on_leader(self, _, address):
         self.link.follow(address)
 
-    def on_refused(self, _, kind, text):
-        self._engine.fail_all(refusal(kind, text))
+    def master_refused(self, error):
+        """No master can be ours, as all of them said."""
+        self._engine.fail_all(error)
 
     def on_resolved(self, _, found, error):
         self._engine.libraries.resolved(found, error)

@@ -43,8 +43,8 @@ import threading
 import time
 
 import clupy
-from clupy import (CONTROL, PYTHON, SLOT, ClupyError, DependencyError, ProtocolError, VersionMismatch, dispatch, encode, proof,
-                   slot_head, slot_key, tune)
+from clupy import (CONTROL, SLOT, ClupyError, DependencyError, ProtocolError, Why, dispatch, encode, proof, slot_head,
+                   slot_key, tune)
 # Imported at first use, and never in a worker:
 from clupy import asyncio, clupy_master, pathlib, platform, shutil, site, subprocess, sysconfig, tempfile
 
@@ -830,7 +830,7 @@ class Process:
         self.libraries = libraries                 # Libraries, the environment of which it runs in
         self.ready = False                         # warm, and waits for a slot
         self.slot = None                           # SlotRow it serves, or did
-        self.why = None                            # why the server ended it; None: it ended by itself
+        self.why = None                            # one of Why, if the server ended it; None: it ended by itself
         self.late = False                          # a call is over its time, and being looked at
         self.tail = {1: b"", 2: b""}               # output without a line's end yet
         self.last_lines = collections.deque(maxlen=LAST_LINES)     # of standard error, since this call began:
@@ -975,7 +975,7 @@ class Process:
         """Kill the worker if it runs this call, and no other; False if it does not.
 
         Its Python stack is taken first; it is stopped while the board is read, so that no call can begin between."""
-        if why == "timeout" and self.runs(number):
+        if why == Why.TIMEOUT and self.runs(number):
             self._signal(STACK_SIGNAL, group=False)
             await asyncio.sleep(STACK_TIME)
         async with self._stopping:
@@ -1128,12 +1128,7 @@ class Session:
     def nested_slots(self, waiting=False):
         return sum(slot.nested for slot in self.slots.values() if slot.process or waiting)
 
-    def on_hello(self, connection, client, python, environment, output):
-        if tuple(python) != PYTHON:
-            connection.refuse(VersionMismatch(
-                f"the client runs Python {python[0]}.{python[1]}, the server {self.server.name} runs Python "
-                f"{PYTHON[0]}.{PYTHON[1]}; they must be the same, since bytecode travels"))
-            return
+    def on_hello(self, connection, client, environment, output):
         self.client, self.output = client, output
         if environment is not None:
             self.libraries = self.server.libraries_of(clupy_master.Resolution.of(environment))
@@ -1146,9 +1141,9 @@ class Session:
         slot = self.slots.get(number)
         if slot is None:                           # it ended by itself, or was never opened
             self.numbers.add(number)
-            self.connection.send("ended", number, {"pid": None, "begun": 0, "why": "closed"})
+            self.connection.send("ended", number, {"pid": None, "begun": 0, "why": Why.CLOSED})
         elif slot.process:
-            slot.process.end("closed", GRACE_TIME)
+            slot.process.end(Why.CLOSED, GRACE_TIME)
         else:
             slot.waiter.cancel()
 
@@ -1158,7 +1153,7 @@ class Session:
             self.server.spawn(self._kill(slot, call))
 
     async def _kill(self, slot, call):
-        if not await slot.process.kill_call(call, "cancelled"):
+        if not await slot.process.kill_call(call, Why.CANCELLED):
             self.connection.send("late", slot.number, call)
 
     def on_seen(self, _, count):
@@ -1257,7 +1252,7 @@ class Server:
         self._endings = set()                      # tasks that end ZooKeeper sessions of dead workers
         self._stating = None
         self._closing = False
-        self._said = ""                            # why there was no master, as the log says
+        self._said = ""                            # why there is no master, as the log says; None: there is one
         self._failures = 0                         # workers in a row that died before they were ready
         self._listener = clupy_master.Listener(settings.listen or ("", 0), self._greet)
         self.address = self._listener.address
@@ -1312,12 +1307,12 @@ class Server:
             del self.sessions[session.id]
             for slot in list(session.slots.values()):
                 if slot.process:
-                    slot.process.end("client gone", GRACE_TIME)
+                    slot.process.end(Why.CLIENT_GONE, GRACE_TIME)
                 else:
                     slot.waiter.cancel()
 
     async def _greet_slot(self, sock):
-        head = await clupy_master.read_exactly(sock, clupy.SLOT_HEAD.size + clupy.PROOF_SIZE)
+        head = await clupy.read_exactly(sock, clupy.SLOT_HEAD.size + clupy.PROOF_SIZE)
         id, number, nested = clupy.SLOT_HEAD.unpack(head[:clupy.SLOT_HEAD.size])
         session = self.sessions.get(id)
         key = session.connection.key if session else os.urandom(32)
@@ -1335,7 +1330,7 @@ class Server:
     async def _serve_slot(self, slot):
         """Wait for a free worker and hand the socket over."""
         if slot.nested and slot.session.nested_slots() >= self.settings.max_nested:    # nobody else's end would make room
-            self._turn_away(slot, f"max_nested is {self.settings.max_nested}")
+            self._turn_away(slot, Why.MAX_NESTED, f"max_nested is {self.settings.max_nested}")
             return
         self.waiting.append(slot)
         self.replenish()
@@ -1345,13 +1340,13 @@ class Server:
         except asyncio.CancelledError:             # closed by the client before a worker was free
             if slot in self.waiting:
                 self.waiting.remove(slot)
-            self._turn_away(slot, "closed")
+            self._turn_away(slot, Why.CLOSED)
 
-    def _turn_away(self, slot, why):
+    def _turn_away(self, slot, why, reason=""):
         """End a slot that no worker serves."""
         slot.session.slots.pop(slot.number, None)
         slot.sock.close()
-        slot.session.connection.send("ended", slot.number, {"pid": None, "begun": 0, "why": why})
+        slot.session.connection.send("ended", slot.number, {"pid": None, "begun": 0, "why": why, "reason": reason})
 
     # -- slots and workers
 
@@ -1401,7 +1396,7 @@ class Server:
             if process.libraries in needed:
                 needed.remove(process.libraries)
             else:
-                process.end("not needed")
+                process.end(Why.NOT_NEEDED)
         for libraries in needed:
             try:
                 process = Process(self, libraries)
@@ -1468,7 +1463,7 @@ class Server:
         process.last_output()
         if slot:
             slot.session.connection.send("ended", slot.number, {
-                "pid": process.pid, "begun": begun, "why": process.why or "died", "reason": describe_exit(code),
+                "pid": process.pid, "begun": begun, "why": process.why or Why.DIED, "reason": describe_exit(code),
                 "code": code, "peak": peak, "limit": self.settings.memory_limit, "lines": list(process.last_lines),
                 "stack": process.stack.decode(errors="replace")})
             await self._drain_socket(slot.sock)
@@ -1614,16 +1609,14 @@ class Server:
 
     async def _time_out(self, process, number):
         try:
-            await process.kill_call(number, "timeout")
+            await process.kill_call(number, Why.TIMEOUT)
         finally:
             process.late = False                   # it may be the next call that runs by now
 
     # -- the master
 
     def master_joined(self, connection):
-        log.info("connected to the master at %s", connection.peer)
-        self._said = ""
-        self._state()
+        self._state()                              # a standby answers with `leader`, the master with `cluster`
 
     def master_lost(self):
         for kind, key in list(self._questions):
@@ -1650,14 +1643,17 @@ class Server:
         held = collections.Counter(process.slot.session.client for process in self.processes.values() if process.slot)
         host, port = self.address
         host = None if host in ("0.0.0.0", "::", "") else host
-        self.link.connection.send("server", self.id, (host, port), PYTHON, self.slots, dict(held), {
+        self.link.connection.send("server", self.id, (host, port), self.slots, dict(held), {
             "name": self.name, "load": os.getloadavg()[0], "draining": self.draining, **self.versions,
             "environment": self.default.resolution.hash if self.default.resolution.pins else None,
             "environments": [hash for hash, libraries in self.known.items() if libraries.environment],
             "building": any(libraries.building for libraries in self.known.values()),
             "faults": [libraries.fault for libraries in self.known.values() if libraries.fault]})
 
-    def on_cluster(self, _, services, silent, libraries):
+    def on_cluster(self, connection, services, silent, libraries):
+        if self._said is not None:
+            log.info("connected to the master at %s", connection.peer)
+            self._said = None
         self.services = services
         if libraries != self.wanted:
             if self.wanted in self.known:
@@ -1668,14 +1664,14 @@ class Server:
             if session.client in silent:           # it is stopped or hangs: its idle slots are of use to others
                 for slot in session.slots.values():
                     if slot.process and slot.process.begun()[1] == IDLE:
-                        slot.process.end("relieved", GRACE_TIME)
+                        slot.process.end(Why.RELIEVED, GRACE_TIME)
 
     def on_leader(self, _, address):
         self.link.follow(address)
 
-    def on_refused(self, _, kind, text):
+    def master_refused(self, error):
         if not self.failed.done():
-            self.failed.set_result(clupy.refusal(kind, text))
+            self.failed.set_result(error)
 
     # -- the end
 
@@ -1696,7 +1692,7 @@ class Server:
         self.link.close()
         await self._listener.close()
         for process in list(self.processes.values()):
-            process.end("server closed")
+            process.end(Why.SERVER_CLOSED)
         if self.processes:
             await asyncio.wait([process.dead for process in self.processes.values()])
         while self.processes:

@@ -12,6 +12,7 @@ import csv
 import ctypes
 import errno
 import functools
+import gc
 import importlib.machinery
 import importlib.resources
 import importlib.util
@@ -37,6 +38,7 @@ import time
 import traceback
 import types
 import uuid
+import weakref
 import zipfile
 
 import cloudpickle
@@ -796,8 +798,9 @@ def talk(address, data, seconds=8):
 
 
 STRANGERS = {"nothing": b"", "http": b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", "garbage": os.urandom(4000),
-             "half": b"clupy\x01M\0", "version": b"clupy\x63M\0", "no proof": b"clupy\x01C\0" + b"x" * 32,
-             "forged slot": b"clupy\x01S\0" + b"x" * 57, "pickle": pickle.dumps(os.system)}
+             "half": clupy.preamble(b"M"), "version": b"clupy\x63M\x0b", "python": b"clupy\x01M\x63",
+             "no proof": clupy.preamble(b"C") + b"x" * 32, "forged slot": clupy.preamble(b"S") + b"x" * 57,
+             "pickle": pickle.dumps(os.system)}
 
 
 def test_strangers_are_refused_within_five_seconds_and_with_one_line_each(cluster):
@@ -861,11 +864,14 @@ def test_a_worker_never_has_the_secret(cluster):
     assert "CLUPY_SECRET" not in clupy.parallel(lambda: dict(os.environ))().result(PATIENCE)
 
 
-def test_another_python_version_is_refused_on_both_sides(cluster, monkeypatch):
-    monkeypatch.setattr(clupy, "PYTHON", (3, 99))
-    with pytest.raises(clupy.VersionMismatch, match="3.99.*3[.]1"):
+@pytest.mark.parametrize("name, words", [("PYTHON", "it runs Python 3.{}, this process runs Python 3.{};"),
+                                         ("VERSION", "it speaks protocol version {}, this is {};")])
+def test_another_python_or_protocol_is_refused_on_both_sides(cluster, monkeypatch, name, words):
+    usual = getattr(clupy, name)
+    monkeypatch.setattr(clupy, name, 99)
+    with pytest.raises(clupy.VersionMismatch, match=words.format(usual, 99)):
         clupy.connect(cluster.address)
-    until(lambda: "3.99" in cluster.master.log)
+    until(lambda: words.format(99, usual) in cluster.master.log)
 
 
 def test_everything_travels_under_tls_where_a_certificate_is_configured(tmp_path):
@@ -2740,14 +2746,17 @@ def test_paths_in_a_dependency_file_are_relative_to_the_file(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("text, words", [
-    ("librarys: []", "unknown key 'librarys'; did you mean 'libraries'?"),
-    ("libraries: numpy", "libraries must be a list"), ("libraries: [1.5]", "1.5 is not text"),
-    ("- numpy", "expected libraries:"), ("libraries: [", "is not YAML"), ("libraries: [-e .]", "is an option"),
-    ("libraries: [./absent.whl]", "there is no"), ("pip_options: [--prefix=/usr]", "--prefix is CluPy's own"),
+    ("librarys: []", ", line 1: unknown key 'librarys'; did you mean 'libraries'?"),
+    ("libraries: numpy", "libraries: must be a list"), ("libraries: [1.5]", "1.5 is not text"),
+    ("- numpy", "must hold lines of `key: value`"), ("libraries: [", "not YAML"), ("libraries: [-e .]", "is an option"),
+    ("libraries: [./absent.whl]", "there is no"),
+    ("pip_options: ['--prefix \"a']", ", line 1: pip_options: No closing quotation"),
+    ("\nlibraries:\npip_options: [--prefix=/usr]", ", line 3: pip_options: --prefix is CluPy's own"),
+    ("libraries: [caf\udce9]", "cannot be read"),
 ])
 def test_a_bad_dependency_file_is_refused_with_its_name(tmp_path, text, words):
     path = tmp_path / "clupy.client.dependency.yaml"
-    path.write_text(text)
+    path.write_text(text, errors="surrogateescape")
     with pytest.raises(clupy.ConfigurationError) as caught:
         clupy_master.read_dependencies(path)
     assert str(path) in str(caught.value) and words in str(caught.value)
@@ -2788,6 +2797,31 @@ def test_a_refusal_has_pips_words_and_stands_until_the_next_try(index):
         assert first is second and [pin.name for pin in first.pins] == ["late"]
     asyncio.run(story())
     assert [clupy_master.next_try(failures, 100.0) - 100 for failures in (1, 2, 3, 4, 5, 2000)] == [60, 120, 240, 480, 600, 600]
+
+
+ORPHANED = """
+    import subprocess, sys
+    sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
+    print("orphans", subprocess.Popen(sleep).pid, subprocess.Popen(sleep, start_new_session=True).pid)
+    print("x" * 200_000, "the end", sep="\\n", end="")
+    sys.exit(3)
+"""
+
+
+def test_an_orphan_of_pip_is_killed_and_one_that_left_its_group_is_not_waited_for():
+    said = []
+    with pytest.raises(clupy.DependencyError) as caught:
+        asyncio.run(clupy_master.run_command([sys.executable, "-c", textwrap.dedent(ORPHANED)], "it failed", said.append))
+    killed, left = map(int, said[0].split()[1:3])
+    try:
+        until(lambda: killed not in processes())
+        assert left in processes() and caught.value.lines == tuple(said) and said[-1] == "the end"
+        assert str(caught.value).startswith("it failed: exit code 3\n  orphans ")
+    finally:
+        os.kill(left, signal.SIGKILL)
+    said.clear()
+    asyncio.run(clupy_master.run_command([sys.executable, "-c", "print('one\\n\\ntwo', end='')"], "it failed", said.append))
+    assert said == ["one", "two"]
 
 
 def test_a_python_without_pip_is_told_how_to_get_it(tmp_path, index, monkeypatch):
@@ -4550,6 +4584,130 @@ def test_a_leader_is_sure_of_its_office_for_two_thirds_of_its_session_only():
     assert leadership.sure(99.9) and not leadership.sure(100.0)
 
 
+# ---- one bad master among several
+
+@contextlib.contextmanager
+def impostor(answer):
+    """The address of a port where each connection gets these bytes for an answer, or, if None, nothing at all."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        def serve():
+            with contextlib.suppress(OSError):
+                while True:
+                    sock, _ = listener.accept()
+                    sock.recv(8)
+                    sock.sendall(answer)
+                    sock.close()
+        thread = threading.Thread(target=serve)
+        if answer is not None:                     # else the kernel alone accepts
+            thread.start()
+        try:
+            yield "127.0.0.1:%s" % listener.getsockname()[1]
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            if answer is not None:
+                thread.join()
+
+
+OTHER_VERSION, OTHER_PYTHON = b"clupy\x63M" + clupy.preamble(b"M")[7:], clupy.preamble(b"M")[:7] + b"\x63"
+BAD_MASTERS = {"a..b": "'a..b' is no name of a host", "127.0.0.1:closed": "refused",
+               "mute": "did not finish the handshake within", "other version": "speaks protocol version 99",
+               "other Python": "runs Python 3.99",
+               "not CluPy": "not CluPy: it began with b'HTTP/1.1'", "hangs up": "closed the connection during the handshake",
+               "other secret": "has another secret"}
+
+
+@contextlib.contextmanager
+def bad_masters(folder):
+    """{kind: address} of a master for every kind of BAD_MASTERS."""
+    with contextlib.ExitStack() as stack:
+        other = f"127.0.0.1:{free_port()}"
+        stack.enter_context(Program(folder, "-m", "clupy", "master", "--listen", other, CLUPY_SECRET="another " * 4))
+        until(lambda: answers(other))
+        answer = {"mute": None, "other version": OTHER_VERSION, "other Python": OTHER_PYTHON, "not CluPy": b"HTTP/1.1 400 no",
+                  "hangs up": b""}
+        yield {"a..b": "a..b:7878", "127.0.0.1:closed": f"127.0.0.1:{free_port()}", "other secret": other,
+               **{kind: stack.enter_context(impostor(bytes)) for kind, bytes in answer.items()}}
+
+
+def test_a_bad_master_among_several_is_passed_over_whatever_is_wrong_with_it(tmp_path):
+    with bad_masters(tmp_path / "bad") as bad, Cluster(tmp_path, servers=0) as cluster:
+        addresses = ",".join([*bad.values(), cluster.address])
+        cluster.add_server("--master", addresses)
+        clupy.connect(addresses)
+        assert clupy.parallel(square)(3).result(PATIENCE) == 9
+        assert "Traceback" not in cluster.servers[0].log and "connected to the master at" in cluster.servers[0].log
+        clupy.close()
+        with pytest.raises(clupy.MasterUnreachable) as caught:     # all are bad, but not all for ever
+            clupy.connect(",".join(bad.values()), patience=1.5 * clupy.HANDSHAKE_TIME)
+        for kind, address in bad.items():
+            assert re.search(f"{re.escape(address)}: [^;]*{re.escape(BAD_MASTERS[kind])}", str(caught.value)), kind
+
+
+@pytest.mark.parametrize("kind, error", [("other secret", clupy.SecretError), ("other version", clupy.VersionMismatch)])
+def test_what_all_masters_say_and_no_patience_mends_is_an_error_at_once(tmp_path, monkeypatch, kind, error):
+    with bad_masters(tmp_path / "bad") as bad, impostor(OTHER_PYTHON) as another:
+        if kind == "other secret":
+            another = f"127.0.0.1:{free_port()}"
+            monkeypatch.setenv("CLUPY_SECRET", "a third secret, of neither")
+            other = Program(tmp_path / "other", "-m", "clupy", "master", "--listen", another, CLUPY_SECRET=SECRET)
+        else:
+            other = contextlib.nullcontext()
+        with other:
+            until(lambda: answers(another))
+            with pytest.raises(error) as caught:
+                clupy.connect(f"{bad[kind]},{another}")
+            assert f"{bad[kind]}: it " in str(caught.value) and f"; {another}: it " in str(caught.value)
+            server = subprocess.run([sys.executable, "-m", "clupy", "serve", "--master", f"{bad[kind]},{another}"], timeout=60,
+                                    env=environ(CLUPY_SECRET=os.environ["CLUPY_SECRET"]), capture_output=True, text=True)
+            assert server.returncode == 1 and server.stderr.splitlines()[-1] == f"clupy serve: {caught.value}"
+
+
+def test_two_masters_that_stand_by_and_name_each_other_are_asked_once_between_two_pauses(monkeypatch):
+    class Standby:                                 # stands by for ever
+        name = "itself"
+
+        def sure(self, now):
+            return False
+
+        def close(self):
+            pass
+
+    class Asker:
+        visits = lost = 0
+
+        def master_joined(self, connection):
+            self.visits += 1
+            connection.send("status")
+
+        def on_leader(self, _, address):
+            link.follow(address)
+
+        def master_lost(self):
+            self.lost += 1
+
+    async def story():
+        nonlocal link
+        settings = clupy.default_settings("master", listen=("127.0.0.1", 0))
+        masters = [clupy_master.Master(settings, SECRET.encode()) for _ in range(2)]
+        for master, other in zip(masters, masters[::-1], strict=True):
+            master.stand(Standby())
+            master.leadership.leader = "%s:%s" % other.address
+        link = clupy.MasterLink([masters[0].address, ("localhost", masters[1].address[1])], SECRET.encode(),
+                                clupy.default_settings("client"))
+        since, asker = link.lost_at, Asker()
+        task = asyncio.create_task(link.run(asker))
+        while len(pauses) < 4 and asker.visits < 100:
+            await asyncio.sleep(0.01)
+        task.cancel()
+        for master in masters:
+            await master.close()
+        assert asker.visits == 3 * 4 and asker.lost == 4 and link.lost_at == since        # patience is not for who stands by
+        assert link.why_lost.count("it stands by; 127.0.0.1:") == 3
+    link, pauses = None, []
+    monkeypatch.setattr(clupy.random, "uniform", lambda *_: pauses.append(0) or 1.0)
+    asyncio.run(story())
+
+
 # ==== The wire: bytes by hand ================================================
 
 def feed(frames, data, step):
@@ -4578,6 +4736,18 @@ def test_a_frame_that_is_too_large_is_refused_before_memory_is_spent():
         feed(clupy.Frames(limit=1000), struct.pack(">QI", 1 << 50, 0), 12)
     with pytest.raises(clupy.ProtocolError, match="over the limit"):
         feed(clupy.Frames(limit=1000), struct.pack(">QIQ", 10, 1, 1 << 50), 20)
+
+
+def test_what_frames_hold_is_free_as_soon_as_they_are():
+    gc.disable()
+    try:
+        frames = clupy.Frames(b"proof")
+        assert len(feed(frames, b"proof" + b"".join(clupy.encode(("a", 1))) + b"half a fra", 1 << 20)) == 1
+        gone = weakref.ref(frames)
+        del frames
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_a_message_never_runs_code():
