@@ -3918,7 +3918,7 @@ def put(name, value, ttl=None):
 
     value: anything pickle or cloudpickle takes, of any size. ttl: seconds since the last access after which
     it is gone; None: the setting `ttl`, 0: never. Raises Unavailable."""
-    _store(_key(name), "value", _parts_of(value), _ttl(ttl))
+    _store(_key(name), "value", _parts(value), _ttl(ttl))
 
 
 def get(name, default=_MISSING):
@@ -3932,7 +3932,7 @@ def get(name, default=_MISSING):
             raise KeyError(name)
         return default
     kind, _, buffers = found
-    return b"".join(buffers) if kind == "file" else pickle.loads(buffers[0], buffers=buffers[1:])
+    return b"".join(buffers) if kind == "file" else unpack((buffers[0], buffers[1:]))
 
 
 def delete(*names):
@@ -3997,33 +3997,22 @@ def _ttl(ttl):
     return math.ceil(1000 * seconds)
 
 
-def _parts_of(value, inline=False):
-    """[pickle, buffer, ...]: by plain pickle where that will do, by cloudpickle where __main__ or a lambda is
-    in it."""
-    buffers = []
-
-    def aside(buffer):                  # True: keep it inside the pickle
-        raw = buffer.raw()
-        return raw.nbytes < LARGE or buffers.append(raw)
-
-    callback = None if inline else aside
-    try:
-        head = pickle.dumps(value, 5, buffer_callback=callback)
-        by_value = b"__main__" in head
-    except Exception:                   # of any type; cloudpickle can do it, or has the better error
-        by_value = True
-    if by_value:
-        buffers.clear()
-        head = cloudpickle.dumps(value, 5, buffer_callback=callback)
-    return [head, *buffers]
+def _parts(value):
+    """[pickle, buffer, ...] of a value, pickled exactly as an argument is."""
+    payload = pack(value, snapshot=False)
+    return [payload[0], *(buffer.raw() for buffer in payload[1])] if type(payload) is tuple else [payload]
 
 
 def _item(value):
-    """value as one string of Redis, as queues and topics need it."""
-    [head] = _parts_of(value, inline=True)
-    if len(head) > LONGEST_ITEM:
-        raise ValueError(f"an item of {len(head):,} bytes, over 512 MB: put() the value and send its name")
-    return head
+    """The value as one string of Redis, as queues and topics need it: its payload, pickled once more, buffers inside."""
+    item = pickle.dumps(pack(value, snapshot=False), 5)
+    if len(item) > LONGEST_ITEM:
+        raise ValueError(f"an item of {len(item):,} bytes, over 512 MB: put() the value and send its name")
+    return item
+
+
+def _from_item(item):
+    return unpack(pickle.loads(item))
 
 
 def _pieces(buffers):
@@ -4197,7 +4186,7 @@ def share(value, ttl=None):
 
     With Redis configured it lives `ttl` seconds after its last use (None: the setting, 0: for ever), also without
     this process; without, as long as the client. Later changes of `value` do not matter."""
-    name, buffers = uuid.uuid4().hex, _parts_of(value)
+    name, buffers = uuid.uuid4().hex, _parts(value)
     in_redis = "redis" in _settings().given and bool(_settings().redis)
     if in_redis:
         _store(_key(name, "ref"), "ref", buffers, _ttl(ttl))
@@ -4445,7 +4434,7 @@ class Queue:
                 raise Empty
             wait = min(max(left, 0.01), 1)       # shorter than the socket's time-out; 0 would be for ever
             item = (_once(lambda client: client.blpop(self._key, wait), self.name) or (None, None))[1]
-        return pickle.loads(item)
+        return _from_item(item)
 
     def _pop(self, client):
         with client.pipeline() as pipe:
@@ -4505,7 +4494,7 @@ class Subscription:
                 reason = f"{error}; values of topic {self.topic!r} may have been missed"
                 raise _unavailable("redis", reason) from error
             if message and message["type"] == "message":
-                return pickle.loads(message["data"])
+                return _from_item(message["data"])
             if left <= 0:
                 self.close()
                 raise StopIteration

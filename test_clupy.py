@@ -3251,6 +3251,51 @@ def test_another_process_gets_what_was_put_also_what_plain_pickle_refuses(redis)
     clupy.delete("huge")
 
 
+@contextlib.contextmanager
+def odd_values():
+    """An object of a module that goes by value, a cached function, and an object of a multiprocessing child's main module:
+    no other process can import any of the three."""
+    text = "class Odd:\n    n = 42\n    def twice(self):\n        return 2 * self.n\ndef one(x):\n    return x + 1\n"
+    made, main = types.ModuleType("made_by_hand"), types.ModuleType("__mp_main__")
+    for module in made, main:
+        exec(text, vars(module))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "made_by_hand", made)
+        patch.setitem(sys.modules, "__mp_main__", main)
+        cloudpickle.register_pickle_by_value(made)
+        try:
+            yield {"made": made.Odd(), "cached": functools.lru_cache(made.one), "main": main.Odd()}
+        finally:
+            for module in made, main:
+                cloudpickle.unregister_pickle_by_value(module)
+
+
+def see(values):
+    return values["made"].twice(), values["cached"](1), values["main"].twice()
+
+
+@pytest.mark.parametrize("way", ["argument", "put", "share", "queue", "topic"])
+def test_a_value_that_can_be_an_argument_can_go_every_other_way_too(redis, way):
+    with odd_values() as values:
+        if way == "topic":
+            def listen():
+                with clupy.subscribe("odd", timeout=PATIENCE) as topic:
+                    clupy.put("listening", True)
+                    return see(next(topic))
+            seen = clupy.parallel(listen)()
+            until(lambda: clupy.exists("listening"))
+            clupy.publish("odd", values)
+        elif way in ("argument", "share"):
+            seen = clupy.parallel(see)(clupy.share(values) if way == "share" else values)
+        elif way == "put":
+            clupy.put("odd", values)
+            seen = clupy.parallel(lambda: see(clupy.get("odd")))()
+        else:
+            clupy.queue("odd").put(values)
+            seen = clupy.parallel(lambda: see(clupy.queue("odd").get(0)))()
+        assert seen.result(PATIENCE) == (84, 2, 84)
+
+
 def test_arrays_and_frames_of_every_shape_come_back_equal_and_writable(redis):
     numpy, pandas = pytest.importorskip("numpy"), pytest.importorskip("pandas")
     big = numpy.random.default_rng(1).random((1000, 1200))
