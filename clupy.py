@@ -947,6 +947,27 @@ _MAINS = ("__main__", "__mp_main__")    # the second is the first's name in a ch
 _RAW = {bytes, bytearray}
 _MAIN = b"_main__"                      # in a pickle that has something of either
 _ABSENT = type("absent", (), {"__repr__": lambda self: "<absent>"})()
+UNRESOLVED = {}         # {Ref: what makes one that arrives as a Ref, wherever it is}
+
+
+class Pickling(threading.local):
+    """What this thread pickles or unpickles just now."""
+    refs = None         # the Refs that were met so far, where somebody wants to know
+    resolve = False     # the arguments of a call: a Ref among them arrives as its value
+    of_client = False   # in a worker: what its client sent, so that the classes in it are the client's
+
+
+pickling = Pickling()
+
+
+def noting_refs(pack, *args, resolve=False):
+    """(what pack(*args) returns, the Refs that it met): while they live, their values can be had."""
+    before = pickling.refs, pickling.resolve
+    pickling.refs, pickling.resolve = refs, _ = [], resolve
+    try:
+        return pack(*args), refs
+    finally:
+        pickling.refs, pickling.resolve = before
 
 
 def pack(obj, by_value=None, snapshot=True):
@@ -994,8 +1015,8 @@ def unpack(payload):
 
 
 def pack_arguments(function_name, args, kwargs, func=None):
-    """The payload of (args, kwargs). Raises PicklingError that names the argument at fault and its type; with
-    func also the parameter's name. Any thread may call."""
+    """(the payload of (args, kwargs), the Refs among them, which arrive as their values). Raises PicklingError that
+    names the argument at fault and its type; with func also the parameter's name. Any thread may call."""
     for value in args:
         if type(value) in _RAW:
             args = tuple([_raw(value) for value in args])
@@ -1003,7 +1024,7 @@ def pack_arguments(function_name, args, kwargs, func=None):
     if kwargs:
         kwargs = {name: _raw(value) for name, value in kwargs.items()}
     try:
-        return _pack((args, kwargs), _by_value)
+        return noting_refs(_pack, (args, kwargs), _by_value, resolve=True)
     except Exception as error:      # whatever a class of the user's raises while it is pickled
         named = [*_numbered(args, func), *((f"argument {name!r}", kwargs[name]) for name in kwargs)]
         raise pickle.PicklingError(f"{function_name} cannot be called: {_culprit(named, 'its arguments')} "
@@ -1050,8 +1071,23 @@ def _by_value_pickler():
             reduced = super().reducer_override(obj)
             if reduced is not NotImplemented and isinstance(obj, type):
                 _keep(obj)
+            if reduced is not NotImplemented and type(obj) is types.FunctionType and pickling.resolve:
+                _leave_refs(reduced[2][1])
             return reduced
     return Pickler
+
+
+def _leave_refs(state):
+    """In what cloudpickle makes of a function that is an argument: Refs that its code names stay Refs, as in a function
+    that is called, since the code asks them for their values."""
+    for name, value in state["__globals__"].items():
+        if type(value) in UNRESOLVED:
+            state["__globals__"][name] = UNRESOLVED[type(value)](value)
+    cells = list(state["__closure__"] or ())
+    for index, value in enumerate(_contents(cell, None) for cell in cells):
+        if type(value) in UNRESOLVED:
+            cells[index] = types.CellType(UNRESOLVED[type(value)](value))
+    state["__closure__"] = tuple(cells) or None
 
 
 @functools.lru_cache(MAX_CLASSES)
@@ -1193,13 +1229,14 @@ def _result_pickler():
 
 class Function:
     """One version of a function: what workers are sent once, and then know by its id (of this process)."""
-    __slots__ = "payload", "name", "setup", "id", "mean", "limits", "__weakref__"
+    __slots__ = "payload", "name", "setup", "id", "mean", "limits", "refs", "__weakref__"
 
     def __init__(self, payload, name, setup=None):
         self.payload, self.name, self.id = payload, name, next(_function_ids)
         self.setup = setup      # payload of a function that a worker must have called first, or None
         self.mean = None        # seconds that a call takes, as far as is known
         self.limits = {}        # {max: Limit}
+        self.refs = ()          # the Refs in it, which live as long
 
     def __repr__(self): return f"<Function {self.id} {self.name}>"
 
@@ -1246,11 +1283,12 @@ def _capture(func):
     name = _function_name(func)
     reads = _reads(func)        # first: what changes while it is pickled is seen by the next capture
     try:
-        data = _by_value(func)
+        data, refs = noting_refs(_by_value, func)
     except Exception as error:      # whatever a class of the user's raises while it is pickled
         raise pickle.PicklingError(f"{name} cannot be sent to a worker: {_culprit(_used(func), 'it')} cannot "
                                    f"be pickled: {error}") from error
     function = function_of(data, name) if len(data) < LARGE else Function(pack(_Pickled(data)), name)
+    function.refs = refs
     if reads is not None and type(function.payload) is bytes:
         with _capture_lock:
             if len(_captures) >= MAX_CAPTURES:
@@ -1728,6 +1766,7 @@ class Future(concurrent.futures.Future):
     _number = _cost = _tries = 0  # its number, seconds it counts as in its slot, starts that were charged to it
     _spared = 0                   # workers that died before they began it, though it was the next
     _counted = False              # whether it is among the engine's unfinished calls
+    _refs = ()                    # the Refs among its arguments: they live until its outcome
 
     def __init__(self, engine=None, function=None, arguments=(), timeout=None, retries=0, limit=None):
         self._state = PENDING
@@ -1937,7 +1976,7 @@ def conclude(outcomes):
             else:
                 call._packed = succeeded, value
             call._state = CANCELLED if type(value) is CancelledError else FINISHED
-            call._arguments = None
+            call._arguments, call._refs = None, ()
             for waiter in call._waiting or ():
                 if call._handlers and type(waiter) is _Waiter and waiter.handlers:
                     continue
@@ -3394,7 +3433,7 @@ def start(engine, func, function, args, kwargs, timeout, retries, limit):
             return call
     call = Future(engine, function, None, timeout, retries, limit)
     try:
-        call._arguments = pack_arguments(function.name, args, kwargs, func)
+        call._arguments, call._refs = pack_arguments(function.name, args, kwargs, func)
     except Exception as error:                    # one bad call among a hundred spoils one result
         conclude([(call, False, error)])
     else:
@@ -3628,7 +3667,7 @@ def run_packed(function, setup, arguments):
     try:
         if setup is not None:
             set_up(setup)
-        args, kwargs = resolve(*unpack_arguments(arguments))
+        args, kwargs = unpack_arguments(arguments)
         value = unpack(function)(*args, **kwargs)
         if inspect.iscoroutine(value):
             value = asyncio.run(value)
@@ -3907,7 +3946,6 @@ LONGEST_ITEM = 512 << 20   # bytes of a string of Redis: one item of a queue, on
 
 _MISSING = object()
 _served = {}            # name -> buffers of a Ref that this process shared without Redis; kept until it ends
-_refs = weakref.WeakSet()   # this process's Refs, so that resolve() knows when there is none
 _serve = _served.__setitem__    # a worker sets these: a client serves what its calls share without Redis,
 _fetch = None                   # callable(name) -> the buffers of a Ref that the client serves, or None
 FETCHES["ref"] = lambda name: name in _served and [pickle.PickleBuffer(part) for part in _served[name]] or None
@@ -4196,51 +4234,47 @@ def share(value, ttl=None):
 
 
 class Ref:
-    """A shared value's name. As an argument of a call, also in a list, tuple or dict there, the call gets the
-    value.
+    """A shared value's name. Among the arguments of a call, at any depth, it arrives as the value; a Ref that comes back
+    as a result, or that a function's code names, stays a Ref.
 
-    Arrays of it are read-only, as all processes of a machine have them from one piece of memory: copy() to
+    Arrays of the value are read-only, as all processes of a machine have them from one piece of memory: copy() to
     write."""
-    __slots__ = ("name", "in_redis", "__weakref__")
+    __slots__ = ("name", "in_redis", "_original", "__weakref__")
 
     def __init__(self, name, in_redis):
         self.name, self.in_redis = name, in_redis       # in_redis: else its client serves it
-        _refs.add(self)
+        self._original = None                           # what unresolved() was called on
 
-    def __reduce__(self): return Ref, (self.name, self.in_redis)
-    def __repr__(self): return f"Ref({self.name!r})"
+    def __reduce__(self):
+        if pickling.refs is not None:
+            pickling.refs.append(self)
+        return (_value_of if pickling.resolve and self._original is None else Ref), (self.name, self.in_redis)
+
+    def __repr__(self):
+        return f"Ref({self.name!r})"
 
     def get(self):
         """The value. LookupError if it is gone; Unavailable. Any thread."""
         head, *buffers = _served.get(self.name) or _machine_copy(self.name, self.in_redis)
-        return pickle.loads(head, buffers=[memoryview(buffer).toreadonly() for buffer in buffers])
+        before, pickling.of_client = pickling.of_client, False      # in the midst of a call's arguments, perhaps
+        try:
+            return pickle.loads(head, buffers=[memoryview(buffer).toreadonly() for buffer in buffers])
+        finally:
+            pickling.of_client = before
+
+    def unresolved(self):
+        """A Ref to the same value, which arrives as a Ref where it is among the arguments of a call."""
+        other = Ref(self.name, self.in_redis)
+        other._original = self
+        return other
 
 
-def resolve(args, kwargs):
-    """args and kwargs with the values of all Refs among them, and in lists, tuples and dicts among them."""
-    if not _refs:
-        return args, kwargs
-    values = {}                         # name -> value: one that is passed twice arrives as one
+UNRESOLVED[Ref] = Ref.unresolved
 
-    def value_of(thing):
-        if thing.name not in values:
-            values[thing.name] = thing.get()
-        return values[thing.name]
 
-    def each(things):
-        return [value_of(thing) if type(thing) is Ref else thing for thing in things]
-
-    def within(thing):
-        kind = type(thing)
-        if kind is Ref:
-            return value_of(thing)
-        if kind in (list, tuple) and any(type(inner) is Ref for inner in thing):
-            return kind(each(thing))
-        if kind is dict and any(type(inner) is Ref for inner in thing.values()):
-            return dict(zip(thing, each(thing.values())))
-        return thing
-
-    return tuple([within(thing) for thing in args]), {key: within(thing) for key, thing in kwargs.items()}
+def _value_of(name, in_redis):
+    """What a Ref among the arguments of a call is unpickled as."""
+    return Ref(name, in_redis).get()
 
 
 def _machine_copy(name, in_redis):

@@ -44,8 +44,8 @@ import threading
 import time
 
 import clupy
-from clupy import (CONTROL, PYTHON, SLOT, ClupyError, DependencyError, ProtocolError, VersionMismatch, dispatch, encode, proof,
-                   slot_head, slot_key, tune)
+from clupy import (CONTROL, PYTHON, SLOT, ClupyError, DependencyError, ProtocolError, VersionMismatch, dispatch, encode, pickling,
+                   proof, slot_head, slot_key, tune)
 # Imported at first use, and never in a worker:
 from clupy import asyncio, clupy_master, pathlib, platform, shutil, site, subprocess, sysconfig, tempfile
 
@@ -228,7 +228,7 @@ class Worker:
         """(succeeded, value or payload); raises nothing."""
         try:
             func = self._function(function)
-            args, kwargs = clupy.resolve(*unpack_arguments(arguments))
+            args, kwargs = unpack_arguments(arguments)
             value = func(*args, **kwargs)
             if type(value) in clupy.PLAIN:
                 return True, value
@@ -530,8 +530,6 @@ class NestedCalls:
 # The client's classes are only named in results (clupy._client_class).  A class that was made here, or came with the
 # result of a nested call, is one that the client does not know: it goes by value.
 
-_unpacking = threading.local()          # .call: whether this thread unpacks something of the client's
-
 
 def note_client_classes():
     """Once, when a worker starts: wraps the function by which cloudpickle makes or finds classes."""
@@ -540,7 +538,7 @@ def note_client_classes():
 
     def noting(tracker_id, cls):
         cls = lookup(tracker_id, cls)
-        if getattr(_unpacking, "call", False):
+        if pickling.of_client:
             clupy._client_classes.add(cls)
         return cls
     tracker._lookup_class_or_track = noting
@@ -553,11 +551,11 @@ def unpack_arguments(arguments):
 
 def unpack_call(payload):
     """clupy.unpack for functions and arguments; nested calls' results are for clupy.unpack itself."""
-    before, _unpacking.call = getattr(_unpacking, "call", False), True
+    before, pickling.of_client = pickling.of_client, True
     try:
         return clupy.unpack(payload)
     finally:
-        _unpacking.call = before
+        pickling.of_client = before
 
 
 class Finder:

@@ -10,6 +10,7 @@ import concurrent.futures
 import contextlib
 import csv
 import ctypes
+import dataclasses
 import errno
 import functools
 import importlib.machinery
@@ -3502,7 +3503,7 @@ def test_a_queue_waits_for_an_item_and_a_topic_reaches_those_who_listen(redis):
 
 # ---- Refs on one machine
 
-def test_a_ref_is_a_name_and_resolving_goes_one_level_deep(redis, copies):
+def test_a_ref_is_a_name_and_each_opening_makes_a_value_of_its_own(redis, copies):
     numpy = pytest.importorskip("numpy")
     value = {"array": numpy.arange(1_000_000.0), "list": [1, 2]}
     ref = clupy.share(value)
@@ -3512,10 +3513,61 @@ def test_a_ref_is_a_name_and_resolving_goes_one_level_deep(redis, copies):
     assert got["array"][0] == 0 and got["array"].flags.aligned and not got["array"].flags.writeable
     got["list"].append(3)
     assert ref.get()["list"] == [1, 2]
-    one, other, plain = clupy.share([1]), clupy.share("x"), ([1, 2], {"a": 1})
-    args, kwargs = clupy.resolve((one, [one, 5], (other,), {"k": other}, plain, [[one]]), {"r": one, "n": 1})
-    assert args[:4] == ([1], [[1], 5], ("x",), {"k": "x"}) and kwargs == {"r": [1], "n": 1}
-    assert args[4] is plain and args[5] == [[one]] and args[0] is args[1][0]
+
+
+@dataclasses.dataclass
+class Holder:
+    held: object
+
+
+def kinds(thing):
+    """What arrived, with the type names of what is not a container."""
+    if isinstance(thing, Holder):
+        return Holder, kinds(thing.held)
+    if isinstance(thing, dict):
+        return {key: kinds(value) for key, value in thing.items()}
+    return [kinds(inner) for inner in thing] if isinstance(thing, (list, tuple)) else type(thing).__name__
+
+
+def test_a_ref_among_arguments_arrives_as_its_value_however_deep_and_elsewhere_as_a_ref():
+    clupy.connect(slots=1)
+    ref = clupy.share({1, 2})
+    deep = [({"a": [ref]}, Holder(ref), ref), 5]
+    assert call(kinds, deep) == [[{"a": ["set"]}, (Holder, "set"), "set"], "int"]
+    assert clupy.parallel(lambda *, x: x)(x=ref).result(PATIENCE) == {1, 2}
+    assert call(lambda a, b: a[0] is b, [ref], ref)                            # one Ref is one value
+    assert call(lambda: kinds([ref, ref.get()])) == ["Ref", "set"]             # what the function captured
+    unresolved = call(lambda x: [x, x.get()], ref.unresolved())                # there and back
+    assert kinds(unresolved) == ["Ref", "set"] and unresolved[0].get() == {1, 2}
+
+    def nested(inner):
+        return clupy.parallel(kinds)([inner]).result(), clupy.parallel(kinds)([inner.unresolved()]).result()
+    assert call(nested, ref.unresolved()) == (["set"], ["Ref"])
+    assert call(lambda function: function(), lambda: kinds([ref])) == ["Ref"]      # an argument, but its code says `ref`
+    assert list(clupy.map(len, [ref] * 5, chunk_size=2)) == [2] * 5
+
+
+def test_a_value_that_another_program_shared_comes_back_though_this_one_never_had_its_class(redis):
+    with Dialogue("""
+        class Point:
+            def __init__(self, x): self.x = x
+            def twice(self): return 2 * self.x
+        print(pickle.dumps(clupy.share(Point(21))).hex())
+    """) as process:
+        ref = pickle.loads(bytes.fromhex(process.hears()))
+        assert call(lambda point: point, ref).twice() == 42
+
+
+def test_a_ref_that_is_gone_is_the_failure_of_that_call_and_a_failed_pickle_leaves_nothing_behind():
+    class Bad:
+        def __reduce__(self):
+            raise ValueError("not me")
+
+    clupy.connect(slots=1)
+    ref, gone = clupy.share([1]), clupy.Ref("gone", False)
+    for wrong, error in ([[gone]], LookupError), ([[ref, Bad()]], pickle.PicklingError):
+        assert isinstance(clupy.parallel(len)(*wrong).exception(PATIENCE), error)
+    assert type(pickle.loads(pickle.dumps(ref))) is clupy.Ref and call(len, ref) == 1
 
 
 def test_a_copy_of_a_ref_that_is_damaged_is_written_again_and_a_stale_one_removed(redis, copies):
