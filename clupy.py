@@ -4230,7 +4230,7 @@ def share(value, ttl=None):
         _store(_key(name, "ref"), "ref", buffers, _ttl(ttl))
     else:
         _serve(name, [bytes(buffer) for buffer in buffers])
-    return Ref(name, in_redis)
+    return Ref(name, in_redis, _ttl(ttl))
 
 
 class Ref:
@@ -4239,23 +4239,24 @@ class Ref:
 
     Arrays of the value are read-only, as all processes of a machine have them from one piece of memory: copy() to
     write."""
-    __slots__ = ("name", "in_redis", "_original", "__weakref__")
+    __slots__ = ("name", "in_redis", "ttl", "_original", "__weakref__")
 
-    def __init__(self, name, in_redis):
+    def __init__(self, name, in_redis, ttl=0):
         self.name, self.in_redis = name, in_redis       # in_redis: else its client serves it
+        self.ttl = ttl                                  # milliseconds that it is kept in Redis when nobody uses it, 0: for ever
         self._original = None                           # what unresolved() was called on
 
     def __reduce__(self):
         if pickling.refs is not None:
             pickling.refs.append(self)
-        return (_value_of if pickling.resolve and self._original is None else Ref), (self.name, self.in_redis)
+        return (_value_of if pickling.resolve and self._original is None else Ref), (self.name, self.in_redis, self.ttl)
 
     def __repr__(self):
         return f"Ref({self.name!r})"
 
     def get(self):
         """The value. LookupError if it is gone; Unavailable. Any thread."""
-        head, *buffers = _served.get(self.name) or _machine_copy(self.name, self.in_redis)
+        head, *buffers = _served.get(self.name) or _machine_copy(self)
         before, pickling.of_client = pickling.of_client, False      # in the midst of a call's arguments, perhaps
         try:
             return pickle.loads(head, buffers=[memoryview(buffer).toreadonly() for buffer in buffers])
@@ -4264,7 +4265,7 @@ class Ref:
 
     def unresolved(self):
         """A Ref to the same value, which arrives as a Ref where it is among the arguments of a call."""
-        other = Ref(self.name, self.in_redis)
+        other = Ref(self.name, self.in_redis, self.ttl)
         other._original = self
         return other
 
@@ -4272,31 +4273,44 @@ class Ref:
 UNRESOLVED[Ref] = Ref.unresolved
 
 
-def _value_of(name, in_redis):
+def _value_of(*fields):
     """What a Ref among the arguments of a call is unpickled as."""
-    return Ref(name, in_redis).get()
+    return Ref(*fields).get()
 
 
-def _machine_copy(name, in_redis):
-    """The buffers of a Ref, from this machine's copy of it: a file in memory, which the first process to ask
-    fills while the others wait for its lock."""
-    for folder in _ref_folders():
-        with _locked(os.path.join(folder, name)) as file:
-            try:
-                ttl, spans = _read_table(file) or _write_copy(file, *_fetched(name, in_redis))
-            except OSError as error:
-                os.truncate(file, 0)
-                if error.errno != errno.ENOSPC:
-                    raise
-                continue                # Docker's /dev/shm has 64 MB: on disk, then
-            except LookupError:
-                os.unlink(os.path.join(folder, name))
-                raise
-            if in_redis:
-                _refresh(file, name, ttl)
-            content = memoryview(mmap.mmap(file, 0, access=mmap.ACCESS_READ))
-        return [content[start:end] for start, end in spans]
-    raise OSError(errno.ENOSPC, "no room for the value of a Ref", folder)
+def _fetched(ref):
+    """The buffers of a Ref, from Redis or from the client that serves it."""
+    if ref.in_redis:
+        found = _load(_key(ref.name, "ref"), ref.name, _memory)
+        buffers = found and found[2]
+    else:
+        buffers = _fetch and _fetch(ref.name)
+    if not buffers:
+        raise LookupError(f"the value of Ref {ref.name!r} is gone: its time to live ended, or who shared it did")
+    return buffers
+
+
+# ---- Copies of Refs on this machine: a file in memory, which the first process to ask makes and all of them map:
+# pickle of the sizes | buffers, each at a multiple of 64 bytes, as numpy and arrow like them.  It is whole where it
+# exists, as it is renamed into place.  Not a file for each buffer: every mapping takes a descriptor.
+
+def _machine_copy(ref):
+    """The buffers of a Ref, from this machine's copy of it; where there is no room for one, this process's own."""
+    paths, buffers = [os.path.join(folder, ref.name) for folder in _ref_folders()], None
+    found = _mapped(paths)
+    for path in () if found else paths:
+        try:
+            with _locked(os.path.join(os.path.dirname(path), f"{ref.name[:1]}.lock")):     # few files, and enough
+                if not _mapped(paths):
+                    buffers = buffers or _fetched(ref)
+                    _write_copy(path, buffers)
+            break
+        except ConnectionError:         # no file's, but that of who has the value
+            raise
+        except OSError as error:        # Docker's /dev/shm has 64 MB: on disk, then
+            log.debug("no copy of %r at %s: %s", ref, path, error)
+    found = found or _mapped(paths)
+    return _used(ref, *found) if found else buffers or _fetched(ref)
 
 
 @contextlib.contextmanager
@@ -4304,83 +4318,61 @@ def _locked(path):
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(file, fcntl.LOCK_EX)
-        yield file
+        yield
     finally:
-        fcntl.flock(file, fcntl.LOCK_UN)     # closing would not: a mapping has a duplicate of the descriptor
         os.close(file)
 
 
-def _fetched(name, in_redis):
-    """(ttl, buffers) of a Ref, from Redis or from the client that serves it."""
-    if in_redis:
-        if found := _load(_key(name, "ref"), name, _memory):
-            return found[1:]
-        buffers = None
-    else:
-        buffers = _fetch and _fetch(name)
-    if buffers is None:
-        raise LookupError(f"the value of Ref {name!r} is gone: its time to live ended, or who shared it did")
-    return 0, buffers
+def _write_copy(path, buffers):
+    """Make the copy; by one process at a time.  OSError: there is no room."""
+    beside = f"{path}.new"
+    try:
+        with io.open(beside, "wb") as file:
+            pickle.dump([len(buffer) for buffer in buffers], file)
+            for buffer in buffers:
+                file.seek(-file.tell() % 64, os.SEEK_CUR)
+                file.write(buffer)
+        os.rename(beside, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(beside)
+        raise
 
 
-# A copy: length of its table, 8 bytes, 0 while incomplete | table: pickle of (ttl, [(start, end), ...]) |
-# buffers. Buffers start at multiples of 64 bytes, as numpy and arrow like them; 0.5 ms for every process
-# after the first.
-
-def _write_copy(file, ttl, buffers):
-    """The table of the copy it writes. An OSError, no room, leaves the copy incomplete."""
-    def table(start):
-        spans = []
-        for buffer in buffers:
-            start = -(-start // 64) * 64
-            spans.append((start, start + len(buffer)))
-            start += len(buffer)
-        return ttl, spans
-
-    room = len(pickle.dumps(table(1 << 40)))     # no start in the real one takes more
-    result = table(8 + room)
-    packed = pickle.dumps(result)
-    os.truncate(file, 0)
-    _write(file, 8, packed)
-    for (start, _), buffer in zip(result[1], buffers):
-        _write(file, start, buffer)
-    _write(file, 0, len(packed).to_bytes(8, "big"))
-    return result
+def _mapped(paths):
+    """(path, buffers) of the first copy that is there, or None."""
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError), io.open(path, "rb") as file:
+            sizes, start, buffers = pickle.load(file), file.tell(), []
+            content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            for size in sizes:
+                start += -start % 64
+                buffers.append(content[start:start + size])
+                start += size
+            return path, buffers
+    return None
 
 
-def _write(file, start, buffer):
-    view = memoryview(buffer)
-    while view:
-        written = os.pwrite(file, view, start)   # 2 GB at most
-        view, start = view[written:], start + written
-
-
-def _read_table(file):
-    """(ttl, [(start, end), ...]) of a complete copy, else None."""
-    length = int.from_bytes(os.pread(file, 8, 0), "big")
-    if not length:
-        return None
-    ttl, spans = pickle.loads(os.pread(file, length, 8))
-    return (ttl, spans) if os.fstat(file).st_size >= spans[-1][1] else None
-
-
-def _refresh(file, name, ttl):
-    """Tells Redis of a copy's use, once in a quarter of its time to live: else the original would expire."""
-    if ttl and time.time() - os.fstat(file).st_mtime > ttl / 4000:
-        os.utime(file)
-        _retried(lambda client: client.pexpire(_key(name, "ref"), ttl))
+def _used(ref, path, buffers):
+    """The buffers; Redis is told of their use once in a quarter of their time to live: else the original would expire."""
+    with contextlib.suppress(FileNotFoundError):        # it was given up in this moment
+        if ref.in_redis and ref.ttl and time.time() - os.stat(path).st_mtime > ref.ttl / 4000:
+            os.utime(path)
+            _retried(lambda client: client.pexpire(_key(ref.name, "ref"), ref.ttl))
+    return buffers
 
 
 def _ref_folders():
-    """The folders for copies, best first: nobody else may write there, for a pickle is code."""
-    for parent in dict.fromkeys(filter(os.path.isdir, ("/dev/shm", tempfile.gettempdir()))):
+    """The folders for copies, best first: nobody else may write there, for a pickle is code.  One that somebody else made
+    first is passed over."""
+    for parent in filter(os.path.isdir, dict.fromkeys(("/dev/shm", tempfile.gettempdir()))):
         folder = os.path.join(parent, f"clupy-{os.getuid()}")
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(folder, 0o700)
-        status = os.lstat(folder)
-        if status.st_uid != os.getuid() or status.st_mode & 0o170077 != 0o040000:
-            raise ClupyError(f"{folder} keeps the values of Refs: only you may have access to it (0700)")
-        yield folder
+        with contextlib.suppress(OSError):
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(folder, 0o700)
+            status = os.lstat(folder)
+            if status.st_uid == os.getuid() and status.st_mode & 0o170077 == 0o040000:
+                yield folder
 
 
 def remove_stale_refs(ttl):

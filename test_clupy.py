@@ -3570,39 +3570,58 @@ def test_a_ref_that_is_gone_is_the_failure_of_that_call_and_a_failed_pickle_leav
     assert type(pickle.loads(pickle.dumps(ref))) is clupy.Ref and call(len, ref) == 1
 
 
-def test_a_copy_of_a_ref_that_is_damaged_is_written_again_and_a_stale_one_removed(redis, copies):
+def test_a_copy_that_its_writer_did_not_finish_is_never_read_and_a_stale_one_is_removed(redis, copies, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
     ref, stale = clupy.share(os.urandom(1_000_000)), clupy.share("stale")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(clupy.os, "rename", killed)
+        ref.get()
+    assert not [name for name in os.listdir(copies) if name.startswith(ref.name)]
+    (copies / f"{ref.name}.new").write_bytes(bytes(2_000_000))             # its writer was killed by a signal
     value = ref.get()
-    content = (copies / ref.name).read_bytes()
-    for damage in (b"", bytes(8) + content[8:], content[:500_000]):        # its writer was killed
-        (copies / ref.name).write_bytes(damage)
-        assert ref.get() == value
+    assert len(value) == 1_000_000 == len(ref.get()) and (copies / ref.name).stat().st_size < 1_001_000
     assert stale.get() == "stale"
     os.utime(copies / stale.name, (1, 1))
     clupy.remove_stale_refs(60)
-    assert os.listdir(copies) == [ref.name] and stale.get() == "stale"
+    assert stale.name not in os.listdir(copies) and stale.get() == "stale" and ref.get() == value
 
 
-def test_a_machine_without_room_in_shared_memory_keeps_copies_on_disk_where_nobody_else_writes(
+def test_where_shared_memory_has_no_room_a_copy_is_kept_on_disk_and_where_nothing_has_by_the_process(
         redis, tmp_path, monkeypatch):
-    folders, write, ref = [tmp_path / "full", tmp_path / "disk"], clupy._write, clupy.share(os.urandom(300_000))
+    folders, fetched, fetch = [tmp_path / "full", tmp_path / "disk"], [], clupy._fetched
+    monkeypatch.setattr(clupy, "_ref_folders", lambda: iter(map(str, folders)))
+    monkeypatch.setattr(clupy, "_fetched", lambda ref: fetched.append(ref) or fetch(ref))
+    ref = clupy.share([os.urandom(300_000)])
     for folder in folders:
         folder.mkdir()
+    os.symlink("/dev/full", folders[0] / f"{ref.name}.new")                # whoever writes there has no room
+    assert ref.get() == ref.get() and len(fetched) == 1
+    assert (folders[1] / ref.name).stat().st_size > 300_000 and ref.name not in os.listdir(folders[0])
+    shutil.rmtree(tmp_path / "disk")
+    os.symlink("/dev/full", folders[0] / f"{ref.name}.new")
+    assert len(ref.get()[0]) == 300_000 and len(fetched) == 2
 
-    def full(file, start, buffer):
-        if start > 8 and "full" in os.readlink(f"/proc/self/fd/{file}"):
-            raise OSError(errno.ENOSPC, "No space left on device")
-        write(file, start, buffer)
-    with monkeypatch.context() as patch:
-        patch.setattr(clupy, "_ref_folders", lambda: iter(map(str, folders)))
-        patch.setattr(clupy, "_write", full)
-        assert len(ref.get()) == 300_000
-    assert (folders[0] / ref.name).stat().st_size == 0 and (folders[1] / ref.name).stat().st_size > 300_000
-    monkeypatch.setattr(clupy.tempfile, "gettempdir", lambda: str(tmp_path))
-    monkeypatch.setattr(clupy.os.path, "isdir", lambda path: path == str(tmp_path))
-    (tmp_path / f"clupy-{os.getuid()}").mkdir(mode=0o755)
-    with pytest.raises(clupy.ClupyError, match="0700"):
+    def away(ref):
+        fetched.append(ref)
+        raise clupy.Unavailable("away")
+    folders[1].mkdir()
+    monkeypatch.setattr(clupy, "_fetched", away)
+    with pytest.raises(clupy.Unavailable):                 # another folder does not help: asked once, waited once
         ref.get()
+    assert len(fetched) == 3
+
+
+def test_folders_for_copies_that_somebody_else_made_first_are_passed_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(clupy.tempfile, "gettempdir", lambda: str(tmp_path))
+    *others, mine = clupy._ref_folders()
+    assert mine == str(tmp_path / f"clupy-{os.getuid()}") and os.stat(mine).st_mode & 0o777 == 0o700
+    os.chmod(mine, 0o755)
+    assert list(clupy._ref_folders()) == others
+    os.rmdir(mine)
+    os.symlink(tmp_path, mine)
+    assert list(clupy._ref_folders()) == others
 
 
 # ---- Redis: faults
