@@ -539,6 +539,7 @@ def find_secret(settings, create=False):
 # server -> client  late      number, call: it is over, or has not begun   -           asked again while it is out
 # server -> client  output    pid, stream, text, dropped lines             seen        over UNSEEN_OUTPUT: dropped
 # client -> server  seen      characters                                   -
+# client -> server  release   names of Refs that nobody has any more       -           the session's end
 # any -> client     notice    what, text: draining, alive, renew (the      -
 #                             libraries changed: give slots back), broken
 #                             (why), building or resolving (pip's line)
@@ -3945,10 +3946,27 @@ WINDOW = 4              # pieces per command; more do not fit a processor's cach
 LONGEST_ITEM = 512 << 20   # bytes of a string of Redis: one item of a queue, one message
 
 _MISSING = object()
-_served = {}            # name -> buffers of a Ref that this process shared without Redis; kept until it ends
+_served = {}            # name -> buffers of a Ref that this process shared without Redis, while it is there
+_shared_here = weakref.WeakValueDictionary()    # name -> the Ref that share() gave: however it is unpickled here, it is this
+_client = None          # a worker's: the id of its client, whose copies of Refs it uses
+_own = None             # any other process's Copies, made when it first needs one
 _serve = _served.__setitem__    # a worker sets these: a client serves what its calls share without Redis,
-_fetch = None                   # callable(name) -> the buffers of a Ref that the client serves, or None
-FETCHES["ref"] = lambda name: name in _served and [pickle.PickleBuffer(part) for part in _served[name]] or None
+_fetch = None                   # callable(what, name) -> what the client says of a Ref that it serves
+
+
+def _serve_ref(name):
+    """What a client says to a worker that asks for a Ref: its buffers, or None."""
+    parts = _served.get(name)
+    return parts and [pickle.PickleBuffer(part) for part in parts]
+
+
+FETCHES["ref"] = _serve_ref
+
+
+def use_client(client, serve=_served.__setitem__, fetch=None):
+    """In a worker: the id of its client, who serves what is shared here, and who is asked for what was shared elsewhere."""
+    global _client, _serve, _fetch
+    _client, _serve, _fetch = client, serve, fetch
 
 
 def put(name, value, ttl=None):
@@ -4209,13 +4227,13 @@ def _append(key, name, content):
 
 
 def forget_served():
-    """Ends what this process serves without Redis, and removes this machine's copies of it: nobody can ask again."""
-    names = list(_served)
+    """Ends what this process serves without Redis, and its copies: nobody can ask again."""
+    global _own
     _served.clear()
-    for folder in _ref_folders() if names else ():
-        for name in names:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(os.path.join(folder, name))
+    with _clients_lock:
+        own, _own = _own, None
+    if own:
+        own.close()
 
 
 def share(value, ttl=None):
@@ -4223,14 +4241,35 @@ def share(value, ttl=None):
     call.
 
     With Redis configured it lives `ttl` seconds after its last use (None: the setting, 0: for ever), also without
-    this process; without, as long as the client. Later changes of `value` do not matter."""
-    name, buffers = uuid.uuid4().hex, _parts(value)
+    this process; without, as long as the client, or until the program drops the Ref and its last call is done. Later
+    changes of `value` do not matter."""
+    name, (buffers, refs) = uuid.uuid4().hex, noting_refs(_parts, value)
     in_redis = "redis" in _settings().given and bool(_settings().redis)
+    ref = Ref(name, in_redis, _ttl(ttl))
     if in_redis:
-        _store(_key(name, "ref"), "ref", buffers, _ttl(ttl))
+        _store(_key(name, "ref"), "ref", buffers, ref.ttl)
     else:
         _serve(name, [bytes(buffer) for buffer in buffers])
-    return Ref(name, in_redis, _ttl(ttl))
+        if _fetch is None:                      # else a call's result may still name it: its client keeps it to the end
+            _shared_here[name] = ref
+            weakref.finalize(ref, _release, name, [*_ref_folders()], refs).atexit = False
+    return ref
+
+
+def _release(name, folders, _refs=()):
+    """Give a Ref's value up: here, in this machine's copies, and on all servers.  Also called when the program has dropped
+    the Ref, and all calls that were given it are done: wherever the garbage collector likes, so it takes no lock; in a
+    forked child it finds no engine, and concerns that process alone.  _refs: those in the value, needed as long as it."""
+    _served.pop(name, None)
+    for engine in list(_engines):
+        unlink_copies(folders, engine.id, [name])
+        if release := getattr(engine, "release", None):
+            release([name])
+    if _own:
+        unlink_copies(folders, _own.client, [name])
+
+
+FETCHES["release"] = lambda name: _release(name, _ref_folders())
 
 
 class Ref:
@@ -4249,7 +4288,7 @@ class Ref:
     def __reduce__(self):
         if pickling.refs is not None:
             pickling.refs.append(self)
-        return (_value_of if pickling.resolve and self._original is None else Ref), (self.name, self.in_redis, self.ttl)
+        return (_value_of if pickling.resolve and self._original is None else _ref), (self.name, self.in_redis, self.ttl)
 
     def __repr__(self):
         return f"Ref({self.name!r})"
@@ -4263,6 +4302,15 @@ class Ref:
         finally:
             pickling.of_client = before
 
+    def close(self):
+        """Give the value up, wherever it is kept; who has it keeps what he has. Any process."""
+        if self.in_redis:
+            _retried(lambda client: client.unlink(_key(self.name, "ref")))
+        if _fetch:
+            _fetch("release", self.name)
+        else:
+            _release(self.name, _ref_folders())
+
     def unresolved(self):
         """A Ref to the same value, which arrives as a Ref where it is among the arguments of a call."""
         other = Ref(self.name, self.in_redis, self.ttl)
@@ -4271,6 +4319,11 @@ class Ref:
 
 
 UNRESOLVED[Ref] = Ref.unresolved
+
+
+def _ref(name, *fields):
+    """What a Ref is unpickled as: where it was made, as what share() gave."""
+    return _shared_here.get(name) or Ref(name, *fields)
 
 
 def _value_of(*fields):
@@ -4284,19 +4337,89 @@ def _fetched(ref):
         found = _load(_key(ref.name, "ref"), ref.name, _memory)
         buffers = found and found[2]
     else:
-        buffers = _fetch and _fetch(ref.name)
+        buffers = _fetch and _fetch("ref", ref.name)
     if not buffers:
         raise LookupError(f"the value of Ref {ref.name!r} is gone: its time to live ended, or who shared it did")
     return buffers
 
 
-# ---- Copies of Refs on this machine: a file in memory, which the first process to ask makes and all of them map:
-# pickle of the sizes | buffers, each at a multiple of 64 bytes, as numpy and arrow like them.  It is whole where it
-# exists, as it is renamed into place.  Not a file for each buffer: every mapping takes a descriptor.
+# ---- Copies of Refs on this machine
+#
+#     /dev/shm/clupy-1000/CLIENT/REF        pickle of the sizes | buffers, each at a multiple of 64 bytes
+#
+# A file in memory, which the first process to ask makes and all of them map.  It is whole where it exists, as it is
+# renamed into place.  Not a file for each buffer: every mapping takes a descriptor; numpy and arrow like the alignment.
+# The folder CLIENT is there while somebody holds it, by a shared flock, which ends with its process: what nobody
+# holds was left by who was killed.  Removing it does no harm to who has mapped a copy.
+
+class Copies:
+    """One client's copies of Refs on this machine, held by a server that has a session of it, or by the client itself."""
+
+    def __init__(self, client):
+        self.client, self.held = client, []     # held: descriptors of the folders
+        for folder in _ref_folders():
+            with contextlib.suppress(OSError), _locked(folder, os.O_DIRECTORY):        # no room: no copies there
+                path = os.path.join(folder, client)
+                os.makedirs(path, 0o700, exist_ok=True)
+                self.held.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+                fcntl.flock(self.held[-1], fcntl.LOCK_SH)
+
+    def __repr__(self):
+        return f"<Copies {self.client}>"
+
+    def release(self, names):
+        unlink_copies(_ref_folders(), self.client, names)
+
+    def close(self):
+        """Hold them no longer, and remove them if nobody else does."""
+        while self.held:
+            os.close(self.held.pop())
+        remove_copies(self.client)
+
+
+def unlink_copies(folders, client, names):
+    for path in [os.path.join(folder, client, name) for folder in folders for name in names]:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+
+
+def remove_copies(client=None):
+    """Remove the copies of this client, or of every one, that nobody holds."""
+    for folder in _ref_folders():
+        gone = []
+        with contextlib.suppress(OSError), _locked(folder, os.O_DIRECTORY):
+            for path in [os.path.join(folder, name) for name in ([client] if client else os.listdir(folder))]:
+                with contextlib.suppress(OSError), _locked(path, os.O_DIRECTORY, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                    os.rename(path, f"{path}.gone")        # a worker that is about to be killed makes no copy in it any more
+                    gone.append(f"{path}.gone")
+        for path in gone:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _forget_copies():
+    """In a forked child: they are its parent's, and so is the lock that holds them."""
+    global _own
+    own, _own = _own, None
+    for file in own.held if own else ():
+        os.close(file)
+
+
+def _whose_copies():
+    """The id of the client whose copies this process uses: a worker's client, or itself."""
+    global _own
+    if _client:
+        return _client
+    with _clients_lock:
+        if _own is None:
+            remove_copies()
+            _own = Copies(getattr(_engine, "id", None) or uuid.uuid4().hex)
+        return _own.client
+
 
 def _machine_copy(ref):
     """The buffers of a Ref, from this machine's copy of it; where there is no room for one, this process's own."""
-    paths, buffers = [os.path.join(folder, ref.name) for folder in _ref_folders()], None
+    client, buffers = _whose_copies(), None
+    paths = [os.path.join(folder, client, ref.name) for folder in _ref_folders()]
     found = _mapped(paths)
     for path in () if found else paths:
         try:
@@ -4314,10 +4437,10 @@ def _machine_copy(ref):
 
 
 @contextlib.contextmanager
-def _locked(path):
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+def _locked(path, kind=os.O_CREAT, how=None):
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | kind, 0o600)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        fcntl.flock(file, how or fcntl.LOCK_EX)
         yield
     finally:
         os.close(file)
@@ -4373,16 +4496,6 @@ def _ref_folders():
             status = os.lstat(folder)
             if status.st_uid == os.getuid() and status.st_mode & 0o170077 == 0o040000:
                 yield folder
-
-
-def remove_stale_refs(ttl):
-    """Removes this machine's copies that nobody used for `ttl` seconds; for the start of a server."""
-    oldest = time.time() - ttl
-    for folder in _ref_folders():
-        for entry in os.scandir(folder):
-            with contextlib.suppress(FileNotFoundError):   # another server was first
-                if entry.stat().st_mtime < oldest:
-                    os.unlink(entry.path)
 
 
 def counter(name, ttl=None):
@@ -4949,6 +5062,7 @@ def _after_fork():
         executor._engine = None
     _engine, _engines = None, weakref.WeakSet()
     _forget_clients()
+    _forget_copies()
 
 
 os.register_at_fork(after_in_child=_after_fork)

@@ -63,6 +63,7 @@ GRACE_TIME = 1.0                   # a worker whose slot was closed may end by i
 WATCH_TIME = 0.1                   # deadlines are looked at so often, while slots are open
 STACK_TIME = 0.1                   # a worker that is to be killed writes its Python stack for so long
 STACK_SIGNAL = signal.SIGRTMIN + 3 if hasattr(signal, "SIGRTMIN") else signal.SIGUSR2
+SWEEP_TIME = 3600.0                # copies of Refs that nobody holds any more are looked for so often
 UNKNOWN_EXIT = 1 << 16             # of a process for which somebody else has waited; no process ends so
 MAX_FAILURES = 3                   # workers that die in a row at their start; then there is a pause
 LAST_LINES = 10                    # of standard error that an error message shows
@@ -162,7 +163,8 @@ class Worker:
         self._writing = threading.Lock()
         self._frames = clupy.Frames()
         clupy.use_services(given["services"])
-        clupy._serve, clupy._fetch = functools.partial(self.send, "serve"), functools.partial(self.fetch, "ref")
+        self.client = given["client"]
+        clupy.use_client(self.client, functools.partial(self.send, "serve"), self.fetch)
         clupy._note_session = self._note_session
         clupy._engine = self.nested
         if given["tls"]:
@@ -521,7 +523,7 @@ class NestedCalls:
     def abandon(self):
         """In a forked child of a call: the slot's socket is the parent's alone."""
         os.close(self._worker.sock.detach())
-        clupy._fetch, clupy._serve = None, clupy._served.__setitem__
+        clupy.use_client(self._worker.client)
 
     close = cancel_all
 
@@ -1127,6 +1129,7 @@ class Session:
         self.id = os.urandom(clupy.SESSION_SIZE)
         self.client = "?"
         self.libraries = None                      # Libraries of its workers; None: the cluster's, whatever they are
+        self.copies = None                         # the client's clupy.Copies of Refs on this machine
         self.output = True                         # whether the client wants to see what its calls print
         self.slots = {}                            # {number: SlotRow} open or waiting
         self.numbers = set()                       # every number that was used: each opens one slot, once
@@ -1146,6 +1149,7 @@ class Session:
                 f"{PYTHON[0]}.{PYTHON[1]}; they must be the same, since bytecode travels"))
             return
         self.client, self.output = client, output
+        self.copies = clupy.Copies(client)
         if environment is not None:
             self.libraries = self.server.libraries_of(clupy_master.Resolution.of(environment))
         connection.send("welcome", self.id, self.server.name, self.server.versions)
@@ -1171,6 +1175,9 @@ class Session:
     async def _kill(self, slot, call):
         if not await slot.process.kill_call(call, "cancelled"):
             self.connection.send("late", slot.number, call)
+
+    def on_release(self, _, names):
+        self.copies.release(names)
 
     def on_seen(self, _, count):
         self._unseen -= count
@@ -1277,7 +1284,7 @@ class Server:
         return f"<Server {self.address[1]} {self.open_slots()} of {self.slots} slots, {len(self.processes)} workers>"
 
     async def start(self):
-        clupy.remove_stale_refs(clupy.SETTINGS["ttl"][2])
+        self.spawn(self._sweep())
         self.replenish()
         self.spawn(self.link.run(self))
         self.spawn(self._watch())
@@ -1297,6 +1304,8 @@ class Server:
 
     def descriptors(self):
         own = self._listener.descriptors()
+        for session in list(self.sessions.values()):
+            own += session.copies.held if session.copies else ()
         for process in list(self.processes.values()):
             own += process.descriptors()
             if process.slot:
@@ -1326,6 +1335,8 @@ class Server:
                     slot.process.end("client gone", GRACE_TIME)
                 else:
                     slot.waiter.cancel()
+            if session.copies:
+                session.copies.close()
 
     async def _greet_slot(self, sock):
         head = await clupy_master.read_exactly(sock, clupy.SLOT_HEAD.size + clupy.PROOF_SIZE)
@@ -1388,7 +1399,7 @@ class Server:
             try:
                 process.hand_over(slot, {
                     "key": slot_key(slot.session.connection.key, slot.number).hex(), "server": self.name,
-                    "services": self.services, "tls": self.tls})
+                    "client": slot.session.client, "services": self.services, "tls": self.tls})
             except ConnectionError:
                 continue                           # it died just now; it will be replaced
             self.waiting.remove(slot)
@@ -1648,6 +1659,12 @@ class Server:
             await asyncio.sleep(clupy.STATEMENT_TIME)
             self.link.look(time.monotonic())
             self._state()
+
+    async def _sweep(self):
+        """Remove copies that were left by clients and servers that were killed together."""
+        while True:
+            clupy.remove_copies()
+            await asyncio.sleep(SWEEP_TIME)
 
     def state_soon(self):
         """After a change: state it, gathered for GATHER_TIME."""

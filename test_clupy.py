@@ -11,8 +11,8 @@ import contextlib
 import csv
 import ctypes
 import dataclasses
-import errno
 import functools
+import gc
 import importlib.machinery
 import importlib.resources
 import importlib.util
@@ -2989,7 +2989,7 @@ def copies(tmp_path, monkeypatch):
     folder = tmp_path / "copies"
     folder.mkdir(mode=0o700)
     monkeypatch.setattr(clupy, "_ref_folders", lambda: iter([str(folder)]))
-    return folder
+    return folder / clupy._whose_copies()
 
 
 @contextlib.contextmanager
@@ -3163,13 +3163,8 @@ def fifty_totals(ref):
 
 
 def copies_here():
-    return {name for folder in clupy._ref_folders() for name in os.listdir(folder)}
-
-
-def remove_copies(name):
-    for folder in clupy._ref_folders():
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(os.path.join(folder, name))
+    """The names of all copies of Refs on this machine; one that goes meanwhile may be missing."""
+    return {name for folder in clupy._ref_folders() for _, _, names in os.walk(folder) for name in names}
 
 
 def test_fifty_calls_on_two_servers_of_one_machine_fetch_a_shared_array_once(tmp_path, redis_server, monkeypatch):
@@ -3178,10 +3173,7 @@ def test_fifty_calls_on_two_servers_of_one_machine_fetch_a_shared_array_once(tmp
         monkeypatch.setenv("CLUPY_MASTER", cluster.address)
         ref = clupy.share(numpy.arange(300_000.0))         # 2.4 MB: one command reads it
         reads = clupy._redis().info("commandstats").get("cmdstat_hmget", {"calls": 0})["calls"]
-        try:
-            assert len(fifty_totals(ref)) > 1
-        finally:
-            remove_copies(ref.name)
+        assert len(fifty_totals(ref)) > 1
         assert clupy._redis().info("commandstats")["cmdstat_hmget"]["calls"] == reads + 1
 
 
@@ -3202,6 +3194,7 @@ def test_without_redis_the_client_serves_what_it_and_its_calls_share_once_to_a_m
     assert value == 4950 and theirs.get() == list(range(100)) and clupy.parallel(len)(theirs).result(PATIENCE) == 100
     with pytest.raises(LookupError, match="gone"):
         clupy.parallel(len)(clupy.Ref("unknown", False)).result(PATIENCE)
+    assert copies_here() & {ref.name, theirs.name}
     clupy.close()
     assert not copies_here() & {ref.name, theirs.name, "unknown"}
 
@@ -3211,6 +3204,120 @@ def test_a_ref_arrives_as_its_value_on_another_executor_too(settings):
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         clupy.connect(executor=pool)
         assert clupy.parallel(sum)(clupy.share([1, 2])).result(PATIENCE) == 3
+
+
+LARGE_VALUE = 8 << 20
+
+
+def copies_of(client):
+    """The names of this client's copies of Refs on this machine."""
+    folders = [os.path.join(folder, client) for folder in clupy._ref_folders()]
+    return [name for folder in folders if os.path.isdir(folder) for name in os.listdir(folder)]
+
+
+CLIENT_WITH_COPIES = f"""
+    ref = clupy.share(bytes({LARGE_VALUE}))
+    assert clupy.parallel(len)(ref).result({PATIENCE}) == {LARGE_VALUE}
+    print(clupy._engine.id)
+    time.sleep(600)
+"""
+
+
+def test_a_killed_client_leaves_no_copies_on_a_server_that_goes_on(tmp_path, monkeypatch):
+    with Cluster(tmp_path, 2, 1) as cluster:               # of one machine: the copies are there while either has a session
+        monkeypatch.setenv("CLUPY_MASTER", cluster.address)
+        with Dialogue(CLIENT_WITH_COPIES) as client:
+            id = client.hears()
+            assert any(len(name) == 32 for name in copies_of(id))
+            client.process.kill()
+            until(lambda: not [folder for folder in clupy._ref_folders() if os.path.exists(os.path.join(folder, id))])
+        assert clupy.parallel(len)(clupy.share([1])).result(PATIENCE) == 1
+
+
+def test_copies_stay_while_one_server_of_the_machine_has_the_client_and_go_at_the_next_start_when_all_were_killed(
+        tmp_path, monkeypatch):
+    with Cluster(tmp_path, 1, 1) as cluster:
+        monkeypatch.setenv("CLUPY_MASTER", cluster.address)
+        with Dialogue(CLIENT_WITH_COPIES) as client:
+            id = client.hears()
+            other = clupy.Copies(id)                       # as another server of this machine
+            client.process.kill()
+            until(lambda: not cluster.status()["clients"])
+            assert copies_of(id)
+            other.close()
+            assert not copies_of(id)
+        with Dialogue(CLIENT_WITH_COPIES) as client:
+            id = client.hears()
+            cluster.servers[0].process.kill()
+            client.process.kill()
+            client.process.wait()
+            assert copies_of(id)
+        until(lambda: not workers())
+        cluster.add_server()
+        until(lambda: not copies_of(id))
+
+
+def test_a_ref_that_its_program_drops_is_gone_but_not_before_its_calls_have_it(monkeypatch):
+    clupy.connect(slots=1)
+    late = [clupy.parallel(lambda value: time.sleep(0.1) or len(value))(clupy.share(bytes(LARGE_VALUE))) for _ in range(3)]
+    assert [call.result(PATIENCE) for call in late] == [LARGE_VALUE] * 3         # nobody but the calls had them
+    until(lambda: not clupy._served)
+
+    def captured():
+        ref = clupy.share(bytes(LARGE_VALUE))
+        return clupy.parallel(lambda: time.sleep(0.1) or len(ref.get()))()         # in the pickle of a function
+    assert [call.result(PATIENCE) for call in [captured(), captured()]] == [LARGE_VALUE] * 2
+    outer = clupy.share({"inner": clupy.share([1, 2])})
+    assert clupy.parallel(lambda value: value["inner"].get())(outer).result(PATIENCE) == [1, 2]
+    same = pickle.loads(pickle.dumps(outer))
+    assert same is outer and outer.name in copies_of(clupy._engine.id)
+    del same
+    if (pid := os.fork()) == 0:
+        del outer
+        os._exit(0)
+    os.waitpid(pid, 0)
+    assert outer.get()["inner"].get() == [1, 2]
+    unresolved = outer.unresolved()
+    del outer
+    assert kinds(unresolved.get()) == {"inner": "Ref"}
+    del unresolved
+    gc.collect()
+    until(lambda: not clupy._served and not [name for name in copies_of(clupy._engine.id) if len(name) == 32])
+
+
+def test_servers_are_told_of_a_ref_that_nobody_has_and_remove_its_copy():
+    class Told:
+        id = uuid.uuid4().hex
+
+        def release(self, names):
+            clupy.dispatch(session, "the client", ("release", names))
+
+    engine, session = Told(), clupy_server.Session(None, None)
+    clupy._engines.add(engine)
+    session.copies = clupy.Copies(engine.id + "elsewhere")             # of another machine
+    ref, other = clupy.share([1]), clupy.share([2])
+    for shared in other, ref:
+        clupy._write_copy(os.path.join(next(clupy._ref_folders()), session.copies.client, shared.name), [b"1"])
+    del ref, shared
+    assert copies_of(session.copies.client) == [other.name]
+    session.copies.close()
+    assert not copies_of(session.copies.client)
+
+
+def test_a_ref_is_given_up_by_hand_by_who_made_it_and_by_calls(redis):
+    here = clupy.share([1])
+    clupy.connect(slots=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clupy, "_settings", lambda: clupy.default_settings("client"))          # which name no Redis
+        served = clupy.share([2])
+    for ref in here, served:
+        assert call(len, ref) == 1
+        call(lambda ref: ref.close(), ref.unresolved())
+        until(lambda: not [name for name in copies_of(clupy._engine.id) if name == ref.name])
+        for use in ref.get, lambda: call(len, ref):
+            with pytest.raises(LookupError, match="gone"):
+                use()
+        ref.close()
 
 
 @pytest.mark.parametrize("name, says", [
@@ -3224,8 +3331,6 @@ def test_the_examples_run_on_the_embedded_cluster(redis, zookeeper, tmp_path, na
         text = file.read()
     mine = {name: value for name, value in os.environ.items() if name.startswith("CLUPY_")}
     lines = run_script(tmp_path / "program", text, **{**mine, "CLUPY_SLOTS": 3}).stdout.splitlines()
-    for key in clupy._redis().scan_iter(clupy._key("*", "ref")):       # Redis keeps the value, and the machine its copy
-        remove_copies(key.decode().rpartition(":")[2])
     assert all(any(line.startswith(text) for line in lines) for text in says) and clupy.keys() == []
 
 
@@ -3570,11 +3675,11 @@ def test_a_ref_that_is_gone_is_the_failure_of_that_call_and_a_failed_pickle_leav
     assert type(pickle.loads(pickle.dumps(ref))) is clupy.Ref and call(len, ref) == 1
 
 
-def test_a_copy_that_its_writer_did_not_finish_is_never_read_and_a_stale_one_is_removed(redis, copies, monkeypatch):
+def test_a_copy_that_its_writer_did_not_finish_is_never_read(redis, copies, monkeypatch):
     def killed(*_):
         raise KeyboardInterrupt
 
-    ref, stale = clupy.share(os.urandom(1_000_000)), clupy.share("stale")
+    ref = clupy.share(os.urandom(1_000_000))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(clupy.os, "rename", killed)
         ref.get()
@@ -3582,10 +3687,6 @@ def test_a_copy_that_its_writer_did_not_finish_is_never_read_and_a_stale_one_is_
     (copies / f"{ref.name}.new").write_bytes(bytes(2_000_000))             # its writer was killed by a signal
     value = ref.get()
     assert len(value) == 1_000_000 == len(ref.get()) and (copies / ref.name).stat().st_size < 1_001_000
-    assert stale.get() == "stale"
-    os.utime(copies / stale.name, (1, 1))
-    clupy.remove_stale_refs(60)
-    assert stale.name not in os.listdir(copies) and stale.get() == "stale" and ref.get() == value
 
 
 def test_where_shared_memory_has_no_room_a_copy_is_kept_on_disk_and_where_nothing_has_by_the_process(
@@ -3596,17 +3697,18 @@ def test_where_shared_memory_has_no_room_a_copy_is_kept_on_disk_and_where_nothin
     ref = clupy.share([os.urandom(300_000)])
     for folder in folders:
         folder.mkdir()
-    os.symlink("/dev/full", folders[0] / f"{ref.name}.new")                # whoever writes there has no room
+    full, disk = [folder / clupy._whose_copies() for folder in folders]
+    os.symlink("/dev/full", full / f"{ref.name}.new")                      # whoever writes there has no room
     assert ref.get() == ref.get() and len(fetched) == 1
-    assert (folders[1] / ref.name).stat().st_size > 300_000 and ref.name not in os.listdir(folders[0])
-    shutil.rmtree(tmp_path / "disk")
-    os.symlink("/dev/full", folders[0] / f"{ref.name}.new")
+    assert (disk / ref.name).stat().st_size > 300_000 and ref.name not in os.listdir(full)
+    shutil.rmtree(disk)
+    os.symlink("/dev/full", full / f"{ref.name}.new")
     assert len(ref.get()[0]) == 300_000 and len(fetched) == 2
 
     def away(ref):
         fetched.append(ref)
         raise clupy.Unavailable("away")
-    folders[1].mkdir()
+    disk.mkdir()
     monkeypatch.setattr(clupy, "_fetched", away)
     with pytest.raises(clupy.Unavailable):                 # another folder does not help: asked once, waited once
         ref.get()
