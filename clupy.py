@@ -556,6 +556,7 @@ def find_secret(settings, create=False):
 # server -> client  late      number, call: it is over, or has not begun   -           asked again while it is out
 # server -> client  output    pid, stream, text, dropped lines             seen        over UNSEEN_OUTPUT: dropped
 # client -> server  seen      characters                                   -
+# client -> server  release   names of Refs that nobody has any more       -           the session's end
 # any -> client     notice    what, text: draining, alive, renew (the      -
 #                             libraries changed: give slots back), broken
 #                             (why), building or resolving (pip's line)
@@ -1029,6 +1030,27 @@ _MAINS = ("__main__", "__mp_main__")      # the second is the first's name in a 
 _MAIN = b"_main__"                # in a pickle that names either
 _RAW = {bytes, bytearray}
 _ABSENT = type("absent", (), {"__repr__": lambda self: "<absent>"})()
+UNRESOLVED = {}         # {Ref: what makes one that arrives as a Ref, wherever it is}
+
+
+class Pickling(threading.local):
+    """What this thread pickles or unpickles just now."""
+    refs = None         # the Refs that were met so far, where somebody wants to know
+    resolve = False     # the arguments of a call: a Ref among them arrives as its value
+    of_client = False   # in a worker: what its client sent, so that the classes in it are the client's
+
+
+pickling = Pickling()
+
+
+def noting_refs(pack, *args, resolve=False):
+    """(what pack(*args) returns, the Refs that it met): while they live, their values can be had."""
+    before = pickling.refs, pickling.resolve
+    pickling.refs, pickling.resolve = refs, _ = [], resolve
+    try:
+        return pack(*args), refs
+    finally:
+        pickling.refs, pickling.resolve = before
 
 
 def pack(obj, by_value=None, snapshot=True):
@@ -1088,8 +1110,8 @@ def payload_size(payload):
 
 
 def pack_arguments(function_name, args, kwargs, func=None):
-    """The payload of (args, kwargs).  Raises PicklingError that names the argument at fault and its type; with func also
-    the parameter's name.  Any thread may call."""
+    """(the payload of (args, kwargs), the Refs among them, which arrive as their values). Raises PicklingError that
+    names the argument at fault and its type; with func also the parameter's name. Any thread may call."""
     for value in args:
         if type(value) in _RAW:
             args = tuple([_raw(value) for value in args])
@@ -1097,8 +1119,8 @@ def pack_arguments(function_name, args, kwargs, func=None):
     if kwargs:
         kwargs = {name: _raw(value) for name, value in kwargs.items()}
     try:
-        return _pack((args, kwargs), _by_value)
-    except Exception as error:                    # whatever a class of the user's raises while it is pickled
+        return noting_refs(_pack, (args, kwargs), _by_value, resolve=True)
+    except Exception as error:      # whatever a class of the user's raises while it is pickled
         named = [*_numbered(args, func), *((f"argument {name!r}", kwargs[name]) for name in kwargs)]
         raise pickle.PicklingError(f"{function_name} cannot be called: {_culprit(named, 'its arguments')} "
                                    f"cannot be pickled: {error}") from error
@@ -1152,8 +1174,23 @@ def _by_value_pickler():
             reduced = super().reducer_override(obj)
             if reduced is not NotImplemented and isinstance(obj, type):
                 _keep(obj)
+            if reduced is not NotImplemented and type(obj) is types.FunctionType and pickling.resolve:
+                _leave_refs(reduced[2][1])
             return reduced
     return Pickler
+
+
+def _leave_refs(state):
+    """In what cloudpickle makes of a function that is an argument: Refs that its code names stay Refs, as in a function
+    that is called, since the code asks them for their values."""
+    for name, value in state["__globals__"].items():
+        if type(value) in UNRESOLVED:
+            state["__globals__"][name] = UNRESOLVED[type(value)](value)
+    cells = list(state["__closure__"] or ())
+    for index, value in enumerate(_contents(cell, None) for cell in cells):
+        if type(value) in UNRESOLVED:
+            cells[index] = types.CellType(UNRESOLVED[type(value)](value))
+    state["__closure__"] = tuple(cells) or None
 
 
 @functools.lru_cache(MAX_CLASSES)
@@ -1314,7 +1351,7 @@ def _result_pickler():
 class Function:
     """One version of a function: what workers are sent once and then know by its id."""
 
-    __slots__ = "id", "payload", "name", "setup", "size", "mean", "__weakref__"
+    __slots__ = "id", "payload", "name", "setup", "size", "mean", "refs", "__weakref__"
 
     def __init__(self, id, payload, name, setup):
         self.id = id                              # 16 bytes: what function_of says of payload and setup
@@ -1322,6 +1359,7 @@ class Function:
         self.setup = setup                        # payload of a function that a worker must have called first, or None
         self.size = payload_size(payload) + payload_size(setup)     # bytes that it takes at either end of a slot
         self.mean = None                          # seconds that a call takes, as far as is known
+        self.refs = ()                            # the Refs in it, which live as long
 
     def __repr__(self):
         return f"<Function {self.id.hex()[:8]} {self.name}, {self.size:,} bytes>"
@@ -1405,7 +1443,7 @@ def _capture(func):
     reads = _reads(func)                          # first: what changes while it is pickled is seen by the next capture
     buffers = _Buffers(snapshot=False)
     try:
-        data = _by_value(func, buffers)
+        data, refs = noting_refs(_by_value, func, buffers)
     except Exception as error:                    # whatever a class of the user's raises while it is pickled
         raise pickle.PicklingError(f"{name} cannot be sent to a worker: {_culprit(_used(func), 'it')} cannot "
                                    f"be pickled: {error}") from error
@@ -1416,6 +1454,7 @@ def _capture(func):
     else:
         copies = [pickle.PickleBuffer(bytearray(view)) for view in views]
         function = function_of((data, copies) if copies else data, name)
+    function.refs = refs
     if reads is not None or function.size >= LARGE:
         _remember(func, function, reads or _NEVER)
     return function
@@ -1949,6 +1988,7 @@ class Future(concurrent.futures.Future):
     _number = _cost = _tries = 0  # its number, seconds it counts as in its slot, starts that were charged to it
     _spared = 0                   # workers that died before they began it, though it was the next
     _counted = False              # whether it is among the engine's unfinished calls
+    _refs = ()                    # the Refs among its arguments: they live until its outcome
 
     def __init__(self, engine=None, function=None, arguments=(), timeout=None, retries=0, limit=None):
         self._state = PENDING
@@ -2158,7 +2198,7 @@ def conclude(outcomes):
             else:
                 call._packed = succeeded, value
             call._state = CANCELLED if type(value) is CancelledError else FINISHED
-            call._arguments = None
+            call._arguments, call._refs = None, ()
             for waiter in call._waiting or ():
                 if call._handlers and type(waiter) is _Waiter and waiter.handlers:
                     continue
@@ -4020,7 +4060,7 @@ def start(engine, func, function, args, kwargs, timeout, retries, limit):
             return call
     call = Future(engine, function, None, timeout, retries, limit)
     try:
-        call._arguments = pack_arguments(function.name, args, kwargs, func)
+        call._arguments, call._refs = pack_arguments(function.name, args, kwargs, func)
     except Exception as error:                    # one bad call among a hundred spoils one result
         conclude([(call, False, error)])
     else:
@@ -4230,7 +4270,7 @@ def run_packed(function, setup, arguments):
     try:
         if setup is not None:
             set_up(setup)
-        args, kwargs = resolve(*unpack_arguments(arguments))
+        args, kwargs = unpack_arguments(arguments)
         value = unpack(function)(*args, **kwargs)
         if inspect.iscoroutine(value):
             value = asyncio.run(value)
@@ -4508,10 +4548,26 @@ WINDOW = 4              # pieces per command; more do not fit a processor's cach
 LONGEST_ITEM = 512 << 20   # bytes of a string of Redis: one item of a queue, one message
 
 _MISSING = object()
-_refs = weakref.WeakSet()   # this process's Refs, so that resolve() knows when there is none
+_shared_here = weakref.WeakValueDictionary()    # name -> the Ref that share() gave: however it is unpickled here, it is this
+_client = None          # a worker's: the id of its client, whose copies of Refs it uses
+_own = None             # any other process's Copies, made when it first needs one
 _serve = served.__setitem__    # a worker sets these: a client serves what its calls share without Redis,
-_fetch = None                   # callable(name) -> the buffers of a Ref that the client serves, or None
-FETCHES["ref"] = lambda name: name in served and [pickle.PickleBuffer(part) for part in served[name]] or None
+_fetch = None                   # callable(what, name) -> what the client says of a Ref that it serves
+
+
+def _serve_ref(name):
+    """What a client says to a worker that asks for a Ref: its buffers, or None."""
+    parts = served.get(name)
+    return parts and [pickle.PickleBuffer(part) for part in parts]
+
+
+FETCHES["ref"] = _serve_ref
+
+
+def use_client(client, serve=served.__setitem__, fetch=None):
+    """In a worker: the id of its client, who serves what is shared here, and who is asked for what was shared elsewhere."""
+    global _client, _serve, _fetch
+    _client, _serve, _fetch = client, serve, fetch
 
 
 def put(name, value, ttl=None):
@@ -4519,7 +4575,7 @@ def put(name, value, ttl=None):
 
     value: anything pickle or cloudpickle takes, of any size. ttl: seconds since the last access after which
     it is gone; None: the setting `ttl`, 0: never. Raises Unavailable."""
-    _store(_key(name), "value", _parts_of(value), _ttl(ttl))
+    _store(_key(name), "value", _parts(value), _ttl(ttl))
 
 
 def get(name, default=_MISSING):
@@ -4533,7 +4589,7 @@ def get(name, default=_MISSING):
             raise KeyError(name)
         return default
     kind, _, buffers = found
-    return b"".join(buffers) if kind == "file" else pickle.loads(buffers[0], buffers=buffers[1:])
+    return b"".join(buffers) if kind == "file" else unpack((buffers[0], buffers[1:]))
 
 
 def delete(*names):
@@ -4598,33 +4654,22 @@ def _ttl(ttl):
     return math.ceil(1000 * seconds)
 
 
-def _parts_of(value, inline=False):
-    """[pickle, buffer, ...]: by plain pickle where that will do, by cloudpickle where __main__ or a lambda is
-    in it."""
-    buffers = []
-
-    def aside(buffer):                  # True: keep it inside the pickle
-        raw = buffer.raw()
-        return raw.nbytes < LARGE or buffers.append(raw)
-
-    callback = None if inline else aside
-    try:
-        head = pickle.dumps(value, 5, buffer_callback=callback)
-        by_value = b"__main__" in head
-    except Exception:                   # of any type; cloudpickle can do it, or has the better error
-        by_value = True
-    if by_value:
-        buffers.clear()
-        head = cloudpickle.dumps(value, 5, buffer_callback=callback)
-    return [head, *buffers]
+def _parts(value):
+    """[pickle, buffer, ...] of a value, pickled exactly as an argument is."""
+    payload = pack(value, snapshot=False)
+    return [payload[0], *(buffer.raw() for buffer in payload[1])] if type(payload) is tuple else [payload]
 
 
 def _item(value):
-    """value as one string of Redis, as queues and topics need it."""
-    [head] = _parts_of(value, inline=True)
-    if len(head) > LONGEST_ITEM:
-        raise ValueError(f"an item of {len(head):,} bytes, over 512 MB: put() the value and send its name")
-    return head
+    """The value as one string of Redis, as queues and topics need it: its payload, pickled once more, buffers inside."""
+    item = pickle.dumps(pack(value, snapshot=False), 5)
+    if len(item) > LONGEST_ITEM:
+        raise ValueError(f"an item of {len(item):,} bytes, over 512 MB: put() the value and send its name")
+    return item
+
+
+def _from_item(item):
+    return unpack(pickle.loads(item))
 
 
 def _pieces(buffers):
@@ -4783,13 +4828,13 @@ def _append(key, name, content):
 
 
 def forget_served():
-    """Ends what this process serves without Redis, and removes this machine's copies of it: nobody can ask again."""
-    names = list(served)
+    """Ends what this process serves without Redis, and its copies: nobody can ask again."""
+    global _own
     served.clear()
-    for folder in _ref_folders() if names else ():
-        for name in names:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(os.path.join(folder, name))
+    with _clients_lock:
+        own, _own = _own, None
+    if own:
+        own.close()
 
 
 def share(value, ttl=None):
@@ -4797,178 +4842,261 @@ def share(value, ttl=None):
     call.
 
     With Redis configured it lives `ttl` seconds after its last use (None: the setting, 0: for ever), also without
-    this process; without, as long as the client. Later changes of `value` do not matter."""
-    name, buffers = uuid.uuid4().hex, _parts_of(value)
+    this process; without, as long as the client, or until the program drops the Ref and its last call is done. Later
+    changes of `value` do not matter."""
+    name, (buffers, refs) = uuid.uuid4().hex, noting_refs(_parts, value)
     in_redis = "redis" in _settings().given and bool(_settings().redis)
+    ref = Ref(name, in_redis, _ttl(ttl))
     if in_redis:
-        _store(_key(name, "ref"), "ref", buffers, _ttl(ttl))
+        _store(_key(name, "ref"), "ref", buffers, ref.ttl)
     else:
         _serve(name, [bytes(buffer) for buffer in buffers])
-    return Ref(name, in_redis)
+        if _fetch is None:                      # else a call's result may still name it: its client keeps it to the end
+            _shared_here[name] = ref
+            weakref.finalize(ref, _release, name, [*_ref_folders()], refs).atexit = False
+    return ref
+
+
+def _release(name, folders, _refs=()):
+    """Give a Ref's value up: here, in this machine's copies, and on all servers.  Also called when the program has dropped
+    the Ref, and all calls that were given it are done: wherever the garbage collector likes, so it takes no lock; in a
+    forked child it finds no engine, and concerns that process alone.  _refs: those in the value, needed as long as it."""
+    served.pop(name, None)
+    for engine in list(_engines):
+        unlink_copies(folders, engine.id, [name])
+        if release := getattr(engine, "release", None):
+            release([name])
+    if _own:
+        unlink_copies(folders, _own.client, [name])
+
+
+FETCHES["release"] = lambda name: _release(name, _ref_folders())
 
 
 class Ref:
-    """A shared value's name. As an argument of a call, also in a list, tuple or dict there, the call gets the
-    value.
+    """A shared value's name. Among the arguments of a call, at any depth, it arrives as the value; a Ref that comes back
+    as a result, or that a function's code names, stays a Ref.
 
-    Arrays of it are read-only, as all processes of a machine have them from one piece of memory: copy() to
+    Arrays of the value are read-only, as all processes of a machine have them from one piece of memory: copy() to
     write."""
-    __slots__ = ("name", "in_redis", "__weakref__")
+    __slots__ = ("name", "in_redis", "ttl", "_original", "__weakref__")
 
-    def __init__(self, name, in_redis):
+    def __init__(self, name, in_redis, ttl=0):
         self.name, self.in_redis = name, in_redis       # in_redis: else its client serves it
-        _refs.add(self)
+        self.ttl = ttl                                  # milliseconds that it is kept in Redis when nobody uses it, 0: for ever
+        self._original = None                           # what unresolved() was called on
 
-    def __reduce__(self): return Ref, (self.name, self.in_redis)
-    def __repr__(self): return f"Ref({self.name!r})"
+    def __reduce__(self):
+        if pickling.refs is not None:
+            pickling.refs.append(self)
+        return (_value_of if pickling.resolve and self._original is None else _ref), (self.name, self.in_redis, self.ttl)
+
+    def __repr__(self):
+        return f"Ref({self.name!r})"
 
     def get(self):
         """The value. LookupError if it is gone; Unavailable. Any thread."""
-        head, *buffers = served.get(self.name) or _machine_copy(self.name, self.in_redis)
-        return pickle.loads(head, buffers=[memoryview(buffer).toreadonly() for buffer in buffers])
+        head, *buffers = served.get(self.name) or _machine_copy(self)
+        before, pickling.of_client = pickling.of_client, False      # in the midst of a call's arguments, perhaps
+        try:
+            return pickle.loads(head, buffers=[memoryview(buffer).toreadonly() for buffer in buffers])
+        finally:
+            pickling.of_client = before
+
+    def close(self):
+        """Give the value up, wherever it is kept; who has it keeps what he has. Any process."""
+        if self.in_redis:
+            _retried(lambda client: client.unlink(_key(self.name, "ref")))
+        if _fetch:
+            _fetch("release", self.name)
+        else:
+            _release(self.name, _ref_folders())
+
+    def unresolved(self):
+        """A Ref to the same value, which arrives as a Ref where it is among the arguments of a call."""
+        other = Ref(self.name, self.in_redis, self.ttl)
+        other._original = self
+        return other
 
 
-def resolve(args, kwargs):
-    """args and kwargs with the values of all Refs among them, and in lists, tuples and dicts among them."""
-    if not _refs:
-        return args, kwargs
-    values = {}                         # name -> value: one that is passed twice arrives as one
-
-    def value_of(thing):
-        if thing.name not in values:
-            values[thing.name] = thing.get()
-        return values[thing.name]
-
-    def each(things):
-        return [value_of(thing) if type(thing) is Ref else thing for thing in things]
-
-    def within(thing):
-        kind = type(thing)
-        if kind is Ref:
-            return value_of(thing)
-        if kind in (list, tuple) and any(type(inner) is Ref for inner in thing):
-            return kind(each(thing))
-        if kind is dict and any(type(inner) is Ref for inner in thing.values()):
-            return dict(zip(thing, each(thing.values())))
-        return thing
-
-    return tuple([within(thing) for thing in args]), {key: within(thing) for key, thing in kwargs.items()}
+UNRESOLVED[Ref] = Ref.unresolved
 
 
-def _machine_copy(name, in_redis):
-    """The buffers of a Ref, from this machine's copy of it: a file in memory, which the first process to ask
-    fills while the others wait for its lock."""
+def _ref(name, *fields):
+    """What a Ref is unpickled as: where it was made, as what share() gave."""
+    return _shared_here.get(name) or Ref(name, *fields)
+
+
+def _value_of(*fields):
+    """What a Ref among the arguments of a call is unpickled as."""
+    return Ref(*fields).get()
+
+
+def _fetched(ref):
+    """The buffers of a Ref, from Redis or from the client that serves it."""
+    if ref.in_redis:
+        found = _load(_key(ref.name, "ref"), ref.name, _memory)
+        buffers = found and found[2]
+    else:
+        buffers = _fetch and _fetch("ref", ref.name)
+    if not buffers:
+        raise LookupError(f"the value of Ref {ref.name!r} is gone: its time to live ended, or who shared it did")
+    return buffers
+
+
+# ---- Copies of Refs on this machine
+#
+#     /dev/shm/clupy-1000/CLIENT/REF        pickle of the sizes | buffers, each at a multiple of 64 bytes
+#
+# A file in memory, which the first process to ask makes and all of them map.  It is whole where it exists, as it is
+# renamed into place.  Not a file for each buffer: every mapping takes a descriptor; numpy and arrow like the alignment.
+# The folder CLIENT is there while somebody holds it, by a shared flock, which ends with its process: what nobody
+# holds was left by who was killed.  Removing it does no harm to who has mapped a copy.
+
+class Copies:
+    """One client's copies of Refs on this machine, held by a server that has a session of it, or by the client itself."""
+
+    def __init__(self, client):
+        self.client, self.held = client, []     # held: descriptors of the folders
+        for folder in _ref_folders():
+            with contextlib.suppress(OSError), _locked(folder, os.O_DIRECTORY):        # no room: no copies there
+                path = os.path.join(folder, client)
+                os.makedirs(path, 0o700, exist_ok=True)
+                self.held.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+                fcntl.flock(self.held[-1], fcntl.LOCK_SH)
+
+    def __repr__(self):
+        return f"<Copies {self.client}>"
+
+    def release(self, names):
+        unlink_copies(_ref_folders(), self.client, names)
+
+    def close(self):
+        """Hold them no longer, and remove them if nobody else does."""
+        while self.held:
+            os.close(self.held.pop())
+        remove_copies(self.client)
+
+
+def unlink_copies(folders, client, names):
+    for path in [os.path.join(folder, client, name) for folder in folders for name in names]:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+
+
+def remove_copies(client=None):
+    """Remove the copies of this client, or of every one, that nobody holds."""
     for folder in _ref_folders():
-        with _locked(os.path.join(folder, name)) as file:
-            try:
-                ttl, spans = _read_table(file) or _write_copy(file, *_fetched(name, in_redis))
-            except OSError as error:
-                os.truncate(file, 0)
-                if error.errno != errno.ENOSPC:
-                    raise
-                continue                # Docker's /dev/shm has 64 MB: on disk, then
-            except LookupError:
-                os.unlink(os.path.join(folder, name))
-                raise
-            if in_redis:
-                _refresh(file, name, ttl)
-            content = memoryview(mmap.mmap(file, 0, access=mmap.ACCESS_READ))
-        return [content[start:end] for start, end in spans]
-    raise OSError(errno.ENOSPC, "no room for the value of a Ref", folder)
+        gone = []
+        with contextlib.suppress(OSError), _locked(folder, os.O_DIRECTORY):
+            for path in [os.path.join(folder, name) for name in ([client] if client else os.listdir(folder))]:
+                with contextlib.suppress(OSError), _locked(path, os.O_DIRECTORY, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                    os.rename(path, f"{path}.gone")        # a worker that is about to be killed makes no copy in it any more
+                    gone.append(f"{path}.gone")
+        for path in gone:
+            shutil.rmtree(path, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def _locked(path):
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield file
-    finally:
-        fcntl.flock(file, fcntl.LOCK_UN)     # closing would not: a mapping has a duplicate of the descriptor
+def _forget_copies():
+    """In a forked child: they are its parent's, and so is the lock that holds them."""
+    global _own
+    own, _own = _own, None
+    for file in own.held if own else ():
         os.close(file)
 
 
-def _fetched(name, in_redis):
-    """(ttl, buffers) of a Ref, from Redis or from the client that serves it."""
-    if in_redis:
-        if found := _load(_key(name, "ref"), name, _memory):
-            return found[1:]
-        buffers = None
-    else:
-        buffers = _fetch and _fetch(name)
-    if buffers is None:
-        raise LookupError(f"the value of Ref {name!r} is gone: its time to live ended, or who shared it did")
-    return 0, buffers
+def _whose_copies():
+    """The id of the client whose copies this process uses: a worker's client, or itself."""
+    global _own
+    if _client:
+        return _client
+    with _clients_lock:
+        if _own is None:
+            remove_copies()
+            _own = Copies(getattr(_engine, "id", None) or uuid.uuid4().hex)
+        return _own.client
 
 
-# A copy: length of its table, 8 bytes, 0 while incomplete | table: pickle of (ttl, [(start, end), ...]) |
-# buffers. Buffers start at multiples of 64 bytes, as numpy and arrow like them; 0.5 ms for every process
-# after the first.
-
-def _write_copy(file, ttl, buffers):
-    """The table of the copy it writes. An OSError, no room, leaves the copy incomplete."""
-    def table(start):
-        spans = []
-        for buffer in buffers:
-            start = -(-start // 64) * 64
-            spans.append((start, start + len(buffer)))
-            start += len(buffer)
-        return ttl, spans
-
-    room = len(pickle.dumps(table(1 << 40)))     # no start in the real one takes more
-    result = table(8 + room)
-    packed = pickle.dumps(result)
-    os.truncate(file, 0)
-    _write(file, 8, packed)
-    for (start, _), buffer in zip(result[1], buffers):
-        _write(file, start, buffer)
-    _write(file, 0, len(packed).to_bytes(8, "big"))
-    return result
+def _machine_copy(ref):
+    """The buffers of a Ref, from this machine's copy of it; where there is no room for one, this process's own."""
+    client, buffers = _whose_copies(), None
+    paths = [os.path.join(folder, client, ref.name) for folder in _ref_folders()]
+    found = _mapped(paths)
+    for path in () if found else paths:
+        try:
+            with _locked(os.path.join(os.path.dirname(path), f"{ref.name[:1]}.lock")):     # few files, and enough
+                if not _mapped(paths):
+                    buffers = buffers or _fetched(ref)
+                    _write_copy(path, buffers)
+            break
+        except ConnectionError:         # no file's, but that of who has the value
+            raise
+        except OSError as error:        # Docker's /dev/shm has 64 MB: on disk, then
+            log.debug("no copy of %r at %s: %s", ref, path, error)
+    found = found or _mapped(paths)
+    return _used(ref, *found) if found else buffers or _fetched(ref)
 
 
-def _write(file, start, buffer):
-    view = memoryview(buffer)
-    while view:
-        written = os.pwrite(file, view, start)   # 2 GB at most
-        view, start = view[written:], start + written
+@contextlib.contextmanager
+def _locked(path, kind=os.O_CREAT, how=None):
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | kind, 0o600)
+    try:
+        fcntl.flock(file, how or fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(file)
 
 
-def _read_table(file):
-    """(ttl, [(start, end), ...]) of a complete copy, else None."""
-    length = int.from_bytes(os.pread(file, 8, 0), "big")
-    if not length:
-        return None
-    ttl, spans = pickle.loads(os.pread(file, length, 8))
-    return (ttl, spans) if os.fstat(file).st_size >= spans[-1][1] else None
+def _write_copy(path, buffers):
+    """Make the copy; by one process at a time.  OSError: there is no room."""
+    beside = f"{path}.new"
+    try:
+        with io.open(beside, "wb") as file:
+            pickle.dump([len(buffer) for buffer in buffers], file)
+            for buffer in buffers:
+                file.seek(-file.tell() % 64, os.SEEK_CUR)
+                file.write(buffer)
+        os.rename(beside, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(beside)
+        raise
 
 
-def _refresh(file, name, ttl):
-    """Tells Redis of a copy's use, once in a quarter of its time to live: else the original would expire."""
-    if ttl and time.time() - os.fstat(file).st_mtime > ttl / 4000:
-        os.utime(file)
-        _retried(lambda client: client.pexpire(_key(name, "ref"), ttl))
+def _mapped(paths):
+    """(path, buffers) of the first copy that is there, or None."""
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError), io.open(path, "rb") as file:
+            sizes, start, buffers = pickle.load(file), file.tell(), []
+            content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            for size in sizes:
+                start += -start % 64
+                buffers.append(content[start:start + size])
+                start += size
+            return path, buffers
+    return None
+
+
+def _used(ref, path, buffers):
+    """The buffers; Redis is told of their use once in a quarter of their time to live: else the original would expire."""
+    with contextlib.suppress(FileNotFoundError):        # it was given up in this moment
+        if ref.in_redis and ref.ttl and time.time() - os.stat(path).st_mtime > ref.ttl / 4000:
+            os.utime(path)
+            _retried(lambda client: client.pexpire(_key(ref.name, "ref"), ref.ttl))
+    return buffers
 
 
 def _ref_folders():
-    """The folders for copies, best first: nobody else may write there, for a pickle is code."""
-    for parent in dict.fromkeys(filter(os.path.isdir, ("/dev/shm", tempfile.gettempdir()))):
+    """The folders for copies, best first: nobody else may write there, for a pickle is code.  One that somebody else made
+    first is passed over."""
+    for parent in filter(os.path.isdir, dict.fromkeys(("/dev/shm", tempfile.gettempdir()))):
         folder = os.path.join(parent, f"clupy-{os.getuid()}")
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(folder, 0o700)
-        status = os.lstat(folder)
-        if status.st_uid != os.getuid() or status.st_mode & 0o170077 != 0o040000:
-            raise ClupyError(f"{folder} keeps the values of Refs: only you may have access to it (0700)")
-        yield folder
-
-
-def remove_stale_refs(ttl):
-    """Removes this machine's copies that nobody used for `ttl` seconds; for the start of a server."""
-    oldest = time.time() - ttl
-    for folder in _ref_folders():
-        for entry in os.scandir(folder):
-            with contextlib.suppress(FileNotFoundError):   # another server was first
-                if entry.stat().st_mtime < oldest:
-                    os.unlink(entry.path)
+        with contextlib.suppress(OSError):
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(folder, 0o700)
+            status = os.lstat(folder)
+            if status.st_uid == os.getuid() and status.st_mode & 0o170077 == 0o040000:
+                yield folder
 
 
 def counter(name, ttl=None):
@@ -5046,7 +5174,7 @@ class Queue:
                 raise Empty
             wait = min(max(left, 0.01), 1)       # shorter than the socket's time-out; 0 would be for ever
             item = (_once(lambda client: client.blpop(self._key, wait), self.name) or (None, None))[1]
-        return pickle.loads(item)
+        return _from_item(item)
 
     def _pop(self, client):
         with client.pipeline() as pipe:
@@ -5106,7 +5234,7 @@ class Subscription:
                 reason = f"{error}; values of topic {self.topic!r} may have been missed"
                 raise _unavailable("redis", reason) from error
             if message and message["type"] == "message":
-                return pickle.loads(message["data"])
+                return _from_item(message["data"])
             if left <= 0:
                 self.close()
                 raise StopIteration
@@ -5535,6 +5663,7 @@ def _after_fork():
         executor._engine = None
     _engine, _engines = None, weakref.WeakSet()
     _forget_clients()
+    _forget_copies()
 
 
 os.register_at_fork(after_in_child=_after_fork)

@@ -43,8 +43,8 @@ import threading
 import time
 
 import clupy
-from clupy import (CONTROL, SLOT, ClupyError, DependencyError, ProtocolError, Why, dispatch, encode, proof, slot_head,
-                   slot_key, tune)
+from clupy import (CONTROL, SLOT, ClupyError, DependencyError, ProtocolError, Why, dispatch, encode, pickling, proof,
+                   slot_head, slot_key, tune)
 # Imported at first use, and never in a worker:
 from clupy import asyncio, clupy_master, pathlib, platform, shutil, site, subprocess, sysconfig, tempfile
 
@@ -62,6 +62,7 @@ GRACE_TIME = 1.0                   # a worker whose slot was closed may end by i
 WATCH_TIME = 0.1                   # deadlines are looked at so often, while slots are open
 STACK_TIME = 0.1                   # a worker that is to be killed writes its Python stack for so long
 STACK_SIGNAL = signal.SIGRTMIN + 3 if hasattr(signal, "SIGRTMIN") else signal.SIGUSR2
+SWEEP_TIME = 3600.0                # copies of Refs that nobody holds any more are looked for so often
 UNKNOWN_EXIT = 1 << 16             # of a process for which somebody else has waited; no process ends so
 MAX_FAILURES = 3                   # workers that die in a row at their start; then there is a pause
 LAST_LINES = 10                    # of standard error that an error message shows
@@ -161,7 +162,8 @@ class Worker:
         self._writing = threading.Lock()
         self._frames = clupy.Frames()
         clupy.use_services(given["services"])
-        clupy._serve, clupy._fetch = functools.partial(self.send, "serve"), functools.partial(self.fetch, "ref")
+        self.client = given["client"]
+        clupy.use_client(self.client, functools.partial(self.send, "serve"), self.fetch)
         clupy._note_session = self._note_session
         clupy._engine = self.nested
         if given["tls"]:
@@ -227,7 +229,7 @@ class Worker:
         """(succeeded, value or payload); raises nothing."""
         try:
             func = self._function(function)
-            args, kwargs = clupy.resolve(*unpack_arguments(arguments))
+            args, kwargs = unpack_arguments(arguments)
             value = func(*args, **kwargs)
             if type(value) in clupy.PLAIN:
                 return True, value
@@ -500,15 +502,12 @@ class NestedCalls(clupy.BaseEngine):
     def abandon(self):
         """In a forked child of a call: the slot's socket is the parent's alone."""
         os.close(self._worker.sock.detach())
-        clupy._fetch, clupy._serve = None, clupy.served.__setitem__
+        clupy.use_client(self._worker.client)
 
 
 # ==== Worker: the client's classes and modules ===============================
 # The client's classes are only named in results (clupy._client_class).  A class that was made here, or came with the
 # result of a nested call, is one that the client does not know: it goes by value.
-
-_unpacking = threading.local()                     # .call: whether this thread unpacks something of the client's
-
 
 def note_client_classes():
     """Note the classes that come from the client, from now on: wrap the function by which cloudpickle makes or finds them.
@@ -518,7 +517,7 @@ def note_client_classes():
 
     def noting(tracker_id, cls):
         cls = lookup(tracker_id, cls)
-        if getattr(_unpacking, "call", False):
+        if pickling.of_client:
             clupy._client_classes.add(cls)
         return cls
     tracker._lookup_class_or_track = noting
@@ -531,11 +530,11 @@ def unpack_arguments(arguments):
 
 def unpack_call(payload):
     """clupy.unpack for functions and arguments; nested calls' results are for clupy.unpack itself."""
-    before, _unpacking.call = getattr(_unpacking, "call", False), True
+    before, pickling.of_client = pickling.of_client, True
     try:
         return clupy.unpack(payload)
     finally:
-        _unpacking.call = before
+        pickling.of_client = before
 
 
 class Finder:
@@ -1116,6 +1115,7 @@ class Session:
         self.id = os.urandom(clupy.SESSION_SIZE)
         self.client = "?"
         self.libraries = None                      # Libraries of its workers; None: the cluster's, whatever they are
+        self.copies = None                         # the client's clupy.Copies of Refs on this machine
         self.output = True                         # whether the client wants to see what its calls print
         self.slots = {}                            # {number: SlotRow} open or waiting
         self.numbers = set()                       # every number that was used: each opens one slot, once
@@ -1130,6 +1130,7 @@ class Session:
 
     def on_hello(self, connection, client, environment, output):
         self.client, self.output = client, output
+        self.copies = clupy.Copies(client)
         if environment is not None:
             self.libraries = self.server.libraries_of(clupy_master.Resolution.of(environment))
         connection.send("welcome", self.id, self.server.name, self.server.versions, self.server.settings.max_nested)
@@ -1155,6 +1156,9 @@ class Session:
     async def _kill(self, slot, call):
         if not await slot.process.kill_call(call, Why.CANCELLED):
             self.connection.send("late", slot.number, call)
+
+    def on_release(self, _, names):
+        self.copies.release(names)
 
     def on_seen(self, _, count):
         self._unseen -= count
@@ -1261,7 +1265,7 @@ class Server:
         return f"<Server {self.address[1]} {self.open_slots()} of {self.slots} slots, {len(self.processes)} workers>"
 
     async def start(self):
-        clupy.remove_stale_refs(clupy.SETTINGS["ttl"][2])
+        self.spawn(self._sweep())
         self.replenish()
         self.spawn(self.link.run(self))
         self.spawn(self._watch())
@@ -1281,6 +1285,8 @@ class Server:
 
     def descriptors(self):
         own = self._listener.descriptors()
+        for session in list(self.sessions.values()):
+            own += session.copies.held if session.copies else ()
         for process in list(self.processes.values()):
             own += process.descriptors()
             if process.slot:
@@ -1310,6 +1316,8 @@ class Server:
                     slot.process.end(Why.CLIENT_GONE, GRACE_TIME)
                 else:
                     slot.waiter.cancel()
+            if session.copies:
+                session.copies.close()
 
     async def _greet_slot(self, sock):
         head = await clupy.read_exactly(sock, clupy.SLOT_HEAD.size + clupy.PROOF_SIZE)
@@ -1372,7 +1380,7 @@ class Server:
             try:
                 process.hand_over(slot, {
                     "key": slot_key(slot.session.connection.key, slot.number).hex(), "server": self.name,
-                    "services": self.services, "tls": self.tls})
+                    "client": slot.session.client, "services": self.services, "tls": self.tls})
             except ConnectionError:
                 continue                           # it died just now; it will be replaced
             self.waiting.remove(slot)
@@ -1630,6 +1638,12 @@ class Server:
             await asyncio.sleep(clupy.STATEMENT_TIME)
             self.link.look(time.monotonic())
             self._state()
+
+    async def _sweep(self):
+        """Remove copies that were left by clients and servers that were killed together."""
+        while True:
+            clupy.remove_copies()
+            await asyncio.sleep(SWEEP_TIME)
 
     def state_soon(self):
         """After a change: state it, gathered for GATHER_TIME."""

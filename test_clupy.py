@@ -10,6 +10,7 @@ import concurrent.futures
 import contextlib
 import csv
 import ctypes
+import dataclasses
 import errno
 import functools
 import gc
@@ -3492,7 +3493,7 @@ def copies(tmp_path, monkeypatch):
     folder = tmp_path / "copies"
     folder.mkdir(mode=0o700)
     monkeypatch.setattr(clupy, "_ref_folders", lambda: iter([str(folder)]))
-    return folder
+    return folder / clupy._whose_copies()
 
 
 @contextlib.contextmanager
@@ -3666,13 +3667,8 @@ def fifty_totals(ref):
 
 
 def copies_here():
-    return {name for folder in clupy._ref_folders() for name in os.listdir(folder)}
-
-
-def remove_copies(name):
-    for folder in clupy._ref_folders():
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(os.path.join(folder, name))
+    """The names of all copies of Refs on this machine; one that goes meanwhile may be missing."""
+    return {name for folder in clupy._ref_folders() for _, _, names in os.walk(folder) for name in names}
 
 
 def test_fifty_calls_on_two_servers_of_one_machine_fetch_a_shared_array_once(tmp_path, redis_server, monkeypatch):
@@ -3681,10 +3677,7 @@ def test_fifty_calls_on_two_servers_of_one_machine_fetch_a_shared_array_once(tmp
         monkeypatch.setenv("CLUPY_MASTER", cluster.address)
         ref = clupy.share(numpy.arange(300_000.0))         # 2.4 MB: one command reads it
         reads = clupy._redis().info("commandstats").get("cmdstat_hmget", {"calls": 0})["calls"]
-        try:
-            assert len(fifty_totals(ref)) > 1
-        finally:
-            remove_copies(ref.name)
+        assert len(fifty_totals(ref)) > 1
         assert clupy._redis().info("commandstats")["cmdstat_hmget"]["calls"] == reads + 1
 
 
@@ -3705,6 +3698,7 @@ def test_without_redis_the_client_serves_what_it_and_its_calls_share_once_to_a_m
     assert value == 4950 and theirs.get() == list(range(100)) and clupy.parallel(len)(theirs).result(PATIENCE) == 100
     with pytest.raises(LookupError, match="gone"):
         clupy.parallel(len)(clupy.Ref("unknown", False)).result(PATIENCE)
+    assert copies_here() & {ref.name, theirs.name}
     clupy.close()
     assert not copies_here() & {ref.name, theirs.name, "unknown"}
 
@@ -3714,6 +3708,120 @@ def test_a_ref_arrives_as_its_value_on_another_executor_too(settings):
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         clupy.connect(executor=pool)
         assert clupy.parallel(sum)(clupy.share([1, 2])).result(PATIENCE) == 3
+
+
+LARGE_VALUE = 8 << 20
+
+
+def copies_of(client):
+    """The names of this client's copies of Refs on this machine."""
+    folders = [os.path.join(folder, client) for folder in clupy._ref_folders()]
+    return [name for folder in folders if os.path.isdir(folder) for name in os.listdir(folder)]
+
+
+CLIENT_WITH_COPIES = f"""
+    ref = clupy.share(bytes({LARGE_VALUE}))
+    assert clupy.parallel(len)(ref).result({PATIENCE}) == {LARGE_VALUE}
+    print(clupy._engine.id)
+    time.sleep(600)
+"""
+
+
+def test_a_killed_client_leaves_no_copies_on_a_server_that_goes_on(tmp_path, monkeypatch):
+    with Cluster(tmp_path, 2, 1) as cluster:               # of one machine: the copies are there while either has a session
+        monkeypatch.setenv("CLUPY_MASTER", cluster.address)
+        with Dialogue(CLIENT_WITH_COPIES) as client:
+            id = client.hears()
+            assert any(len(name) == 32 for name in copies_of(id))
+            client.process.kill()
+            until(lambda: not [folder for folder in clupy._ref_folders() if os.path.exists(os.path.join(folder, id))])
+        assert clupy.parallel(len)(clupy.share([1])).result(PATIENCE) == 1
+
+
+def test_copies_stay_while_one_server_of_the_machine_has_the_client_and_go_at_the_next_start_when_all_were_killed(
+        tmp_path, monkeypatch):
+    with Cluster(tmp_path, 1, 1) as cluster:
+        monkeypatch.setenv("CLUPY_MASTER", cluster.address)
+        with Dialogue(CLIENT_WITH_COPIES) as client:
+            id = client.hears()
+            other = clupy.Copies(id)                       # as another server of this machine
+            client.process.kill()
+            until(lambda: not cluster.status()["clients"])
+            assert copies_of(id)
+            other.close()
+            assert not copies_of(id)
+        with Dialogue(CLIENT_WITH_COPIES) as client:
+            id = client.hears()
+            cluster.servers[0].process.kill()
+            client.process.kill()
+            client.process.wait()
+            assert copies_of(id)
+        until(lambda: not workers())
+        cluster.add_server()
+        until(lambda: not copies_of(id))
+
+
+def test_a_ref_that_its_program_drops_is_gone_but_not_before_its_calls_have_it(monkeypatch):
+    clupy.connect(slots=1)
+    late = [clupy.parallel(lambda value: time.sleep(0.1) or len(value))(clupy.share(bytes(LARGE_VALUE))) for _ in range(3)]
+    assert [call.result(PATIENCE) for call in late] == [LARGE_VALUE] * 3         # nobody but the calls had them
+    until(lambda: not clupy.served)
+
+    def captured():
+        ref = clupy.share(bytes(LARGE_VALUE))
+        return clupy.parallel(lambda: time.sleep(0.1) or len(ref.get()))()         # in the pickle of a function
+    assert [call.result(PATIENCE) for call in [captured(), captured()]] == [LARGE_VALUE] * 2
+    outer = clupy.share({"inner": clupy.share([1, 2])})
+    assert clupy.parallel(lambda value: value["inner"].get())(outer).result(PATIENCE) == [1, 2]
+    same = pickle.loads(pickle.dumps(outer))
+    assert same is outer and outer.name in copies_of(clupy._engine.id)
+    del same
+    if (pid := os.fork()) == 0:
+        del outer
+        os._exit(0)
+    os.waitpid(pid, 0)
+    assert outer.get()["inner"].get() == [1, 2]
+    unresolved = outer.unresolved()
+    del outer
+    assert kinds(unresolved.get()) == {"inner": "Ref"}
+    del unresolved
+    gc.collect()
+    until(lambda: not clupy.served and not [name for name in copies_of(clupy._engine.id) if len(name) == 32])
+
+
+def test_servers_are_told_of_a_ref_that_nobody_has_and_remove_its_copy():
+    class Told:
+        id = uuid.uuid4().hex
+
+        def release(self, names):
+            clupy.dispatch(session, "the client", ("release", names))
+
+    engine, session = Told(), clupy_server.Session(None, None)
+    clupy._engines.add(engine)
+    session.copies = clupy.Copies(engine.id + "elsewhere")             # of another machine
+    ref, other = clupy.share([1]), clupy.share([2])
+    for shared in other, ref:
+        clupy._write_copy(os.path.join(next(clupy._ref_folders()), session.copies.client, shared.name), [b"1"])
+    del ref, shared
+    assert copies_of(session.copies.client) == [other.name]
+    session.copies.close()
+    assert not copies_of(session.copies.client)
+
+
+def test_a_ref_is_given_up_by_hand_by_who_made_it_and_by_calls(redis):
+    here = clupy.share([1])
+    clupy.connect(slots=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clupy, "_settings", lambda: clupy.default_settings("client"))          # which name no Redis
+        served = clupy.share([2])
+    for ref in here, served:
+        assert call(len, ref) == 1
+        call(lambda ref: ref.close(), ref.unresolved())
+        until(lambda: not [name for name in copies_of(clupy._engine.id) if name == ref.name])
+        for use in ref.get, lambda: call(len, ref):
+            with pytest.raises(LookupError, match="gone"):
+                use()
+        ref.close()
 
 
 @pytest.mark.parametrize("name, says", [
@@ -3727,8 +3835,6 @@ def test_the_examples_run_on_the_embedded_cluster(redis, zookeeper, tmp_path, na
         text = file.read()
     mine = {name: value for name, value in os.environ.items() if name.startswith("CLUPY_")}
     lines = run_script(tmp_path / "program", text, **{**mine, "CLUPY_SLOTS": 3}).stdout.splitlines()
-    for key in clupy._redis().scan_iter(clupy._key("*", "ref")):       # Redis keeps the value, and the machine its copy
-        remove_copies(key.decode().rpartition(":")[2])
     assert all(any(line.startswith(text) for line in lines) for text in says) and clupy.keys() == []
 
 
@@ -3753,6 +3859,51 @@ def test_another_process_gets_what_was_put_also_what_plain_pickle_refuses(redis)
     huge = clupy.get("huge")                               # over 512 MB: more than a string of Redis holds
     assert len(huge) == (513 << 20) + 1 and huge[300 << 20] == 7 and huge.count(0) == 513 << 20
     clupy.delete("huge")
+
+
+@contextlib.contextmanager
+def odd_values():
+    """An object of a module that goes by value, a cached function, and an object of a multiprocessing child's main module:
+    no other process can import any of the three."""
+    text = "class Odd:\n    n = 42\n    def twice(self):\n        return 2 * self.n\ndef one(x):\n    return x + 1\n"
+    made, main = types.ModuleType("made_by_hand"), types.ModuleType("__mp_main__")
+    for module in made, main:
+        exec(text, vars(module))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "made_by_hand", made)
+        patch.setitem(sys.modules, "__mp_main__", main)
+        cloudpickle.register_pickle_by_value(made)
+        try:
+            yield {"made": made.Odd(), "cached": functools.lru_cache(made.one), "main": main.Odd()}
+        finally:
+            for module in made, main:
+                cloudpickle.unregister_pickle_by_value(module)
+
+
+def see(values):
+    return values["made"].twice(), values["cached"](1), values["main"].twice()
+
+
+@pytest.mark.parametrize("way", ["argument", "put", "share", "queue", "topic"])
+def test_a_value_that_can_be_an_argument_can_go_every_other_way_too(redis, way):
+    with odd_values() as values:
+        if way == "topic":
+            def listen():
+                with clupy.subscribe("odd", timeout=PATIENCE) as topic:
+                    clupy.put("listening", True)
+                    return see(next(topic))
+            seen = clupy.parallel(listen)()
+            until(lambda: clupy.exists("listening"))
+            clupy.publish("odd", values)
+        elif way in ("argument", "share"):
+            seen = clupy.parallel(see)(clupy.share(values) if way == "share" else values)
+        elif way == "put":
+            clupy.put("odd", values)
+            seen = clupy.parallel(lambda: see(clupy.get("odd")))()
+        else:
+            clupy.queue("odd").put(values)
+            seen = clupy.parallel(lambda: see(clupy.queue("odd").get(0)))()
+        assert seen.result(PATIENCE) == (84, 2, 84)
 
 
 def test_arrays_and_frames_of_every_shape_come_back_equal_and_writable(redis):
@@ -3961,7 +4112,7 @@ def test_a_queue_waits_for_an_item_and_a_topic_reaches_those_who_listen(redis):
 
 # ---- Refs on one machine
 
-def test_a_ref_is_a_name_and_resolving_goes_one_level_deep(redis, copies):
+def test_a_ref_is_a_name_and_each_opening_makes_a_value_of_its_own(redis, copies):
     numpy = pytest.importorskip("numpy")
     value = {"array": numpy.arange(1_000_000.0), "list": [1, 2]}
     ref = clupy.share(value)
@@ -3971,45 +4122,112 @@ def test_a_ref_is_a_name_and_resolving_goes_one_level_deep(redis, copies):
     assert got["array"][0] == 0 and got["array"].flags.aligned and not got["array"].flags.writeable
     got["list"].append(3)
     assert ref.get()["list"] == [1, 2]
-    one, other, plain = clupy.share([1]), clupy.share("x"), ([1, 2], {"a": 1})
-    args, kwargs = clupy.resolve((one, [one, 5], (other,), {"k": other}, plain, [[one]]), {"r": one, "n": 1})
-    assert args[:4] == ([1], [[1], 5], ("x",), {"k": "x"}) and kwargs == {"r": [1], "n": 1}
-    assert args[4] is plain and args[5] == [[one]] and args[0] is args[1][0]
 
 
-def test_a_copy_of_a_ref_that_is_damaged_is_written_again_and_a_stale_one_removed(redis, copies):
-    ref, stale = clupy.share(os.urandom(1_000_000)), clupy.share("stale")
+@dataclasses.dataclass
+class Holder:
+    held: object
+
+
+def kinds(thing):
+    """What arrived, with the type names of what is not a container."""
+    if isinstance(thing, Holder):
+        return Holder, kinds(thing.held)
+    if isinstance(thing, dict):
+        return {key: kinds(value) for key, value in thing.items()}
+    return [kinds(inner) for inner in thing] if isinstance(thing, (list, tuple)) else type(thing).__name__
+
+
+def test_a_ref_among_arguments_arrives_as_its_value_however_deep_and_elsewhere_as_a_ref():
+    clupy.connect(slots=1)
+    ref = clupy.share({1, 2})
+    deep = [({"a": [ref]}, Holder(ref), ref), 5]
+    assert call(kinds, deep) == [[{"a": ["set"]}, (Holder, "set"), "set"], "int"]
+    assert clupy.parallel(lambda *, x: x)(x=ref).result(PATIENCE) == {1, 2}
+    assert call(lambda a, b: a[0] is b, [ref], ref)                            # one Ref is one value
+    assert call(lambda: kinds([ref, ref.get()])) == ["Ref", "set"]             # what the function captured
+    unresolved = call(lambda x: [x, x.get()], ref.unresolved())                # there and back
+    assert kinds(unresolved) == ["Ref", "set"] and unresolved[0].get() == {1, 2}
+
+    def nested(inner):
+        return clupy.parallel(kinds)([inner]).result(), clupy.parallel(kinds)([inner.unresolved()]).result()
+    assert call(nested, ref.unresolved()) == (["set"], ["Ref"])
+    assert call(lambda function: function(), lambda: kinds([ref])) == ["Ref"]      # an argument, but its code says `ref`
+    assert list(clupy.map(len, [ref] * 5, chunk_size=2)) == [2] * 5
+
+
+def test_a_value_that_another_program_shared_comes_back_though_this_one_never_had_its_class(redis):
+    with Dialogue("""
+        class Point:
+            def __init__(self, x): self.x = x
+            def twice(self): return 2 * self.x
+        print(pickle.dumps(clupy.share(Point(21))).hex())
+    """) as process:
+        ref = pickle.loads(bytes.fromhex(process.hears()))
+        assert call(lambda point: point, ref).twice() == 42
+
+
+def test_a_ref_that_is_gone_is_the_failure_of_that_call_and_a_failed_pickle_leaves_nothing_behind():
+    class Bad:
+        def __reduce__(self):
+            raise ValueError("not me")
+
+    clupy.connect(slots=1)
+    ref, gone = clupy.share([1]), clupy.Ref("gone", False)
+    for wrong, error in ([[gone]], LookupError), ([[ref, Bad()]], pickle.PicklingError):
+        assert isinstance(clupy.parallel(len)(*wrong).exception(PATIENCE), error)
+    assert type(pickle.loads(pickle.dumps(ref))) is clupy.Ref and call(len, ref) == 1
+
+
+def test_a_copy_that_its_writer_did_not_finish_is_never_read(redis, copies, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    ref = clupy.share(os.urandom(1_000_000))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(clupy.os, "rename", killed)
+        ref.get()
+    assert not [name for name in os.listdir(copies) if name.startswith(ref.name)]
+    (copies / f"{ref.name}.new").write_bytes(bytes(2_000_000))             # its writer was killed by a signal
     value = ref.get()
-    content = (copies / ref.name).read_bytes()
-    for damage in (b"", bytes(8) + content[8:], content[:500_000]):        # its writer was killed
-        (copies / ref.name).write_bytes(damage)
-        assert ref.get() == value
-    assert stale.get() == "stale"
-    os.utime(copies / stale.name, (1, 1))
-    clupy.remove_stale_refs(60)
-    assert os.listdir(copies) == [ref.name] and stale.get() == "stale"
+    assert len(value) == 1_000_000 == len(ref.get()) and (copies / ref.name).stat().st_size < 1_001_000
 
 
-def test_a_machine_without_room_in_shared_memory_keeps_copies_on_disk_where_nobody_else_writes(
+def test_where_shared_memory_has_no_room_a_copy_is_kept_on_disk_and_where_nothing_has_by_the_process(
         redis, tmp_path, monkeypatch):
-    folders, write, ref = [tmp_path / "full", tmp_path / "disk"], clupy._write, clupy.share(os.urandom(300_000))
+    folders, fetched, fetch = [tmp_path / "full", tmp_path / "disk"], [], clupy._fetched
+    monkeypatch.setattr(clupy, "_ref_folders", lambda: iter(map(str, folders)))
+    monkeypatch.setattr(clupy, "_fetched", lambda ref: fetched.append(ref) or fetch(ref))
+    ref = clupy.share([os.urandom(300_000)])
     for folder in folders:
         folder.mkdir()
+    full, disk = [folder / clupy._whose_copies() for folder in folders]
+    os.symlink("/dev/full", full / f"{ref.name}.new")                      # whoever writes there has no room
+    assert ref.get() == ref.get() and len(fetched) == 1
+    assert (disk / ref.name).stat().st_size > 300_000 and ref.name not in os.listdir(full)
+    shutil.rmtree(disk)
+    os.symlink("/dev/full", full / f"{ref.name}.new")
+    assert len(ref.get()[0]) == 300_000 and len(fetched) == 2
 
-    def full(file, start, buffer):
-        if start > 8 and "full" in os.readlink(f"/proc/self/fd/{file}"):
-            raise OSError(errno.ENOSPC, "No space left on device")
-        write(file, start, buffer)
-    with monkeypatch.context() as patch:
-        patch.setattr(clupy, "_ref_folders", lambda: iter(map(str, folders)))
-        patch.setattr(clupy, "_write", full)
-        assert len(ref.get()) == 300_000
-    assert (folders[0] / ref.name).stat().st_size == 0 and (folders[1] / ref.name).stat().st_size > 300_000
-    monkeypatch.setattr(clupy.tempfile, "gettempdir", lambda: str(tmp_path))
-    monkeypatch.setattr(clupy.os.path, "isdir", lambda path: path == str(tmp_path))
-    (tmp_path / f"clupy-{os.getuid()}").mkdir(mode=0o755)
-    with pytest.raises(clupy.ClupyError, match="0700"):
+    def away(ref):
+        fetched.append(ref)
+        raise clupy.Unavailable("away")
+    disk.mkdir()
+    monkeypatch.setattr(clupy, "_fetched", away)
+    with pytest.raises(clupy.Unavailable):                 # another folder does not help: asked once, waited once
         ref.get()
+    assert len(fetched) == 3
+
+
+def test_folders_for_copies_that_somebody_else_made_first_are_passed_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(clupy.tempfile, "gettempdir", lambda: str(tmp_path))
+    *others, mine = clupy._ref_folders()
+    assert mine == str(tmp_path / f"clupy-{os.getuid()}") and os.stat(mine).st_mode & 0o777 == 0o700
+    os.chmod(mine, 0o755)
+    assert list(clupy._ref_folders()) == others
+    os.rmdir(mine)
+    os.symlink(tmp_path, mine)
+    assert list(clupy._ref_folders()) == others
 
 
 # ---- Redis: faults
