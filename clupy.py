@@ -732,7 +732,7 @@ def tune(sock, user_timeout=True):
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (("TCP_KEEPIDLE", 4), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3),
                         ("TCP_USER_TIMEOUT", 10000 if user_timeout else 0)):
-        if hasattr(socket, name):
+        with contextlib.suppress(AttributeError, OSError):         # each for itself: not every system has them all
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 

@@ -25,6 +25,7 @@ ZooKeeper session is there, too: the server ends it with the worker, so that a l
 import collections
 import concurrent.futures
 import contextlib
+import errno
 import faulthandler
 import fcntl
 import functools
@@ -65,6 +66,7 @@ STACK_TIME = 0.1                   # a worker that is to be killed writes its Py
 STACK_SIGNAL = signal.SIGRTMIN + 3 if hasattr(signal, "SIGRTMIN") else signal.SIGUSR2
 UNKNOWN_EXIT = 1 << 16             # of a process for which somebody else has waited; no process ends so
 MAX_FAILURES = 3                   # workers that die in a row at their start; then there is a pause
+RETRY_START = 1.0, 30.0            # seconds until a worker that could not be started is tried again: at first, and at most
 LAST_LINES = 10                    # of standard error that an error message shows
 LINE_SIZE = 16 << 10               # bytes after which a line is passed on without its end
 
@@ -85,11 +87,12 @@ def work(arguments):
     given = json.loads(arguments)
     arm_lifeline(given["lifeline"])
     faulthandler.enable(given["stack"])
-    if hasattr(faulthandler, "register"):
+    try:
         faulthandler.register(STACK_SIGNAL, file=given["stack"], all_threads=False)
+    except (OSError, RuntimeError):
+        signal.signal(STACK_SIGNAL, signal.SIG_IGN)    # it would end us; the error of a time-out has no stack then
     if given["memory_limit"]:
-        import resource
-        resource.setrlimit(resource.RLIMIT_DATA, (given["memory_limit"],) * 2)
+        bound_memory(given["memory_limit"])
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)
@@ -102,18 +105,34 @@ def work(arguments):
         Worker(board, given["memory_limit"], *slot).run()
 
 
-def arm_lifeline(lifeline):
-    """Let the kernel kill this worker and its children when the server is gone, whoever holds the GIL then.
+def bound_memory(limit):
+    """Let this process have so many bytes of data, where the system can count them."""
+    try:
+        import resource
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    except (OSError, ValueError) as error:
+        print(f"clupy worker: memory_limit of {limit} bytes cannot be kept here: {error}", file=sys.stderr)
 
-    The pipe's other end is the server's alone; its end raises SIGKILL for our process group (Linux).  Elsewhere the
-    end of the channel or of the slot's socket is what a worker notices."""
-    if not hasattr(fcntl, "F_SETSIG"):
-        return
-    fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpgrp())
-    fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
-    fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
-    if select.select([lifeline], [], [], 0)[0]:    # it was gone before we were armed
-        os.killpg(os.getpgrp(), signal.SIGKILL)
+
+def arm_lifeline(lifeline):
+    """Let this worker and its children be killed when the server is gone: the pipe's other end is the server's alone.
+
+    On Linux the kernel does it, whoever holds the GIL then: the pipe's end raises SIGKILL for our process group.
+    Elsewhere, and where that is refused, a thread reads the pipe."""
+    try:
+        fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpgrp())
+        fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
+    except (AttributeError, OSError):
+        threading.Thread(target=_await_server, args=(lifeline,), name="clupy-lifeline", daemon=True).start()
+    else:
+        if select.select([lifeline], [], [], 0)[0]:        # it was gone before we were armed
+            _await_server(lifeline)
+
+
+def _await_server(lifeline):
+    os.read(lifeline, 1)                           # nothing is ever written: the end, when the server is gone
+    os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
 def receive_slot(channel):
@@ -857,6 +876,7 @@ class Process:
         return f"<Process {self.pid} {self.slot or ('ready' if self.ready else 'starting')}>"
 
     def _start(self):
+        """Start the process. What fails on the way undoes it all: no process, descriptor or reader is left."""
         loop = asyncio.get_running_loop()
         with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:      # theirs are closed here in any case
             self.environment = self.libraries.hold()   # in use until this worker is dead; None: our own Python
@@ -876,21 +896,41 @@ class Process:
             self.popen = subprocess.Popen(
                 [python, "-P", "-c", boot], stdin=subprocess.DEVNULL, stdout=out, stderr=err,
                 pass_fds=[channel.fileno(), lifeline, stack, board], start_new_session=True, env=environ)
+            self.pid = self.popen.pid
+            ours.callback(self._undo)
+            self.channel.setblocking(False)
+            self.pipes = {out_here: 1, err_here: 2, stack_here: 0}     # {fd: stream; 0: the stack}
+            for fd in self.pipes:
+                os.set_blocking(fd, False)
+            self.pidfd = self._watch_end(loop, ours)
+            for fd, read in [(self.channel, self._channel_readable), *((fd, self._pipe_readable) for fd in self.pipes)]:
+                loop.add_reader(fd, read, fd)
+                ours.callback(loop.remove_reader, fd)
             ours.pop_all()
-        self.pid = self.popen.pid
-        self.channel.setblocking(False)
-        loop.add_reader(self.channel, self._channel_readable)
-        self.pipes = {out_here: 1, err_here: 2, stack_here: 0}     # {fd: stream; 0: the stack}
-        for fd in self.pipes:
-            os.set_blocking(fd, False)
-            loop.add_reader(fd, self._pipe_readable, fd)
-        self.pidfd = os.pidfd_open(self.pid) if hasattr(os, "pidfd_open") else None
-        if self.pidfd is not None:
-            loop.add_reader(self.pidfd, self._reap)
-        else:
-            threading.Thread(target=self._await_end, args=(loop,), daemon=True).start()
 
-    def _channel_readable(self):
+    def _undo(self):
+        """The start failed after the process was there."""
+        self._signal(signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):       # somebody else has waited for it
+            os.waitpid(self.pid, 0)
+        self.popen.returncode = -signal.SIGKILL
+
+    def _watch_end(self, loop, undo):
+        """Have `_reap` called when the process has ended: by a pidfd, or None and a thread where there is none."""
+        try:
+            pidfd = os.pidfd_open(self.pid)
+        except (AttributeError, OSError):          # macOS; an old kernel, or a sandbox that does not know it
+            try:
+                threading.Thread(target=self._await_end, args=(loop,), name="clupy-await", daemon=True).start()
+            except RuntimeError as error:
+                raise OSError(errno.EAGAIN, str(error)) from None
+            return None
+        undo.callback(os.close, pidfd)
+        loop.add_reader(pidfd, self._reap)
+        undo.callback(loop.remove_reader, pidfd)
+        return pidfd
+
+    def _channel_readable(self, _):
         asyncio.get_running_loop().remove_reader(self.channel)
         try:
             self.ready = self.channel.recv(1) == b"r"
@@ -981,8 +1021,9 @@ class Process:
             (os.killpg if group else os.kill)(self.pid, number)
         except ProcessLookupError:
             pass                                   # it has ended by itself
-        except PermissionError:
-            os.kill(self.pid, number)              # macOS says so of a group whose leader is a zombie
+        except PermissionError:                    # macOS says so of a group whose leader is a zombie
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
 
     async def kill_call(self, number, why):
         """Kill the worker if it runs this call, and no other; False if it does not.
@@ -1017,19 +1058,22 @@ class Process:
         """Where there is no pidfd: wait in a thread."""
         with contextlib.suppress(ChildProcessError):
             os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
-        loop.call_soon_threadsafe(self._reap)
+        with contextlib.suppress(RuntimeError):    # the loop is closed: nobody waits for this worker any more
+            loop.call_soon_threadsafe(self._reap)
 
     def _reap(self):
         try:
-            pid, status, usage = os.wait4(self.pid, os.WNOHANG)
+            if os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+                return
+            self._signal(signal.SIGKILL)           # the children it left; while it is a zombie nobody else has its number
+            _, status, usage = os.wait4(self.pid, 0)
         except ChildProcessError:                  # the program ignores SIGCHLD, or has waited for all its children
+            self._signal(signal.SIGKILL)           # its number may be another's by now, but no other group's
             self._is_dead(UNKNOWN_EXIT, 0)
-            return
-        if pid:
+        else:
             self._is_dead(os.waitstatus_to_exitcode(status), usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024))
 
     def _is_dead(self, code, peak):
-        self._signal(signal.SIGKILL)               # the children it left
         self.popen.returncode = code
         loop = asyncio.get_running_loop()
         loop.remove_reader(self.channel)
@@ -1090,12 +1134,16 @@ def make_pipe(reader, writer):
 
 def make_board():
     """A descriptor of a page of memory that is shared and has no name."""
-    if hasattr(os, "memfd_create"):
+    try:
         fd = os.memfd_create("clupy-board")
-    else:
+    except (AttributeError, OSError):              # macOS; an old kernel, or a sandbox that does not know it
         with tempfile.TemporaryFile() as file:
             fd = os.dup(file.fileno())
-    os.ftruncate(fd, mmap.PAGESIZE)
+    try:
+        os.ftruncate(fd, mmap.PAGESIZE)
+    except BaseException:
+        os.close(fd)
+        raise
     return fd
 
 
@@ -1272,6 +1320,9 @@ class Server:
         self._closing = False
         self._said = ""                            # why there was no master, as the log says
         self._failures = 0                         # workers in a row that died before they were ready
+        self._pause = None                         # TimerHandle, while no worker is started because it would fail
+        self._retry_after = RETRY_START[0]         # seconds of the next pause
+        self._trouble = ""                         # why a worker could not be started, as the log says
         self._listener = clupy_master.Listener(settings.listen or ("", 0), self._greet)
         self.address = self._listener.address
 
@@ -1396,12 +1447,14 @@ class Server:
             self.waiting.remove(slot)
             slot.waiter.set_result(None)
             self._failures = 0
+            if not self._pause:
+                self._retry_after, self._trouble = RETRY_START[0], ""
             self.state_soon()
 
     def replenish(self):
         """Have a worker for every slot, and for the nested ones that are open or waited for: first in the environments
         that are waited for, then, warm, in the cluster's."""
-        if self._closing or self._failures >= MAX_FAILURES:
+        if self._closing or self._pause:
             return
         target = self.slots + sum(min(session.nested_slots(waiting=True), self.settings.max_nested)
                                   for session in self.sessions.values())
@@ -1419,10 +1472,26 @@ class Server:
             try:
                 process = Process(self, libraries)
             except OSError as error:
-                log.error("cannot start a worker: %s", error)
-                asyncio.get_running_loop().call_later(1.0, self.replenish)
+                self._start_later(f"cannot start a worker: {error}")
                 return
             self.processes[process.pid] = process
+
+    def _start_later(self, why):
+        """Start no worker until a pause is over, which doubles while that does not help; say why, once."""
+        if why != self._trouble:
+            self._trouble = why
+            log.error("%s; trying again from time to time", why)
+        self._pause = asyncio.get_running_loop().call_later(self._retry_after, self._start_again)
+        self._retry_after = min(2 * self._retry_after, RETRY_START[1])
+
+    def _start_again(self):
+        self._end_pause()
+        self.replenish()
+
+    def _end_pause(self):
+        if self._pause:
+            self._pause.cancel()
+            self._pause, self._failures = None, 0
 
     def grow(self, slots):
         """At least so many slots."""
@@ -1447,14 +1516,8 @@ class Server:
             self._failures += 1
             code = process.popen.returncode
             log.error("worker %s died before it had a slot: %s", process.pid, describe_exit(code))
-        if self._failures < MAX_FAILURES:
-            self.replenish()
-        elif self._failures == MAX_FAILURES and not self._closing:
-            log.error("workers keep dying at their start; trying again every 10 s")
-            asyncio.get_running_loop().call_later(10.0, self._try_again)
-
-    def _try_again(self):
-        self._failures = 0
+        if self._failures >= MAX_FAILURES and not self._pause and not self._closing:
+            self._start_later("workers keep dying at their start")
         self.replenish()
 
     async def _bury(self, process):
@@ -1474,11 +1537,12 @@ class Server:
                 self._endings.add(ending)
                 ending.add_done_callback(self._endings.discard)
             self._give_base(slot)
+            self._end_pause()                      # there may be room for another now
+        process.last_output()
         del self.processes[process.pid]
         self.replenish()
         self.assign()
         self.state_soon()
-        process.last_output()
         if slot:
             slot.session.connection.send("ended", slot.number, {
                 "pid": process.pid, "begun": begun, "why": process.why or "died", "reason": describe_exit(code),
@@ -1706,6 +1770,7 @@ class Server:
     async def close(self):
         """Kill the workers and close everything."""
         self._closing = True
+        self._end_pause()
         self.link.close()
         await self._listener.close()
         for process in list(self.processes.values()):

@@ -586,6 +586,84 @@ def test_a_program_that_ignores_or_takes_the_ends_of_its_children_still_hears_of
         assert done.stdout == "WorkerDied 1\n"
 
 
+REFUSALS = """
+import errno, faulthandler, fcntl, mmap, os, resource, signal, socket
+
+def refuse(owner, name, refused=lambda *args: True, error=OSError):
+    original = getattr(owner, name)
+    def refusing(*args, **keywords):
+        if refused(*args):
+            raise error(errno.EPERM, "refused by the test") if error is OSError else error("refused by the test")
+        return original(*args, **keywords)
+    setattr(owner, name, refusing)
+
+class Map(mmap.mmap):
+    def madvise(self, *_):
+        raise OSError(errno.ENOSYS, "refused by the test")
+
+REFUSALS = {
+    "pidfd_open": lambda: refuse(os, "pidfd_open"),
+    "memfd_create": lambda: refuse(os, "memfd_create"),
+    "F_SETOWN": lambda: refuse(fcntl, "fcntl", lambda fd, command, *_: command == fcntl.F_SETOWN),
+    "F_SETSIG": lambda: refuse(fcntl, "fcntl", lambda fd, command, *_: command == fcntl.F_SETSIG),
+    "faulthandler.register": lambda: refuse(faulthandler, "register", error=RuntimeError),
+    "setrlimit": lambda: refuse(resource, "setrlimit"),
+    "MADV_HUGEPAGE": lambda: setattr(mmap, "mmap", Map),
+    "TCP_USER_TIMEOUT": lambda: refuse(socket.socket, "setsockopt", lambda s, _, key, *__: key == socket.TCP_USER_TIMEOUT)}
+for name in os.environ.get("REFUSED", "").split():
+    REFUSALS[name]()
+"""
+
+
+@pytest.mark.parametrize("refused", [
+    "pidfd_open", "memfd_create", "F_SETOWN", "F_SETSIG", "faulthandler.register", "setrlimit", "MADV_HUGEPAGE",
+    "TCP_USER_TIMEOUT",
+    "pidfd_open memfd_create F_SETOWN F_SETSIG faulthandler.register setrlimit MADV_HUGEPAGE TCP_USER_TIMEOUT"])
+def test_a_system_call_that_is_refused_costs_no_more_than_what_it_is_for(tmp_path, refused):
+    (tmp_path / "sitecustomize.py").write_text(REFUSALS)
+    env = {"PYTHONPATH": f"{tmp_path}:{HERE}", "REFUSED": refused, "CLUPY_MEMORY_LIMIT": "2GB"}
+    with Cluster(tmp_path, **env) as cluster:
+        done = run_script(tmp_path / "client", """
+            import clupy, os, time
+            print(clupy.parallel(len)(clupy.parallel(bytes)(8 << 20).result(30)).result(30))
+            print(type(clupy.parallel(os._exit, retries=0)(3).exception(30)).__name__)
+            print(type(clupy.parallel(time.sleep, timeout=0.3)(60).exception(30)).__name__)
+            print(len({clupy.parallel(os.getpid)().result(30) for _ in range(20)}) <= 2)
+            """, **env, CLUPY_MASTER=cluster.address)
+        assert done.stdout == "8388608\nWorkerDied\nCallTimeout\nTrue\n" and not done.stderr
+        until(lambda: len(workers()) == 2)                     # the dead are known as such and replaced, none is started twice
+        cluster.servers[0].process.kill()
+        until(lambda: not workers())
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_what_fails_at_a_workers_start_is_undone_said_once_and_tried_again(caplog, monkeypatch, when):
+    failing, tries = threading.Event(), []
+    failing.set()
+    popen = subprocess.Popen
+
+    def start(*args, **keywords):
+        tries.append(time.monotonic())
+        if when == "before" and failing.is_set():
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+        return popen(*args, **keywords)
+
+    def watch(process, *args, original=clupy_server.Process._watch_end):
+        if when == "after" and failing.is_set():
+            raise OSError(errno.EMFILE, "Too many open files")
+        return original(process, *args)
+    monkeypatch.setattr(clupy_server.subprocess, "Popen", start)
+    monkeypatch.setattr(clupy_server.Process, "_watch_end", watch)
+    monkeypatch.setattr(clupy_server, "RETRY_START", (0.1, 0.2))
+    clupy.connect(slots=2)
+    future = clupy.parallel(square)(3)
+    until(lambda: len(tries) >= 5)
+    assert not workers() and all(later - sooner > 0.05 for sooner, later in itertools.pairwise(tries[:5]))
+    assert len([record for record in caplog.records if "cannot start a worker" in record.getMessage()]) == 1
+    failing.clear()
+    assert future.result(PATIENCE) == 9
+
+
 def test_a_server_that_cannot_have_new_libraries_finishes_what_runs_there():
     clupy.connect(slots=1)
     future = clupy.parallel(sleepy, retries=0)(1.5, "finished")
