@@ -116,6 +116,7 @@ redis = _Lazy("redis")
 redis_backoff = _Lazy("redis.backoff")
 redis_connection = _Lazy("redis.connection")
 redis_retry = _Lazy("redis.retry")
+resource = _Lazy("resource")
 shutil = _Lazy("shutil")
 site = _Lazy("site")
 ssl = _Lazy("ssl")
@@ -723,6 +724,19 @@ class Frames:
 
 
 # ---- Connections over asyncio streams: to masters, and for control
+
+@functools.cache
+def raise_descriptor_limit():
+    """Let this process have as many files and connections as the system allows; the soft limit that it had before.
+
+    Each slot and each worker takes some, and many systems give a process 1024 until it asks for more.  Processes that
+    it starts are given the old limit: some programs use select(), or close every number that there may be."""
+    old, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = min(most, 10240) if sys.platform == "darwin" else most        # macOS says "unlimited", and refuses that
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(old, wanted), most))
+    return old
+
 
 def tune(sock, user_timeout=True):
     """A peer is alive while its kernel answers: keepalive finds a dead one in 10 s, also under unanswered data.

@@ -48,7 +48,7 @@ import clupy
 from clupy import (CONTROL, PYTHON, SLOT, ClupyError, DependencyError, ProtocolError, VersionMismatch, dispatch, encode, proof,
                    slot_head, slot_key, tune)
 # Imported at first use, and never in a worker:
-from clupy import asyncio, clupy_master, pathlib, platform, shutil, site, subprocess, sysconfig, tempfile
+from clupy import asyncio, clupy_master, pathlib, platform, resource, shutil, site, subprocess, sysconfig, tempfile
 
 log = logging.getLogger("clupy.server")
 
@@ -66,6 +66,8 @@ STACK_TIME = 0.1                   # a worker that is to be killed writes its Py
 STACK_SIGNAL = signal.SIGRTMIN + 3 if hasattr(signal, "SIGRTMIN") else signal.SIGUSR2
 UNKNOWN_EXIT = 1 << 16             # of a process for which somebody else has waited; no process ends so
 MAX_FAILURES = 3                   # workers that die in a row at their start; then there is a pause
+WORKER_FILES = 9                   # descriptors of a worker here: channel, lifeline, three pipes, board, pidfd, slot, environment
+RESERVED_FILES = 20                # descriptors that no worker takes: for clients, the master, and what a start needs shortly
 RETRY_START = 1.0, 30.0            # seconds until a worker that could not be started is tried again: at first, and at most
 LAST_LINES = 10                    # of standard error that an error message shows
 LINE_SIZE = 16 << 10               # bytes after which a line is passed on without its end
@@ -91,8 +93,7 @@ def work(arguments):
         faulthandler.register(STACK_SIGNAL, file=given["stack"], all_threads=False)
     except (OSError, RuntimeError):
         signal.signal(STACK_SIGNAL, signal.SIG_IGN)    # it would end us; the error of a time-out has no stack then
-    if given["memory_limit"]:
-        bound_memory(given["memory_limit"])
+    limit_resources(given["files"], given["memory_limit"])
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)
@@ -105,13 +106,16 @@ def work(arguments):
         Worker(board, given["memory_limit"], *slot).run()
 
 
-def bound_memory(limit):
-    """Let this process have so many bytes of data, where the system can count them."""
-    try:
-        import resource
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-    except (OSError, ValueError) as error:
-        print(f"clupy worker: memory_limit of {limit} bytes cannot be kept here: {error}", file=sys.stderr)
+def limit_resources(files, memory):
+    """Let this process have so many files, and bytes of data (None: any number), where the system can count them."""
+    import resource
+    with contextlib.suppress(OSError, ValueError):         # the server's own limit stands, which is higher
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    if memory:
+        try:
+            resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
+        except (OSError, ValueError) as error:
+            print(f"clupy worker: a memory_limit of {memory} bytes cannot be kept here: {error}", file=sys.stderr)
 
 
 def arm_lifeline(lifeline):
@@ -889,8 +893,9 @@ class Process:
             board = make_board()
             theirs.callback(os.close, board)
             self.board = ours.enter_context(mmap.mmap(board, mmap.PAGESIZE))
+            keep_reserve(board, sum(not other.slot for other in self.server.processes.values()))
             given = {"channel": channel.fileno(), "lifeline": lifeline, "stack": stack, "board": board,
-                     "memory_limit": self.server.settings.memory_limit}
+                     "memory_limit": self.server.settings.memory_limit, "files": clupy.raise_descriptor_limit()}
             boot = BOOT.format(folder=os.path.dirname(os.path.abspath(__file__)), arguments=json.dumps(given))
             python, environ = worker_environment(self.environment and self.environment.path, self.server.worker_environ())
             self.popen = subprocess.Popen(
@@ -1132,6 +1137,24 @@ def make_pipe(reader, writer):
     return ends
 
 
+def keep_reserve(newest, spare):
+    """Raise EMFILE if too few descriptors are left, beyond the newest one, for connections and spare workers' slots."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if newest + RESERVED_FILES + spare >= limit:   # the system gives the lowest number that is free
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+
+def why_no_worker(error):
+    """What an OSError at the start of a worker means, and what to do."""
+    if error.errno == errno.EMFILE:
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        return (f"this process may have {limit} open files, and a worker takes {WORKER_FILES}; "
+                "more: `ulimit -Hn` of who starts it, or LimitNOFILE= of its unit")
+    if error.errno == errno.EAGAIN:
+        return f"{error}; the system lets us have no more processes: see `ulimit -u`, or TasksMax= of its unit"
+    return str(error)
+
+
 def make_board():
     """A descriptor of a page of memory that is shared and has no name."""
     try:
@@ -1323,6 +1346,8 @@ class Server:
         self._pause = None                         # TimerHandle, while no worker is started because it would fail
         self._retry_after = RETRY_START[0]         # seconds of the next pause
         self._trouble = ""                         # why a worker could not be started, as the log says
+        self._most = None                          # workers that could be started, if not as many as are wanted
+        clupy.raise_descriptor_limit()
         self._listener = clupy_master.Listener(settings.listen or ("", 0), self._greet)
         self.address = self._listener.address
 
@@ -1472,15 +1497,18 @@ class Server:
             try:
                 process = Process(self, libraries)
             except OSError as error:
-                self._start_later(f"cannot start a worker: {error}")
+                self._most = sum(1 for process in self.processes.values() if not process.dead.done() and not process.why)
+                self._start_later("cannot start a worker: " + why_no_worker(error))
+                self.state_soon()
                 return
             self.processes[process.pid] = process
+        self._most = None
 
     def _start_later(self, why):
         """Start no worker until a pause is over, which doubles while that does not help; say why, once."""
         if why != self._trouble:
             self._trouble = why
-            log.error("%s; trying again from time to time", why)
+            log.error("%s (%s workers run, for %s slots; trying again from time to time)", why, len(self.processes), self.slots)
         self._pause = asyncio.get_running_loop().call_later(self._retry_after, self._start_again)
         self._retry_after = min(2 * self._retry_after, RETRY_START[1])
 
@@ -1727,7 +1755,8 @@ class Server:
         held = collections.Counter(process.slot.session.client for process in self.processes.values() if process.slot)
         host, port = self.address
         host = None if host in ("0.0.0.0", "::", "") else host
-        self.link.connection.send("server", self.id, (host, port), PYTHON, self.slots, dict(held), {
+        slots = self.slots if self._most is None else min(self.slots, self._most)
+        self.link.connection.send("server", self.id, (host, port), PYTHON, slots, dict(held), {
             "name": self.name, "load": os.getloadavg()[0], "draining": self.draining, **self.versions,
             "environment": self.default.resolution.hash if self.default.resolution.pins else None,
             "environments": [hash for hash, libraries in self.known.items() if libraries.environment],

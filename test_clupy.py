@@ -636,6 +636,43 @@ def test_a_system_call_that_is_refused_costs_no_more_than_what_it_is_for(tmp_pat
         until(lambda: not workers())
 
 
+def test_a_server_with_few_descriptors_does_with_the_workers_it_could_start(tmp_path):
+    with Cluster(tmp_path, servers=0) as cluster, Program(tmp_path / "few", "-c", f"""if True:
+            import resource, clupy
+            resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+            clupy.main(["serve", "--master", "{cluster.address}", "--listen", "127.0.0.1:0", "--slots", "16"])
+            """) as server:
+        row, = until(lambda: list(cluster.status()["servers"].values()))
+        assert 2 <= row["slots"] <= 6                      # of 16, since a worker takes 9 of the descriptors
+        until(lambda: len(workers()) == row["slots"])
+        clupy.connect(cluster.address)
+        assert clupy.wait_all([clupy.parallel(sleepy)(0.1) for _ in range(20)], PATIENCE)
+        old = {clupy.parallel(os.getpid)().result(PATIENCE) for _ in range(3)}
+        assert clupy.wait_all([clupy.parallel(os._exit, retries=0)(3) for _ in range(4)], PATIENCE)
+        until(lambda: len(workers()) >= row["slots"] - 1)      # there was room for others then, but for our connection
+        with contextlib.ExitStack() as strangers:
+            for _ in range(5):
+                strangers.enter_context(contextlib.closing(socket.create_connection(row["address"].rsplit(":", 1))))
+            assert run_script(tmp_path / "other", "import clupy\nprint(clupy.parallel(abs)(-1).result(30))",
+                              CLUPY_MASTER=cluster.address).stdout == "1\n"
+        assert clupy.parallel(os.getpid)().result(PATIENCE) not in old
+    assert server.log.count("trying again") == 1
+    assert "64 open files" in server.log and "ulimit -Hn" in server.log and "for 16 slots" in server.log
+
+
+def test_a_client_that_embeds_a_cluster_has_the_descriptors_for_it_and_its_calls_have_the_old_limit(tmp_path):
+    done = run_script(tmp_path, """
+        import clupy, resource
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+        clupy.connect(slots=6)
+        print(clupy.parallel(resource.getrlimit)(resource.RLIMIT_NOFILE).result(30) == (64, hard))
+        together = [clupy.parallel(__import__("time").sleep)(0.5) for _ in range(12)]
+        print(clupy.wait_all(together, 30))
+        """)
+    assert done.stdout == "True\nTrue\n" and not done.stderr
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_what_fails_at_a_workers_start_is_undone_said_once_and_tried_again(caplog, monkeypatch, when):
     failing, tries = threading.Event(), []
