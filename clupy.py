@@ -311,6 +311,11 @@ def _addresses(value):
     return [parse_address(part, None) for part in parts]
 
 
+def cores():
+    """How many this process may use: a container or a batch system may leave it fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 SETTINGS = {   # key: (roles that have it, how it is read, default)
     "listen": ("master server", parse_address, None),           # None: every address; a master's PORT, a server's free one
     "master": ("server client", _addresses, None),
@@ -319,7 +324,7 @@ SETTINGS = {   # key: (roles that have it, how it is read, default)
     "tls_cert": ("master server", _text, None),
     "tls_key": ("master server", _text, None),
     "tls_ca": ("master server client", _text, None),
-    "slots": ("server client", _count, os.cpu_count() or 1),    # client: of the embedded cluster
+    "slots": ("server client", _count, cores()),                # client: of the embedded cluster
     "max_nested": ("server client", _count, 64),                # workers beyond the slots, for one client's calls inside calls
     "drain_time": ("server", _duration, 60.0),
     "memory_limit": ("server client", _size, None),             # bytes of one worker
@@ -471,21 +476,23 @@ def find_secret(settings, create=False):
 
     create: make the file where it is missing (0600), as the first master on a machine does.
     Raises SecretError where there is none or others can read it."""
-    if os.environ.get("CLUPY_SECRET"):
-        return os.environ["CLUPY_SECRET"].encode()
+    if secret := os.environ.get("CLUPY_SECRET", "").strip():
+        if len(secret) < 16:
+            raise SecretError("CLUPY_SECRET is shorter than 16 characters; a good one: python -c "
+                              "'import secrets; print(secrets.token_hex(32))'")
+        return secret.encode()
     path = os.path.expanduser(settings.secret_file)
     if create and not os.path.exists(path):
-        os.makedirs(os.path.dirname(path) or ".", mode=0o700, exist_ok=True)
-        temporary = f"{path}.{os.getpid()}"
-        with io.open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        folder = os.path.dirname(path) or "."
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=folder, prefix="secret-") as file:       # 0600, of a name of its own
             file.write(os.urandom(32).hex() + "\n")
-        try:
-            os.link(temporary, path)                  # never over one that another master has just made
-            log.info("made the secret %s; copy it to the cluster's other machines", path)
-        except FileExistsError:
-            log.info("another process made the secret %s", path)
-        finally:
-            os.unlink(temporary)
+            file.flush()
+            try:
+                os.link(file.name, path)              # never over one that another master has just made
+                log.info("made the secret %s; copy it to the cluster's other machines", path)
+            except FileExistsError:
+                log.info("another process made the secret %s", path)
     try:
         with io.open(path, "rb") as file:
             status, secret = os.fstat(file.fileno()), file.read(4096).strip()

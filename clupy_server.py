@@ -43,6 +43,7 @@ import struct
 import sys
 import threading
 import time
+import traceback
 
 import clupy
 from clupy import (CONTROL, PYTHON, SLOT, ClupyError, DependencyError, ProtocolError, VersionMismatch, dispatch, encode, proof,
@@ -103,7 +104,21 @@ def work(arguments):
     channel.send(b"r")
     slot = receive_slot(channel)
     if slot:
-        Worker(board, given["memory_limit"], *slot).run()
+        live_by(lambda: Worker(board, given["memory_limit"], *slot).run())
+        end = threading.Timer(GRACE_TIME, os._exit, (0,))      # Python waits for threads that calls left, and we no longer
+        end.daemon = True
+        end.start()
+
+
+def live_by(run):
+    """Run what this worker lives by.  What it raises ends the process at once, beside threads that calls have left, and
+    which Python would wait for: so the worker is known to be dead, and its calls go on elsewhere."""
+    try:
+        run()
+    except BaseException:                          # the process's edge: a user's signal handler may raise at any moment
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
 
 
 def limit_resources(files, memory):
@@ -188,6 +203,7 @@ class Worker:
         clupy._serve, clupy._fetch = functools.partial(self.send, "serve"), functools.partial(self.fetch, "ref")
         clupy._note_session = self._note_session
         clupy._engine = self.nested
+        follow_threads(self)
         if given["tls"]:
             self.sock = TlsSocket(sock, *given["tls"])
         self.sock.sendall(proof(bytes.fromhex(given["key"]), b"opened"))
@@ -195,13 +211,17 @@ class Worker:
     def __repr__(self):
         return f"<Worker {self.pid} {len(self.todo)} calls to do>"
 
+    def call_of_this_thread(self):
+        """The number of the call that this thread works for, which may be over; see `follow_threads`."""
+        return getattr(threading.current_thread(), "clupy_call", self.current)
+
     def _note_session(self, session):
         if os.getpid() == self.pid:                # a forked child has a session of its own
             SESSION.pack_into(self.board, SESSION_AT, *(session or (0, b"")))
 
     def run(self):
         """Run calls until the slot ends."""
-        threading.Thread(target=self._read_beside, name="clupy-reader", daemon=True).start()
+        threading.Thread(target=live_by, args=(self._read_beside,), name="clupy-reader", daemon=True).start()
         todo = self.todo
         while not self.ended:
             try:
@@ -336,8 +356,8 @@ class Worker:
                 return
         except OSError:
             pass                                   # the client is gone, as at the end
-        except (ClupyError, MemoryError) as error:
-            print(f"clupy worker: {error or 'no memory for what its client sends'}", file=sys.stderr)
+        except MemoryError as error:
+            raise MemoryError(str(error) or "no memory for what the client sends") from None
         self._end()
 
     def _read_beside(self):
@@ -403,6 +423,31 @@ class Worker:
 
     def on_results(self, _, results):
         self.nested.take_results(results)
+
+
+def follow_threads(worker):
+    """Have every thread, and what is given to a pool of threads, belong to the call that started or gave it.
+
+    So a thread that outlives its call makes no children for the call that runs then.  The main thread, and threads that
+    C code made, have no `clupy_call`: they belong to the call that runs."""
+    start, submit = threading.Thread.start, concurrent.futures.ThreadPoolExecutor.submit
+
+    def start_for_call(thread):
+        thread.clupy_call = worker.call_of_this_thread()
+        start(thread)
+
+    def submit_for_call(pool, function, /, *args, **kwargs):
+        return submit(pool, run_for_call, worker.call_of_this_thread(), function, *args, **kwargs)
+
+    def run_for_call(number, function, /, *args, **kwargs):
+        thread = threading.current_thread()
+        before, thread.clupy_call = getattr(thread, "clupy_call", number), number
+        try:
+            return function(*args, **kwargs)
+        finally:
+            thread.clupy_call = before
+
+    threading.Thread.start, concurrent.futures.ThreadPoolExecutor.submit = start_for_call, submit_for_call
 
 
 class Bell:
@@ -492,7 +537,7 @@ class NestedCalls:
         number = call._number = next(self._numbers)
         limit = call._limit
         most = limit and (None if limit is function.limits.get(limit.most) else id(limit), limit.most)
-        item = number, worker.current, function.id, call._arguments, call._timeout, call._retries, most
+        item = number, worker.call_of_this_thread(), function.id, call._arguments, call._timeout, call._retries, most
         self._calls[number] = call
         try:
             if worker.ended:
@@ -1531,7 +1576,7 @@ class Server:
     def worker_environ(self):
         """The environment variables of a worker: without the secret, and with one node's cores divided by its slots."""
         environ = {name: value for name, value in os.environ.items() if name not in ("CLUPY_SECRET", "CLUPY_MASTER")}
-        threads = str(max(1, (os.cpu_count() or 1) // self.slots))
+        threads = str(max(1, clupy.cores() // self.slots))
         for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS",
                      "VECLIB_MAXIMUM_THREADS"):
             environ.setdefault(name, threads)

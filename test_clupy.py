@@ -855,6 +855,27 @@ def test_the_first_master_makes_the_secret_and_one_machine_needs_no_set_up(tmp_p
             assert run_script(tmp_path / "client", text, **env, CLUPY_PORT=address.split(":")[1]).stdout == "1024\n"
 
 
+def test_a_secret_of_few_characters_is_refused_wherever_it_comes_from(tmp_path, monkeypatch):
+    settings = clupy.read_settings("master", secret_file=str(tmp_path / "new" / "secret"))
+    monkeypatch.setenv("CLUPY_SECRET", "fifteen letters")
+    with pytest.raises(clupy.SecretError, match="CLUPY_SECRET is shorter than 16"):
+        clupy.find_secret(settings, create=True)
+    monkeypatch.setenv("CLUPY_SECRET", "")
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / f"secret.{os.getpid()}").touch()         # of a process of our number that died while it made one
+    assert len(clupy.find_secret(settings, create=True)) == 64 and clupy.find_secret(settings) == clupy.find_secret(settings)
+    assert len(os.listdir(tmp_path / "new")) == 2 and (tmp_path / "new" / "secret").stat().st_mode & 0o777 == 0o600
+    (tmp_path / "new" / "secret").write_text("fifteen letters")
+    with pytest.raises(clupy.SecretError, match="shorter than 16"):
+        clupy.find_secret(settings)
+
+
+def test_a_server_has_a_slot_for_each_core_that_it_may_use():
+    done = subprocess.run([sys.executable, "-c", "import os; os.sched_setaffinity(0, list(os.sched_getaffinity(0))[:1]); "
+                           "import clupy; print(clupy.read_settings('server').slots)"], env=environ(), capture_output=True)
+    assert done.stdout == b"1\n"
+
+
 def test_numerical_libraries_get_the_cores_divided_by_the_slots_unless_the_user_says_otherwise(monkeypatch):
     names = "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"
     for name in names:
@@ -862,7 +883,7 @@ def test_numerical_libraries_get_the_cores_divided_by_the_slots_unless_the_user_
     monkeypatch.setenv("MKL_NUM_THREADS", "7")
     clupy.connect(slots=1)
     threads = clupy.parallel(lambda names: [os.environ[name] for name in names])(names).result(PATIENCE)
-    assert threads == [str(os.cpu_count()), str(os.cpu_count()), "7"]
+    assert threads == [str(len(os.sched_getaffinity(0)))] * 2 + ["7"]
 
 
 def test_a_worker_never_has_the_secret(cluster):
@@ -914,7 +935,7 @@ def test_importing_clupy_is_light_and_the_command_does_not_load_it_twice(tmp_pat
 # ---- Configuration
 
 def test_settings_come_from_yaml_then_environment_then_arguments(tmp_path, monkeypatch):
-    assert clupy.read_settings("server").slots == os.cpu_count()
+    assert clupy.read_settings("server").slots == len(os.sched_getaffinity(0))
     (tmp_path / "clupy.server.yaml").write_text("slots: 3\ndrain_time: 2m\nmemory_limit: 1.5GB\n")
     settings = clupy.read_settings("server")
     assert (settings.slots, settings.drain_time, settings.memory_limit) == (3, 120.0, 3 * 2**29)
@@ -1172,6 +1193,21 @@ def test_who_is_charged_when_a_worker_dies():
     assert clupy.had_begun([4, 5], None) == [True, True]          # nobody knows
 
 
+@pytest.mark.parametrize("error", [ValueError, OSError])         # the second looks like the end of the slot
+def test_a_worker_whose_main_thread_dies_ends_whatever_threads_its_calls_left(cluster, error):
+    def leave_a_thread_and_a_handler():
+        def late(*_):
+            raise error("too late")
+        threading.Thread(target=time.sleep, args=(600,)).start()           # no daemon: Python would wait for it
+        signal.signal(signal.SIGUSR1, late)
+        return os.getpid()
+    clupy.connect(cluster.address)
+    pid = clupy.parallel(leave_a_thread_and_a_handler)().result(PATIENCE)
+    os.kill(pid, signal.SIGUSR1)
+    until(lambda: pid not in workers())
+    assert clupy.parallel(os.getpid)().result(PATIENCE) != pid
+
+
 # ---- Cancel and time-out
 
 def busy(how, path=None):
@@ -1287,6 +1323,33 @@ def test_recursion_of_depth_30_on_one_slot():
     clupy.connect(slots=1)
     assert clupy.parallel(depth)(30).result(90) == 30
     until(lambda: len(workers()) == 1)
+
+
+def test_a_nested_call_belongs_to_the_call_that_started_its_thread(tmp_path):
+    def leaves_a_thread(path):
+        def late():
+            while not path.exists():
+                time.sleep(0.01)
+            outcome = clupy.parallel(sleepy)(0, "nested").exception(PATIENCE)
+            path.write_text(type(outcome).__name__)
+        threading.Thread(target=late, daemon=True).start()
+
+    def runs_beside(path):
+        path.touch()
+        while not (text := path.read_text()):
+            time.sleep(0.01)
+        return text
+
+    def in_threads(pools=[]):
+        pools[:] = pools or [concurrent.futures.ThreadPoolExecutor(1)]     # one for all calls here
+        thread = concurrent.futures.Future()
+        threading.Thread(target=lambda: thread.set_result(clupy.parallel(square)(4).result(PATIENCE))).start()
+        return pools[0].submit(lambda: clupy.parallel(square)(3).result(PATIENCE)).result(), thread.result(PATIENCE)
+    clupy.connect(slots=1)
+    clupy.parallel(leaves_a_thread)(tmp_path / "x").result(PATIENCE)
+    assert clupy.parallel(runs_beside)(tmp_path / "x").result(PATIENCE) == "CancelledError"
+    in_threads = clupy.parallel(in_threads)
+    assert [in_threads().result(PATIENCE) for _ in range(3)] == [(9, 16)] * 3
 
 
 def test_large_arrays_travel_through_nested_calls():
