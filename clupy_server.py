@@ -1154,24 +1154,22 @@ class Process:
         return [fd for fd in own if fd is not None]
 
 
-async def end_session(hosts, id, password):
-    """End the ZooKeeper session of a worker that is dead, so that what it held is free at once.
+def end_session(hosts, session, ended):
+    """End the ZooKeeper session of a worker that is dead, so that what it held is free at once; in a thread of its own.
 
-    Four of ZooKeeper's own messages, since kazoo needs threads, and none can be started when a program ends."""
-    hello = struct.pack(">iqiqi16s?", 0, 0, 10_000, id, len(password), password, False)
-    for host, port in (clupy.parse_address(host, 2181) for host in hosts.split(",")):
-        with contextlib.suppress(OSError, EOFError):
-            async with asyncio.timeout(clupy.FIRST_CONTACT):
-                reader, writer = await asyncio.open_connection("127.0.0.1" if host == "localhost" else host, port)
-                with contextlib.closing(writer):
-                    writer.write(struct.pack(">i", len(hello)) + hello)
-                    size, = struct.unpack(">i", await reader.readexactly(4))
-                    _, time_out = struct.unpack_from(">ii", await reader.readexactly(size))
-                    if time_out > 0:               # else it has ended already
-                        writer.write(struct.pack(">iii", 8, 0, -11))
-                        await reader.readexactly(4)
-            return
-    log.debug("the ZooKeeper session of a dead worker ends by itself: no answer from %s", hosts)
+    session: (id, password); ended: a future that is done then, well or not: by itself it ends after `session` seconds."""
+    quiet = logging.getLogger("clupy.zookeeper")
+    quiet.setLevel(logging.ERROR)
+    try:
+        client = clupy.kazoo.KazooClient(hosts, client_id=session, logger=quiet)
+        with contextlib.suppress(client.handler.timeout_exception):
+            client.start(clupy.FIRST_CONTACT)          # takes the session over, or has a new one if it has ended already
+        client.stop()
+        client.close()
+    except Exception as error:                     # the thread's edge: the interpreter may be ending
+        log.debug("the ZooKeeper session of a dead worker ends by itself: %s", error)
+    finally:
+        ended.set_result(None)
 
 
 def make_pipe(reader, writer):
@@ -1383,7 +1381,7 @@ class Server:
         self._questions = {}                       # {(kind, key): future of the master's answer}
         self.tls = settings.tls_cert and clupy.tls_files(settings)            # what a worker needs of it
         self._tasks = set()
-        self._endings = set()                      # tasks that end ZooKeeper sessions of dead workers
+        self._endings = set()                      # futures of threads that end ZooKeeper sessions of dead workers
         self._stating = None
         self._closing = False
         self._said = ""                            # why there was no master, as the log says
@@ -1606,9 +1604,7 @@ class Server:
                 pass                               # the client closed it first
             begun, _ = process.begun()
             if self.services.get("zookeeper") and (session := process.zookeeper_session()):
-                ending = asyncio.create_task(end_session(self.services["zookeeper"], *session))
-                self._endings.add(ending)
-                ending.add_done_callback(self._endings.discard)
+                self._end_session(session)
             self._give_base(slot)
             self._end_pause()                      # there may be room for another now
         process.last_output()
@@ -1622,6 +1618,17 @@ class Server:
                 "code": code, "peak": peak, "limit": self.settings.memory_limit, "lines": list(process.last_lines),
                 "stack": process.stack.decode(errors="replace")})
             await self._drain_socket(slot.sock)
+
+    def _end_session(self, session):
+        ended = concurrent.futures.Future()
+        ended.set_running_or_notify_cancel()
+        try:
+            threading.Thread(target=end_session, args=(self.services["zookeeper"], session, ended), daemon=True).start()
+        except RuntimeError:
+            return                                 # the interpreter is ending: the session ends by itself
+        ending = asyncio.wrap_future(ended)
+        self._endings.add(ending)
+        ending.add_done_callback(self._endings.discard)
 
     def _give_base(self, slot):
         """A slot ended: if it was no nested one, a nested one of its client takes its place among the slots."""
