@@ -177,7 +177,21 @@ class Worker:
 
     The main thread runs calls in the order of `todo`, and reads the socket itself while there are none: so a short call
     costs one change of threads less.  The reader thread reads while user code runs, from SHORT_TIME after it began or
-    as soon as an answer is waited for.  Who reads has the lock `_reading`; any thread may write."""
+    as soon as an answer is waited for.  Any thread may write.  Of the two,
+
+      main thread      works                       while `todo` has something
+                       idle: reads                 it has `_reading`, until something came
+                       idle: waits                 for `_reading`, which the reader thread gives up once something came
+      reader thread    dozes                       while the main thread is idle, until the bell rings
+                       watches                     while it works, for SHORT_TIME or until the bell rings
+                       reads                       it has `_reading`, until the main thread is idle
+
+    So while the main thread is idle one of them reads.  No wake-up is lost, since each writes first and looks then:
+    - The main thread says `idle`, and looks at `todo` before it waits.  The reader thread puts work into `todo`, and looks
+      at `idle` before it reads on.  Whoever comes second sees the other: the work is taken, or `_reading` given up.
+    - The reader thread says `_dozing`, and looks at `idle` before it dozes.  The main thread ends `idle`, and looks at
+      `_dozing` before it works.  Whoever comes second sees the other: it does not doze, or the bell rings.
+    A bell that rings too early is heard at the next wait."""
 
     def __init__(self, board, memory_limit, sock, given):
         self.board, self.memory_limit = board, memory_limit
@@ -193,10 +207,10 @@ class Worker:
         self.ended = False                         # the slot is over
         self.nested = NestedCalls(self)
         self.requests = {}                         # {request: queue for its answer}
-        self.idle = False                          # the main thread has nothing to do: it reads, or waits for who does
+        self.idle = False                          # whether the main thread has nothing to do
         self._reading = threading.Lock()           # held by the thread that reads
-        self._main, self._reader = Bell(), Bell()  # what the two threads wait for
-        self._dozing = False                       # the reader thread sleeps until it is called
+        self._bell = Bell()                        # what the reader thread waits for
+        self._dozing = False                       # whether it waits without end
         self._writing = threading.Lock()
         self._frames = clupy.Frames()
         clupy.use_services(given["services"])
@@ -222,6 +236,10 @@ class Worker:
     def run(self):
         """Run calls until the slot ends."""
         threading.Thread(target=live_by, args=(self._read_beside,), name="clupy-reader", daemon=True).start()
+        self._work()
+
+    def _work(self):
+        """The main thread."""
         todo = self.todo
         while not self.ended:
             try:
@@ -238,16 +256,13 @@ class Worker:
 
     def _await_work(self):
         self.idle = True
-        if self.todo:
-            pass                                   # it came just before: the reader thread did not see us idle, nor will it
-        elif self._reading.acquire(blocking=False):
-            self._read()
-            self._reading.release()
-        else:
-            self._main.wait()
+        if not self.todo:
+            with self._reading:
+                if not self.todo and not self.ended:       # the reader thread may have left something
+                    self._read()
         self.idle = False
         if self._dozing:
-            self._reader.ring()
+            self._bell.ring()
 
     def _run_call(self, number, function, arguments, timeout):
         begin = time.perf_counter()
@@ -342,7 +357,7 @@ class Worker:
 
     def answer_expected(self):
         """Somebody here waits for what the client will say: the reader thread reads at once, whoever runs."""
-        self._reader.ring()
+        self._bell.ring()
 
     # -- reading: never runs user code, so that in the reader thread it answers whatever that does
 
@@ -362,32 +377,31 @@ class Worker:
 
     def _read_beside(self):
         """The reader thread: read while a call takes long."""
-        seen = None
         while not self.ended:
-            if self.idle and seen == self.current:
-                self._dozing = True                # before it looks again, as the main thread looks after it went to work
-                self._reader.wait(None if self.idle else SHORT_TIME)
-                self._dozing = False
-            else:
-                seen = self.current
-                self._reader.wait(SHORT_TIME)
+            self._dozing = self.idle
+            self._bell.wait(None if self._dozing and self.idle else SHORT_TIME)
+            self._dozing = False
             if not self.idle and self._reading.acquire(blocking=False):
                 try:
                     self._read_while_busy()
                 finally:
                     self._reading.release()
-                    self._main.ring()              # it may have seen that we read
 
     def _read_while_busy(self):
-        poller = select.poll()
-        poller.register(self.sock, select.POLLIN)
-        pending = getattr(self.sock, "pending", lambda: 0)        # bytes that TLS has read already
         self.send_results()                        # a call that takes long began before they were old enough
         while not self.idle and not self.ended:
-            if (self.todo or self.results) and not pending() and not poller.poll(FLUSH_TICK):
+            if (self.todo or self.results) and not self._has_input(FLUSH_TICK):
                 self.send_results()
             else:
                 self._read()
+
+    def _has_input(self, milliseconds):
+        """Wait for something to read; whether there is."""
+        if type(self.sock) is TlsSocket and self.sock.pending():     # TLS has read it already
+            return True
+        poller = select.poll()
+        poller.register(self.sock, select.POLLIN)
+        return bool(poller.poll(milliseconds))
 
     def _end(self):
         self.ended = True
@@ -395,8 +409,7 @@ class Worker:
         for answer in list(self.requests.values()):
             answer.put(None)
         self.nested.lose_all()
-        self._main.ring()
-        self._reader.ring()
+        self._bell.ring()
 
     def on_opening(self, _, own_modules):
         Finder(functools.partial(self.fetch, "module"), own_modules, self.server).install()

@@ -1187,6 +1187,150 @@ def test_a_recall_leaves_what_concerns_functions_to_the_main_thread_in_its_order
     assert said == ["results", ("returned", [1, 2, 3])] and list(worker.todo) == [drop, learn]
 
 
+class Steps:
+    """Threads of which one goes on at a time: before each line of `code` a chance decides which.  Waiting is theirs, too:
+    for a condition, with or without a limit of time, which may be over at any moment."""
+
+    def __init__(self, seed, code):
+        self.chance, self.code = random.Random(seed), code
+        self.actors, self.errors, self.current, self.over = [], [], None, False
+        self._back = threading.Semaphore(0)
+
+    def start(self, function):
+        actor = types.SimpleNamespace(go=threading.Semaphore(0), condition=lambda: True, limited=False)
+
+        def run():
+            actor.go.acquire()
+            sys.settrace(lambda frame, *_: self._line if frame.f_code in self.code else None)
+            try:
+                function()
+            except BaseException as error:
+                self.errors += [error] if type(error) is not SystemExit else []
+            finally:
+                sys.settrace(None)
+                self.actors.remove(actor)
+                self._back.release()
+        self.actors.append(actor)
+        actor.thread = threading.Thread(target=run, daemon=True)
+        actor.thread.start()
+
+    def _line(self, frame, event, _):
+        if event == "line" and not self.over:
+            self.wait()
+        return self._line
+
+    def wait(self, condition=lambda: True, limited=False):
+        """Let others go on; whether the condition is true then."""
+        actor = self.current
+        actor.condition, actor.limited = condition, limited
+        self._back.release()
+        actor.go.acquire()
+        if self.over:
+            raise SystemExit
+        return condition()
+
+    def go_on(self, actor):
+        self.current = actor
+        actor.go.release()
+        self._back.acquire()
+
+    def run(self, when_all_wait):
+        """Go on until all wait without a limit of time; when_all_wait() is called whenever nobody can go on at once."""
+        while True:
+            ready = [actor for actor in self.actors if actor.condition()]
+            limited = [actor for actor in self.actors if actor.limited]
+            if not ready:
+                when_all_wait()
+            if not ready and not limited or self.errors:
+                break
+            stay = self.current in ready and self.chance.random() < 0.6
+            self.go_on(self.current if stay else self.chance.choice(ready + limited))
+        self.over = True
+        for actor in list(self.actors):
+            self.go_on(actor)
+            actor.thread.join()
+        assert not self.errors
+
+
+@pytest.mark.parametrize("seeds", [range(start, start + 150) for start in range(0, 600, 150)])
+def test_the_two_threads_of_a_worker_lose_no_work_in_whatever_order_they_go_on(seeds):
+    kind = clupy_server.Worker
+    code = {method.__code__ for method in (kind._work, kind._await_work, kind._read_beside, kind._read_while_busy)}
+    for seed in seeds:
+        steps, arrived, done, readers = Steps(seed, code), [], [], []
+
+        class Bell:
+            rung = False
+
+            def ring(self):
+                self.rung = True
+
+            def wait(self, timeout, steps=steps):
+                steps.wait(lambda: self.rung, limited=timeout is not None)
+                self.rung = False
+
+        class Lock:
+            held = False
+
+            def acquire(self, blocking=True, steps=steps):
+                if blocking:
+                    steps.wait(lambda: not self.held)
+                taken, self.held = not self.held, True
+                return taken
+
+            def release(self):
+                self.held = False
+
+            def __enter__(self):
+                self.acquire()
+
+            def __exit__(self, *_):
+                self.release()
+
+        class Stepped(kind):
+            def __init__(self):
+                self.todo, self.results = collections.deque(), collections.deque()
+                self.ended = self.idle = self._dozing = False
+                self._reading, self._bell, self.arrived = Lock(), Bell(), arrived
+
+            def _run_call(self, number, *_, steps=steps, done=done):
+                for _ in range(number):
+                    steps.wait()
+                if number == 8:                            # it goes on once the next one has been read
+                    steps.wait(lambda: any(item[0] == 3 for item in self.todo))
+                self.results.append(number)
+
+            def send_results(self, done=done):
+                done.extend(self.results)
+                self.results.clear()
+
+            def _read(self):
+                self._has_input(None)
+                self.todo.append((self.arrived.pop(0), None, None, None))
+
+            def _has_input(self, limit, steps=steps, arrived=arrived, readers=readers):
+                assert self._reading.held and not readers
+                readers.append(steps.current)
+                ready = steps.wait(lambda: arrived, limited=limit is not None)
+                readers.clear()
+                return ready
+
+        def client(steps=steps, arrived=arrived):
+            for number in (1, 2, 4, 8, 3):
+                arrived.append(number)
+                for _ in range(steps.chance.randrange(20)):
+                    steps.wait()
+
+        def nothing_waits_for_time(steps=steps, done=done):
+            assert not worker.todo and not arrived, (seed, "work waits while both threads do")
+            assert readers or not worker.idle, (seed, "nobody reads")
+        worker = Stepped()
+        for actor in worker._work, worker._read_beside, client:
+            steps.start(actor)
+        steps.run(nothing_waits_for_time)
+        assert done == [1, 2, 4, 8, 3], seed
+
+
 def test_who_is_charged_when_a_worker_dies():
     assert clupy.had_begun([4, 5, 6, 7], 5) == [True, True, False, False]
     assert clupy.had_begun([4, 5], 3) == [False, False]           # its result had arrived already
