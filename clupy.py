@@ -119,6 +119,7 @@ redis = _Lazy("redis")
 redis_backoff = _Lazy("redis.backoff")
 redis_connection = _Lazy("redis.connection")
 redis_retry = _Lazy("redis.retry")
+resource = _Lazy("resource")
 shutil = _Lazy("shutil")
 site = _Lazy("site")
 ssl = _Lazy("ssl")
@@ -321,6 +322,11 @@ def _addresses(value):
     return [parse_address(part, None) for part in parts]
 
 
+def cores():
+    """How many this process may use: a container or a batch system may leave it fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 SETTINGS = {   # key: (roles that have it, how it is read, default)
     "listen": ("master server", parse_address, None),           # None: every address; a master's PORT, a server's free one
     "master": ("server client", _addresses, None),
@@ -329,7 +335,7 @@ SETTINGS = {   # key: (roles that have it, how it is read, default)
     "tls_cert": ("master server", _text, None),
     "tls_key": ("master server", _text, None),
     "tls_ca": ("master server client", _text, None),
-    "slots": ("server client", _count, os.cpu_count() or 1),    # client: of the embedded cluster
+    "slots": ("server client", _count, cores()),                # client: of the embedded cluster
     "max_nested": ("server client", _count, 64),                # workers beyond the slots, for one client's calls inside calls
     "drain_time": ("server", _duration, 60.0),
     "memory_limit": ("server client", _size, None),             # bytes of one worker
@@ -483,21 +489,23 @@ def find_secret(settings, create=False):
 
     create: make the file where it is missing (0600), as the first master on a machine does.
     Raises SecretError where there is none or others can read it."""
-    if os.environ.get("CLUPY_SECRET"):
-        return os.environ["CLUPY_SECRET"].encode()
+    if secret := os.environ.get("CLUPY_SECRET", "").strip():
+        if len(secret) < 16:
+            raise SecretError("CLUPY_SECRET is shorter than 16 characters; a good one: python -c "
+                              "'import secrets; print(secrets.token_hex(32))'")
+        return secret.encode()
     path = os.path.expanduser(settings.secret_file)
     if create and not os.path.exists(path):
-        os.makedirs(os.path.dirname(path) or ".", mode=0o700, exist_ok=True)
-        temporary = f"{path}.{os.getpid()}"
-        with io.open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        folder = os.path.dirname(path) or "."
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=folder, prefix="secret-") as file:       # 0600, of a name of its own
             file.write(os.urandom(32).hex() + "\n")
-        try:
-            os.link(temporary, path)                  # never over one that another master has just made
-            log.info("made the secret %s; copy it to the cluster's other machines", path)
-        except FileExistsError:
-            log.info("another process made the secret %s", path)
-        finally:
-            os.unlink(temporary)
+            file.flush()
+            try:
+                os.link(file.name, path)              # never over one that another master has just made
+                log.info("made the secret %s; copy it to the cluster's other machines", path)
+            except FileExistsError:
+                log.info("another process made the secret %s", path)
     try:
         with io.open(path, "rb") as file:
             status, secret = os.fstat(file.fileno()), file.read(4096).strip()
@@ -770,6 +778,19 @@ def _parse(proof, limit, messages):
 
 # ---- Connections over asyncio streams: to masters, and for control
 
+@functools.cache
+def raise_descriptor_limit():
+    """Let this process have as many files and connections as the system allows; the soft limit that it had before.
+
+    Each slot and each worker takes some, and many systems give a process 1024 until it asks for more.  Processes that
+    it starts are given the old limit: some programs use select(), or close every number that there may be."""
+    old, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = min(most, 10240) if sys.platform == "darwin" else most        # macOS says "unlimited", and refuses that
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(old, wanted), most))
+    return old
+
+
 def tune(sock, user_timeout=True):
     """A peer is alive while its kernel answers: keepalive finds a dead one in 10 s, also under unanswered data.
 
@@ -778,7 +799,7 @@ def tune(sock, user_timeout=True):
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (("TCP_KEEPIDLE", 4), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3),
                         ("TCP_USER_TIMEOUT", 10000 if user_timeout else 0)):
-        if hasattr(socket, name):
+        with contextlib.suppress(AttributeError, OSError):         # each for itself: not every system has them all
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 

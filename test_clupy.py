@@ -695,6 +695,121 @@ def test_a_program_that_ignores_or_takes_the_ends_of_its_children_still_hears_of
         assert done.stdout == "WorkerDied 1\n"
 
 
+REFUSALS = """
+import errno, faulthandler, fcntl, mmap, os, resource, signal, socket
+
+def refuse(owner, name, refused=lambda *args: True, error=OSError):
+    original = getattr(owner, name)
+    def refusing(*args, **keywords):
+        if refused(*args):
+            raise error(errno.EPERM, "refused by the test") if error is OSError else error("refused by the test")
+        return original(*args, **keywords)
+    setattr(owner, name, refusing)
+
+class Map(mmap.mmap):
+    def madvise(self, *_):
+        raise OSError(errno.ENOSYS, "refused by the test")
+
+REFUSALS = {
+    "pidfd_open": lambda: refuse(os, "pidfd_open"),
+    "memfd_create": lambda: refuse(os, "memfd_create"),
+    "F_SETOWN": lambda: refuse(fcntl, "fcntl", lambda fd, command, *_: command == fcntl.F_SETOWN),
+    "F_SETSIG": lambda: refuse(fcntl, "fcntl", lambda fd, command, *_: command == fcntl.F_SETSIG),
+    "faulthandler.register": lambda: refuse(faulthandler, "register", error=RuntimeError),
+    "setrlimit": lambda: refuse(resource, "setrlimit"),
+    "MADV_HUGEPAGE": lambda: setattr(mmap, "mmap", Map),
+    "TCP_USER_TIMEOUT": lambda: refuse(socket.socket, "setsockopt", lambda s, _, key, *__: key == socket.TCP_USER_TIMEOUT)}
+for name in os.environ.get("REFUSED", "").split():
+    REFUSALS[name]()
+"""
+
+
+@pytest.mark.parametrize("refused", [
+    "pidfd_open", "memfd_create", "F_SETOWN", "F_SETSIG", "faulthandler.register", "setrlimit", "MADV_HUGEPAGE",
+    "TCP_USER_TIMEOUT",
+    "pidfd_open memfd_create F_SETOWN F_SETSIG faulthandler.register setrlimit MADV_HUGEPAGE TCP_USER_TIMEOUT"])
+def test_a_system_call_that_is_refused_costs_no_more_than_what_it_is_for(tmp_path, refused):
+    (tmp_path / "sitecustomize.py").write_text(REFUSALS)
+    env = {"PYTHONPATH": f"{tmp_path}:{HERE}", "REFUSED": refused, "CLUPY_MEMORY_LIMIT": "2GB"}
+    with Cluster(tmp_path, **env) as cluster:
+        done = run_script(tmp_path / "client", """
+            import clupy, os, time
+            print(clupy.parallel(len)(clupy.parallel(bytes)(8 << 20).result(30)).result(30))
+            print(type(clupy.parallel(os._exit, retries=0)(3).exception(30)).__name__)
+            print(type(clupy.parallel(time.sleep, timeout=0.3)(60).exception(30)).__name__)
+            print(len({clupy.parallel(os.getpid)().result(30) for _ in range(20)}) <= 2)
+            """, **env, CLUPY_MASTER=cluster.address)
+        assert done.stdout == "8388608\nWorkerDied\nCallTimeout\nTrue\n" and not done.stderr
+        until(lambda: len(workers()) == 2)                     # the dead are known as such and replaced, none is started twice
+        cluster.servers[0].process.kill()
+        until(lambda: not workers())
+
+
+def test_a_server_with_few_descriptors_does_with_the_workers_it_could_start(tmp_path):
+    with Cluster(tmp_path, servers=0) as cluster, Program(tmp_path / "few", "-c", f"""if True:
+            import resource, clupy
+            resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+            clupy.main(["serve", "--master", "{cluster.address}", "--listen", "127.0.0.1:0", "--slots", "16"])
+            """) as server:
+        row, = until(lambda: list(cluster.status()["servers"].values()))
+        assert 2 <= row["slots"] <= 6                      # of 16, since a worker takes 9 of the descriptors
+        until(lambda: len(workers()) == row["slots"])
+        clupy.connect(cluster.address)
+        assert clupy.wait_all([clupy.parallel(sleepy)(0.1) for _ in range(20)], PATIENCE)
+        old = {clupy.parallel(os.getpid)().result(PATIENCE) for _ in range(3)}
+        assert clupy.wait_all([clupy.parallel(os._exit, retries=0)(3) for _ in range(4)], PATIENCE)
+        until(lambda: len(workers()) >= row["slots"] - 1)      # there was room for others then, but for our connection
+        with contextlib.ExitStack() as strangers:
+            for _ in range(5):
+                strangers.enter_context(contextlib.closing(socket.create_connection(row["address"].rsplit(":", 1))))
+            assert run_script(tmp_path / "other", "import clupy\nprint(clupy.parallel(abs)(-1).result(30))",
+                              CLUPY_MASTER=cluster.address).stdout == "1\n"
+        assert clupy.parallel(os.getpid)().result(PATIENCE) not in old
+    assert server.log.count("trying again") == 1
+    assert "64 open files" in server.log and "ulimit -Hn" in server.log and "for 16 slots" in server.log
+
+
+def test_a_client_that_embeds_a_cluster_has_the_descriptors_for_it_and_its_calls_have_the_old_limit(tmp_path):
+    done = run_script(tmp_path, """
+        import clupy, resource
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+        clupy.connect(slots=6)
+        print(clupy.parallel(resource.getrlimit)(resource.RLIMIT_NOFILE).result(30) == (64, hard))
+        together = [clupy.parallel(__import__("time").sleep)(0.5) for _ in range(12)]
+        print(clupy.wait_all(together, 30))
+        """)
+    assert done.stdout == "True\nTrue\n" and not done.stderr
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_what_fails_at_a_workers_start_is_undone_said_once_and_tried_again(caplog, monkeypatch, when):
+    failing, tries = threading.Event(), []
+    failing.set()
+    popen = subprocess.Popen
+
+    def start(*args, **keywords):
+        tries.append(time.monotonic())
+        if when == "before" and failing.is_set():
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+        return popen(*args, **keywords)
+
+    def watch(process, *args, original=clupy_server.Process._watch_end):
+        if when == "after" and failing.is_set():
+            raise OSError(errno.EMFILE, "Too many open files")
+        return original(process, *args)
+    monkeypatch.setattr(clupy_server.subprocess, "Popen", start)
+    monkeypatch.setattr(clupy_server.Process, "_watch_end", watch)
+    monkeypatch.setattr(clupy_server, "RETRY_START", (0.1, 0.2))
+    clupy.connect(slots=2)
+    future = clupy.parallel(square)(3)
+    until(lambda: len(tries) >= 5)
+    assert not workers() and all(later - sooner > 0.05 for sooner, later in itertools.pairwise(tries[:5]))
+    assert len([record for record in caplog.records if "cannot start a worker" in record.getMessage()]) == 1
+    failing.clear()
+    assert future.result(PATIENCE) == 9
+
+
 def test_a_server_that_cannot_have_new_libraries_finishes_what_runs_there():
     clupy.connect(slots=1)
     future = clupy.parallel(sleepy, retries=0)(1.5, "finished")
@@ -850,6 +965,27 @@ def test_the_first_master_makes_the_secret_and_one_machine_needs_no_set_up(tmp_p
             assert run_script(tmp_path / "client", text, **env, CLUPY_PORT=address.split(":")[1]).stdout == "1024\n"
 
 
+def test_a_secret_of_few_characters_is_refused_wherever_it_comes_from(tmp_path, monkeypatch):
+    settings = clupy.read_settings("master", secret_file=str(tmp_path / "new" / "secret"))
+    monkeypatch.setenv("CLUPY_SECRET", "fifteen letters")
+    with pytest.raises(clupy.SecretError, match="CLUPY_SECRET is shorter than 16"):
+        clupy.find_secret(settings, create=True)
+    monkeypatch.setenv("CLUPY_SECRET", "")
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / f"secret.{os.getpid()}").touch()         # of a process of our number that died while it made one
+    assert len(clupy.find_secret(settings, create=True)) == 64 and clupy.find_secret(settings) == clupy.find_secret(settings)
+    assert len(os.listdir(tmp_path / "new")) == 2 and (tmp_path / "new" / "secret").stat().st_mode & 0o777 == 0o600
+    (tmp_path / "new" / "secret").write_text("fifteen letters")
+    with pytest.raises(clupy.SecretError, match="shorter than 16"):
+        clupy.find_secret(settings)
+
+
+def test_a_server_has_a_slot_for_each_core_that_it_may_use():
+    done = subprocess.run([sys.executable, "-c", "import os; os.sched_setaffinity(0, list(os.sched_getaffinity(0))[:1]); "
+                           "import clupy; print(clupy.read_settings('server').slots)"], env=environ(), capture_output=True)
+    assert done.stdout == b"1\n"
+
+
 def test_numerical_libraries_get_the_cores_divided_by_the_slots_unless_the_user_says_otherwise(monkeypatch):
     names = "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"
     for name in names:
@@ -857,7 +993,7 @@ def test_numerical_libraries_get_the_cores_divided_by_the_slots_unless_the_user_
     monkeypatch.setenv("MKL_NUM_THREADS", "7")
     clupy.connect(slots=1)
     threads = clupy.parallel(lambda names: [os.environ[name] for name in names])(names).result(PATIENCE)
-    assert threads == [str(os.cpu_count()), str(os.cpu_count()), "7"]
+    assert threads == [str(len(os.sched_getaffinity(0)))] * 2 + ["7"]
 
 
 def test_a_worker_never_has_the_secret(cluster):
@@ -912,7 +1048,7 @@ def test_importing_clupy_is_light_and_the_command_does_not_load_it_twice(tmp_pat
 # ---- Configuration
 
 def test_settings_come_from_yaml_then_environment_then_arguments(tmp_path, monkeypatch):
-    assert clupy.read_settings("server").slots == os.cpu_count()
+    assert clupy.read_settings("server").slots == len(os.sched_getaffinity(0))
     (tmp_path / "clupy.server.yaml").write_text("slots: 3\ndrain_time: 2m\nmemory_limit: 1.5GB\n")
     settings = clupy.read_settings("server")
     assert (settings.slots, settings.drain_time, settings.memory_limit) == (3, 120.0, 3 * 2**29)
@@ -1164,10 +1300,169 @@ def test_a_recall_leaves_what_concerns_functions_to_the_main_thread_in_its_order
     assert said == ["results", ("returned", [1, 2, 3])] and list(worker.todo) == [drop, learn]
 
 
+class Steps:
+    """Threads of which one goes on at a time: before each line of `code` a chance decides which.  Waiting is theirs, too:
+    for a condition, with or without a limit of time, which may be over at any moment."""
+
+    def __init__(self, seed, code):
+        self.chance, self.code = random.Random(seed), code
+        self.actors, self.errors, self.current, self.over = [], [], None, False
+        self._back = threading.Semaphore(0)
+
+    def start(self, function):
+        actor = types.SimpleNamespace(go=threading.Semaphore(0), condition=lambda: True, limited=False)
+
+        def run():
+            actor.go.acquire()
+            sys.settrace(lambda frame, *_: self._line if frame.f_code in self.code else None)
+            try:
+                function()
+            except BaseException as error:
+                self.errors += [error] if type(error) is not SystemExit else []
+            finally:
+                sys.settrace(None)
+                self.actors.remove(actor)
+                self._back.release()
+        self.actors.append(actor)
+        actor.thread = threading.Thread(target=run, daemon=True)
+        actor.thread.start()
+
+    def _line(self, frame, event, _):
+        if event == "line" and not self.over:
+            self.wait()
+        return self._line
+
+    def wait(self, condition=lambda: True, limited=False):
+        """Let others go on; whether the condition is true then."""
+        actor = self.current
+        actor.condition, actor.limited = condition, limited
+        self._back.release()
+        actor.go.acquire()
+        if self.over:
+            raise SystemExit
+        return condition()
+
+    def go_on(self, actor):
+        self.current = actor
+        actor.go.release()
+        self._back.acquire()
+
+    def run(self, when_all_wait):
+        """Go on until all wait without a limit of time; when_all_wait() is called whenever nobody can go on at once."""
+        while True:
+            ready = [actor for actor in self.actors if actor.condition()]
+            limited = [actor for actor in self.actors if actor.limited]
+            if not ready:
+                when_all_wait()
+            if not ready and not limited or self.errors:
+                break
+            stay = self.current in ready and self.chance.random() < 0.6
+            self.go_on(self.current if stay else self.chance.choice(ready + limited))
+        self.over = True
+        for actor in list(self.actors):
+            self.go_on(actor)
+            actor.thread.join()
+        assert not self.errors
+
+
+@pytest.mark.parametrize("seeds", [range(start, start + 150) for start in range(0, 600, 150)])
+def test_the_two_threads_of_a_worker_lose_no_work_in_whatever_order_they_go_on(seeds):
+    kind = clupy_server.Worker
+    code = {method.__code__ for method in (kind._work, kind._await_work, kind._read_beside, kind._read_while_busy)}
+    for seed in seeds:
+        steps, arrived, done, readers = Steps(seed, code), [], [], []
+
+        class Bell:
+            rung = False
+
+            def ring(self):
+                self.rung = True
+
+            def wait(self, timeout, steps=steps):
+                steps.wait(lambda: self.rung, limited=timeout is not None)
+                self.rung = False
+
+        class Lock:
+            held = False
+
+            def acquire(self, blocking=True, steps=steps):
+                if blocking:
+                    steps.wait(lambda: not self.held)
+                taken, self.held = not self.held, True
+                return taken
+
+            def release(self):
+                self.held = False
+
+            def __enter__(self):
+                self.acquire()
+
+            def __exit__(self, *_):
+                self.release()
+
+        class Stepped(kind):
+            def __init__(self):
+                self.todo, self.results = collections.deque(), collections.deque()
+                self.ended = self.idle = self._dozing = False
+                self._reading, self._bell, self.arrived = Lock(), Bell(), arrived
+
+            def _run_call(self, number, *_, steps=steps, done=done):
+                for _ in range(number):
+                    steps.wait()
+                if number == 8:                            # it goes on once the next one has been read
+                    steps.wait(lambda: any(item[0] == 3 for item in self.todo))
+                self.results.append(number)
+
+            def send_results(self, done=done):
+                done.extend(self.results)
+                self.results.clear()
+
+            def _read(self):
+                self._has_input(None)
+                self.todo.append((self.arrived.pop(0), None, None, None))
+
+            def _has_input(self, limit, steps=steps, arrived=arrived, readers=readers):
+                assert self._reading.held and not readers
+                readers.append(steps.current)
+                ready = steps.wait(lambda: arrived, limited=limit is not None)
+                readers.clear()
+                return ready
+
+        def client(steps=steps, arrived=arrived):
+            for number in (1, 2, 4, 8, 3):
+                arrived.append(number)
+                for _ in range(steps.chance.randrange(20)):
+                    steps.wait()
+
+        def nothing_waits_for_time(steps=steps, done=done):
+            assert not worker.todo and not arrived, (seed, "work waits while both threads do")
+            assert readers or not worker.idle, (seed, "nobody reads")
+        worker = Stepped()
+        for actor in worker._work, worker._read_beside, client:
+            steps.start(actor)
+        steps.run(nothing_waits_for_time)
+        assert done == [1, 2, 4, 8, 3], seed
+
+
 def test_who_is_charged_when_a_worker_dies():
     assert clupy.had_begun([4, 5, 6, 7], 5) == [True, True, False, False]
     assert clupy.had_begun([4, 5], 3) == [False, False]           # its result had arrived already
     assert clupy.had_begun([4, 5], None) == [True, True]          # nobody knows
+
+
+@pytest.mark.parametrize("error", [ValueError, OSError])         # the second looks like the end of the slot
+def test_a_worker_whose_main_thread_dies_ends_whatever_threads_its_calls_left(cluster, error):
+    def leave_a_thread_and_a_handler():
+        def late(*_):
+            raise error("too late")
+        threading.Thread(target=time.sleep, args=(600,)).start()           # no daemon: Python would wait for it
+        signal.signal(signal.SIGUSR1, late)
+        return os.getpid()
+    clupy.connect(cluster.address)
+    pid = clupy.parallel(leave_a_thread_and_a_handler)().result(PATIENCE)
+    os.kill(pid, signal.SIGUSR1)
+    until(lambda: pid not in workers())
+    assert clupy.parallel(os.getpid)().result(PATIENCE) != pid
 
 
 # ---- Backlog, Feeder, Children, Pool and verdicts by hand, under random sequences of what may happen
@@ -1487,6 +1782,33 @@ def test_recursion_of_depth_30_on_one_slot():
     clupy.connect(slots=1)
     assert clupy.parallel(depth)(30).result(90) == 30
     until(lambda: len(workers()) == 1)
+
+
+def test_a_nested_call_belongs_to_the_call_that_started_its_thread(tmp_path):
+    def leaves_a_thread(path):
+        def late():
+            while not path.exists():
+                time.sleep(0.01)
+            outcome = clupy.parallel(sleepy)(0, "nested").exception(PATIENCE)
+            path.write_text(type(outcome).__name__)
+        threading.Thread(target=late, daemon=True).start()
+
+    def runs_beside(path):
+        path.touch()
+        while not (text := path.read_text()):
+            time.sleep(0.01)
+        return text
+
+    def in_threads(pools=[]):
+        pools[:] = pools or [concurrent.futures.ThreadPoolExecutor(1)]     # one for all calls here
+        thread = concurrent.futures.Future()
+        threading.Thread(target=lambda: thread.set_result(clupy.parallel(square)(4).result(PATIENCE))).start()
+        return pools[0].submit(lambda: clupy.parallel(square)(3).result(PATIENCE)).result(), thread.result(PATIENCE)
+    clupy.connect(slots=1)
+    clupy.parallel(leaves_a_thread)(tmp_path / "x").result(PATIENCE)
+    assert clupy.parallel(runs_beside)(tmp_path / "x").result(PATIENCE) == "CancelledError"
+    in_threads = clupy.parallel(in_threads)
+    assert [in_threads().result(PATIENCE) for _ in range(3)] == [(9, 16)] * 3
 
 
 def test_large_arrays_travel_through_nested_calls():
