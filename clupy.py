@@ -3117,7 +3117,7 @@ class Feeder:
             if call._state in _DONE:              # cancelled while others waited behind it
                 slot.link.kill(slot, call._number)
         self._engine.pool.end_if_empty(slot)
-        self.feed()
+        self._engine.pool.balance()               # a nested call may want a slot of its own
 
     def put_back(self, calls):
         """To the others that wait, as if they had never been sent."""
@@ -4596,7 +4596,7 @@ def put(name, value, ttl=None):
 
     value: anything pickle or cloudpickle takes, of any size. ttl: seconds since the last access after which
     it is gone; None: the setting `ttl`, 0: never. Raises Unavailable."""
-    _store(_key(name), "value", _parts(value), _ttl(ttl))
+    _store(_key(name), "value", _buffers_of(value), _ttl(ttl))
 
 
 def get(name, default=_MISSING):
@@ -4675,7 +4675,7 @@ def _ttl(ttl):
     return math.ceil(1000 * seconds)
 
 
-def _parts(value):
+def _buffers_of(value):
     """[pickle, buffer, ...] of a value, pickled exactly as an argument is."""
     payload = pack(value, snapshot=False)
     return [payload[0], *(buffer.raw() for buffer in payload[1])] if type(payload) is tuple else [payload]
@@ -4865,7 +4865,7 @@ def share(value, ttl=None):
     With Redis configured it lives `ttl` seconds after its last use (None: the setting, 0: for ever), also without
     this process; without, as long as the client, or until the program drops the Ref and its last call is done. Later
     changes of `value` do not matter."""
-    name, (buffers, refs) = uuid.uuid4().hex, noting_refs(_parts, value)
+    name, (buffers, refs) = uuid.uuid4().hex, noting_refs(_buffers_of, value)
     in_redis = "redis" in _settings().given and bool(_settings().redis)
     ref = Ref(name, in_redis, _ttl(ttl))
     if in_redis:
@@ -5055,7 +5055,7 @@ def _machine_copy(ref):
         except OSError as error:        # Docker's /dev/shm has 64 MB: on disk, then
             log.debug("no copy of %r at %s: %s", ref, path, error)
     found = found or _mapped(paths)
-    return _used(ref, *found) if found else buffers or _fetched(ref)
+    return _noting_use(ref, *found) if found else buffers or _fetched(ref)
 
 
 @contextlib.contextmanager
@@ -5098,7 +5098,7 @@ def _mapped(paths):
     return None
 
 
-def _used(ref, path, buffers):
+def _noting_use(ref, path, buffers):
     """The buffers; Redis is told of their use once in a quarter of their time to live: else the original would expire."""
     with contextlib.suppress(FileNotFoundError):        # it was given up in this moment
         if ref.in_redis and ref.ttl and time.time() - os.stat(path).st_mtime > ref.ttl / 4000:
