@@ -1966,19 +1966,21 @@ served = {}                                       # {name: buffers} of the Refs 
 # 0.5 us instead of 4 us.  A result stays pickled until somebody asks for it, and is unpickled in that thread: it may
 # run user code, which may block, and must never do so in the engine's loop.
 
+def bounded(seconds):
+    """A time-out that a lock takes: not less than 0, and not more than there is."""
+    return max(0, min(seconds, threading.TIMEOUT_MAX))
+
+
 PENDING, RUNNING, FINISHED = "PENDING", "RUNNING", "FINISHED"
 CANCELLED = "CANCELLED_AND_NOTIFIED"
 _DONE = (FINISHED, CANCELLED)
 
 
 class _Waiter:
-    """Wakes one thread when a future is done; the three methods are what concurrent.futures calls.
+    """Wakes one thread when a future is done; the three methods are what concurrent.futures calls."""
+    __slots__ = ("lock",)
 
-    handlers: not before its handlers have run."""
-    __slots__ = ("lock", "handlers")
-
-    def __init__(self, handlers):
-        self.handlers = handlers
+    def __init__(self):
         self.lock = threading.Lock()
         self.lock.acquire()
 
@@ -1987,6 +1989,9 @@ class _Waiter:
             self.lock.release()
 
     add_exception = add_cancelled = add_result
+
+
+_handling = threading.local()     # .future: the one whose handlers this thread runs
 
 
 class Future(concurrent.futures.Future):
@@ -2002,6 +2007,7 @@ class Future(concurrent.futures.Future):
     _packed = None                # (succeeded, payload) until somebody asks for the result
     _waiting = _callbacks = None  # lists of _waiters and of _done_callbacks, made when they are first needed
     _handlers = None              # [(on success, f)] that have not run yet; None: there are none
+    _handled = None               # Event that all handlers have run; None: there never was one
     _parent = _outer = None       # a nested call: (Slot, its number there), number of the call that made it
     _slot = None                  # the Slot that it was sent to last, and when
     _sent_at = 0.0
@@ -2059,19 +2065,19 @@ class Future(concurrent.futures.Future):
 
     # -- waiting
 
-    def _wait(self, timeout=None, handlers=False):
-        """Whether it is done within `timeout` seconds (None: for ever), and its handlers have run if that matters.
+    def _wait(self, timeout=None):
+        """Whether it is done within `timeout` seconds (None: for ever).
 
         Ctrl-C ends all unfinished calls of this client: whoever gives up waiting wants the cluster back."""
-        if self._state in _DONE and not (handlers and self._handlers):
+        if self._state in _DONE:
             return True
-        waiter = _Waiter(handlers)
+        waiter = _Waiter()
         with self._condition:
-            if self._state in _DONE and not (handlers and self._handlers):
+            if self._state in _DONE:
                 return True
             self._waiters.append(waiter)
         try:
-            return waiter.lock.acquire(timeout=-1 if timeout is None else max(0, min(timeout, threading.TIMEOUT_MAX)))
+            return waiter.lock.acquire(timeout=-1 if timeout is None else bounded(timeout))
         except KeyboardInterrupt:
             if self._engine:
                 self._engine.cancel_all()
@@ -2080,6 +2086,20 @@ class Future(concurrent.futures.Future):
             with self._condition:
                 if waiter in self._waiters:
                     self._waiters.remove(waiter)
+
+    def _wait_for_handlers(self, timeout=None):
+        """Whether it is done and its handlers have run within `timeout` seconds; a handler of its own does not wait for itself."""
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        if not self._wait(timeout):
+            return False
+        if self._handled is None or getattr(_handling, "future", None) is self:
+            return True
+        try:
+            return self._handled.wait(bounded(deadline - time.monotonic()))
+        except KeyboardInterrupt:
+            if self._engine:
+                self._engine.cancel_all()
+            raise
 
     def _open(self):
         """Unpickle the outcome, in the thread that asks for it; the first of several threads decides."""
@@ -2126,7 +2146,7 @@ class Future(concurrent.futures.Future):
 
     def wait(self, timeout=10):
         """Whether it completed within `timeout` seconds (None: for ever), its handlers included."""
-        return self._wait(None if timeout is None else _duration(timeout), handlers=True)
+        return self._wait_for_handlers(None if timeout is None else _duration(timeout))
 
     completed = property(lambda self: self._state in _DONE)
 
@@ -2158,14 +2178,17 @@ class Future(concurrent.futures.Future):
         with self._condition:
             start = self._state in _DONE and self._handlers is None        # else somebody is at it, or will be
             self._handlers = (self._handlers or []) + [(succeeded, handler)]
+            if self._handled is None or self._handled.is_set():
+                self._handled = threading.Event()
         if start:
             threads.run(self._run_handlers)
         return self
 
     def _run_handlers(self):
-        """Run handlers until none is left, then release who waits for them."""
-        while True:
-            for succeeded, handler in (entries := self._handlers):
+        """Run handlers until none is left, those that are added meanwhile, too."""
+        _handling.future = self
+        while entries := self._handlers:
+            for succeeded, handler in entries:
                 if self.successful is succeeded:
                     try:
                         handler(self._result if succeeded else self.failure)
@@ -2174,10 +2197,8 @@ class Future(concurrent.futures.Future):
             with self._condition:
                 self._handlers = self._handlers[len(entries):] or None
                 if self._handlers is None:
-                    for waiter in self._waiting or ():
-                        if type(waiter) is _Waiter and waiter.handlers:
-                            waiter.add_result(self)
-                    return
+                    self._handled.set()
+        _handling.future = None
 
     # -- outcomes
 
@@ -2221,8 +2242,6 @@ def conclude(outcomes):
             call._state = CANCELLED if type(value) is CancelledError else FINISHED
             call._arguments, call._refs = None, ()
             for waiter in call._waiting or ():
-                if call._handlers and type(waiter) is _Waiter and waiter.handlers:
-                    continue
                 if call._state == CANCELLED:
                     waiter.add_cancelled(call)
                 elif succeeded:
@@ -4098,7 +4117,7 @@ def wait_all(results, time_out=None, progress=False):
     shown = -1
     try:
         for index, future in enumerate(results):
-            while not future._wait(_next_look(deadline, progress), handlers=True):
+            while not future._wait_for_handlers(_next_look(deadline, progress)):
                 if deadline is not None and time.monotonic() >= deadline:
                     return False
                 shown = _show_progress(results, index, shown)
@@ -4271,17 +4290,19 @@ class ExecutorEngine(BaseEngine):
 
 
 _set_up = {}                    # {content id of an initializer: None, or the exception that it raised here}
+_set_up_lock = threading.Lock()   # held while one runs: another thread's call must not begin before it is done
 
 
 def set_up(setup, unpack=unpack):
     """Run an Executor's initializer, a payload, once in this process. Raises BrokenExecutor if it raised."""
     key = content_id(setup)
-    if key not in _set_up:
-        try:
-            unpack(setup)()
-            _set_up[key] = None
-        except BaseException as error:            # whatever it raised, it is why no call can run here
-            _set_up[key] = error
+    with _set_up_lock:
+        if key not in _set_up:
+            try:
+                unpack(setup)()
+                _set_up[key] = None
+            except BaseException as error:        # whatever it raised, it is why no call can run here
+                _set_up[key] = error
     if _set_up[key] is not None:
         raise BrokenExecutor("the initializer raised") from _set_up[key]
 
@@ -5674,9 +5695,9 @@ def _at_exit():
 
 def _after_fork():
     """In a forked child: the engines stay the parent's; the child gets one of its own when it makes a call."""
-    global _engine, _engines, _engine_lock, _capture_lock, threads
-    _engine_lock, _capture_lock, Future._condition, threads = (
-        threading.Lock(), threading.Lock(), threading.Condition(), Threads())
+    global _engine, _engines, _engine_lock, _capture_lock, _set_up_lock, threads
+    _engine_lock, _capture_lock, _set_up_lock = threading.Lock(), threading.Lock(), threading.Lock()
+    Future._condition, threads = threading.Condition(), Threads()
     for engine in {*_engines, *filter(None, [_engine])}:
         engine.abandon()
         _parents.append(engine)

@@ -370,6 +370,26 @@ def test_a_handler_that_leaves_by_sys_exit_keeps_nobody_waiting(caplog):
     assert future.wait(PATIENCE) and clupy.wait_all([future], PATIENCE) and "SystemExit" in caplog.text
 
 
+def test_a_handler_may_wait_for_its_own_future():
+    seen = []
+    future = clupy.parallel(square)(3)
+    future.succeed(lambda value: seen.append((future.wait(PATIENCE), clupy.wait_all([future]))))
+    assert future.wait(PATIENCE) and seen == [(True, True)]
+
+
+def test_ctrl_c_between_a_call_and_the_loop_loses_no_later_call(monkeypatch):
+    clupy.connect(slots=1)
+    engine = clupy._engine
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(engine, "soon", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        clupy.parallel(square)(2)
+    monkeypatch.undo()
+    assert clupy.parallel(square)(3).result(PATIENCE) == 9
+
+
 def test_waiting_ends_in_time_when_the_call_does_not():
     future = clupy.parallel(sleepy)(60)
     assert not future.wait(0.1) and not clupy.wait_all([future], time_out=0.1)
@@ -2342,7 +2362,7 @@ def test_what_the_client_need_not_be_asked_it_is_not_asked(tmp_path, asked):
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     clupy.connect(slots=1)
     assert call(imports) and call(imports) and call(fork) == 1
-    assert asked == ["nowhere"] and call(fork_and_get, [[clupy.share(1)]]) == 2
+    assert asked == ["nowhere"] and call(fork_and_get, [[clupy.share(1).unresolved()]]) == 2
     cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
     try:
         assert call(printed, ValueError()) == "ValueError\n" and __name__ in asked    # though pytest loaded it
