@@ -951,8 +951,8 @@ MAX_TEXT = 10_000                 # characters of the message that stands for an
 _missing_modules = {}             # in a worker: name -> what the ModuleNotFoundError should say; its Finder's
 _MAINS = ("__main__", "__mp_main__")      # the second is the first's name in a child of multiprocessing
 _MAIN = b"_main__"                # in a pickle that names either
-_RAW = {bytes, bytearray}
-_ABSENT = type("absent", (), {"__repr__": lambda self: "<absent>"})()
+_RAW = {bytes, bytearray}         # what travels as a _Raw, if it is large
+_ABSENT = type("absent", (), {"__repr__": lambda self: "<absent>"})()     # the value of a name that has none
 
 
 def pack(obj, by_value=None, snapshot=True):
@@ -976,7 +976,8 @@ def _pack(obj, by_value, snapshot=True):
 
 
 class _Buffers(list):
-    """A buffer_callback: takes large buffers out of the pickle, and copies those that may change."""
+    """A buffer_callback, which pickle asks of each buffer: takes large ones out of the pickle; with snapshot, copies those
+    that may change."""
 
     def __init__(self, snapshot):
         self.snapshot = snapshot
@@ -995,7 +996,7 @@ def _copied(view):
 
 
 def unpack(payload):
-    """The object.  Once per payload, as arrays are not copies: they use the payload's buffers."""
+    """The object.  Only once of a payload that is a tuple: arrays are not copied, so two objects would share its buffers."""
     if type(payload) is tuple:
         data, buffers = payload
         return pickle.loads(data, buffers=buffers)
@@ -1038,10 +1039,6 @@ def _registered():
     names = module.list_registry_pickle_by_value()          # a copy
     names.discard("__mp_main__")                            # by _dumps, not by the user
     return names
-
-
-def _registered_are(modules, _):
-    return _registered() == modules
 
 
 def _by_value(obj, buffer_callback=None):
@@ -1245,7 +1242,7 @@ class Function:
         self.payload, self.name = payload, name
         self.setup = setup                        # payload of a function that a worker must have called first, or None
         self.size = payload_size(payload) + payload_size(setup)     # bytes that it takes at either end of a slot
-        self.mean = None                          # seconds that a call takes, as far as is known
+        self.mean = None                          # seconds that a call takes, as far as the engine knows
         self.limits = {}                          # {max: Limit}
 
     def __repr__(self):
@@ -1285,7 +1282,7 @@ class Known:
 
 
 _functions = weakref.WeakValueDictionary()        # {id: Function} while anybody has it
-_hashed = weakref.WeakValueDictionary()           # {id() of a payload: the Function that has it, without a setup}
+_hashed = weakref.WeakValueDictionary()           # {id() of a payload: the Function that has it, and so keeps that id its own}
 _captures = {}          # {id(func): (func, Function, reads)}, oldest first; any thread looks, changed under the lock
 _capture_lock = threading.Lock()                  # for the three
 
@@ -1400,6 +1397,10 @@ def _function_name(func):
     if isinstance(func, functools.partial):
         return _function_name(func.func)
     return getattr(func, "__qualname__", None) or type(func).__qualname__
+
+
+def _registered_are(modules, _):
+    return _registered() == modules
 
 
 _CONSTANTS = {int, float, complex, bool, str, bytes, range, type(None), type(...), type(NotImplemented)}
