@@ -1389,8 +1389,9 @@ def limit_key(func):
     key = "__main__" if module in _MAINS else module, name
     if "<" not in name or not hasattr(func, "__code__"):
         return key
-    code = func.__code__                          # where in the line it stands is in its line table
-    return *key, code.co_filename, code.co_firstlineno, _hash(code.co_code, code.co_linetable).hex()
+    code = func.__code__                          # where in the line it stands is in its line table, but for a mere constant's
+    constants = repr([constant for constant in code.co_consts if type(constant) in _CONSTANTS]).encode()
+    return *key, code.co_filename, code.co_firstlineno, _hash(code.co_code, code.co_linetable, constants).hex()
 
 
 def _function_name(func):

@@ -2100,14 +2100,14 @@ def test_a_limit_belongs_to_a_function_as_its_author_sees_it():
     @functools.wraps(local)
     def wrapper(n): pass
     key = clupy.limit_key
-    first, second = lambda: 1, lambda: 1
+    first, second, third, fourth = lambda n: n, lambda n: n, lambda: 1, lambda: 2
     assert key(square) == key(functools.partial(square, 2)) == key(clupy.parallel(square)) == (__name__, "square")
     assert key(Callable().method) == key(Callable().method) == key(Callable.method) == (__name__, "Callable.method")
     assert key(Callable()) == key(Callable) == (__name__, "Callable") and key(Callable.make) == (__name__, "Callable.make")
     assert key(len) == ("builtins", "len") and key([].index) == ("", "list.index")
     assert key(local(1)) == key(local(2)) == key(functools.lru_cache(local(3))) != key(local) == key(wrapper)
-    assert len({key(first), key(second), key(lambda: 1), key(lambda: 2)}) == 4
-    for func in local(1), first, second, wrapper, square, Callable().method, functools.partial(local, 1), [].index, len:
+    assert len({key(func) for func in (first, second, third, fourth)}) == 4
+    for func in local(1), first, second, third, wrapper, square, Callable().method, functools.partial(local, 1), [].index, len:
         assert call(key, func) == key(func) and {type(part) for part in key(func)} <= {str, int}
 
 
