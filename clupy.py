@@ -1521,7 +1521,8 @@ class _FailurePickler(pickle.Pickler):
         if depth > MAX_CHAIN:
             return _remote_error, (*texts, f"it is behind {MAX_CHAIN} others")
         made_by, attributes = _parts(error)
-        state = *_alone(attributes), getattr(error, "__notes__", []), *links, error.__suppress_context__
+        attributes = attributes and _alone(attributes)
+        state = attributes, getattr(error, "__notes__", []), *links, error.__suppress_context__
         return _rebuilt, (*texts, *_alone(made_by)), state, None, None, _link
 
 
@@ -1634,10 +1635,10 @@ def _rebuilt(type_name, message, frames, data, others):
 
 
 def _link(error, state):
-    data, others, notes, error.__cause__, error.__context__, error.__suppress_context__ = state
+    attributes, notes, error.__cause__, error.__context__, error.__suppress_context__ = state
     try:
-        if type(error) is not RemoteError and (attributes := _together(data, others)):
-            error.__setstate__(attributes)
+        if attributes and type(error) is not RemoteError:       # which may stand for another
+            error.__setstate__(_together(*attributes))
     except Exception as problem:                  # one of them is of a class that is missing here, say
         error.add_note(f"its attributes cannot be rebuilt here: {_line(problem)}")
     for note in notes:
