@@ -2040,6 +2040,24 @@ def test_data_of_any_size_goes_with_a_function_an_initializer_and_a_nested_call(
         assert [executor.submit(prepared).result(PATIENCE) for _ in range(3)] == [(size, size)] * 3
 
 
+def test_a_large_function_goes_to_a_worker_once_however_often_it_is_wrapped(tmp_path):
+    class Counted:
+        def __reduce__(self): return mark, (tmp_path / "unpickled",)
+
+    def mark(path):
+        with path.open("a") as file:
+            file.write("x")
+    clupy.connect(slots=1)
+    counted, data = Counted(), bytearray(1 << 20)
+
+    def total(n):
+        return len(data) + n + (counted is None)
+    assert [clupy.parallel(total)(n).result(PATIENCE) for n in range(3)] == [(1 << 20) + n + 1 for n in range(3)]
+    calls = [clupy.parallel(lambda n: total(n) + 1)(n) for n in range(20)]
+    assert [call.result(PATIENCE) for call in calls] == [(1 << 20) + n + 2 for n in range(20)]
+    assert (tmp_path / "unpickled").read_text() == "xx"                   # once each for `total` and the lambda
+
+
 def test_the_same_content_is_one_function_and_what_did_not_change_is_not_copied_again(monkeypatch):
     numpy = pytest.importorskip("numpy")
     data = numpy.zeros(1 << 20)
