@@ -1500,7 +1500,7 @@ def pack_exception(error, skip_frames=0, where=""):
 
 
 class _FailurePickler(pickle.Pickler):
-    """frames: {id of an exception: its frames}, if not those of its traceback."""
+    """Takes each exception apart.  frames: {id of an exception: its frames}, where they are not its traceback's."""
 
     def __init__(self, frames, *arguments):
         super().__init__(*arguments)
@@ -1540,14 +1540,14 @@ def _parts(error):
 
 def _alone(obj):
     """(pickle, [the exceptions in it]) of obj, or (None, why there is none)."""
-    others = {}                                   # {id: exception}
+    others = {}                                   # {id of an exception: (its place, it)}
 
     def pickler(*arguments):
         made = _part_pickler()(*arguments)
         made.others = others
         return made
     try:
-        return _dumps(pickler, obj), list(others.values())
+        return _dumps(pickler, obj), [error for _, error in others.values()]
     except BaseException as problem:              # whatever the user's methods raise; RecursionError, MemoryError
         return None, _line(problem)
 
@@ -1557,8 +1557,7 @@ def _part_pickler():
     class Pickler(_result_pickler()):
         def persistent_id(self, obj):
             if isinstance(obj, BaseException):
-                self.others.setdefault(id(obj), obj)
-                return list(self.others).index(id(obj))
+                return self.others.setdefault(id(obj), (len(self.others), obj))[0]
     return Pickler
 
 

@@ -2248,6 +2248,12 @@ def circle():
     raise a
 
 
+def within_itself():
+    error = ValueError()
+    error.args = error, 7
+    raise error
+
+
 def because_of(make):
     """What raises an exception whose cause, made by `make`, cannot travel, but has a cause that can."""
     def fail():
@@ -2297,6 +2303,7 @@ WAYS_TO_SPOIL = [               # what is called, the type of its failure, words
     (functools.partial(chain, 5000), ValueError, "4999",
      lambda e: str(cause(e, 100)) == "ValueError: 4899" and cause(e, 101) is None),
     (circle, ValueError, "a", lambda e: e.__cause__.__cause__ is e.itself is e and e.other is e.__cause__),
+    (within_itself, clupy.RemoteError, ", 7)", lambda e: "RecursionError" in e.__notes__[0]),
     (because_of(lambda: foreign()), ValueError, "main", lambda e: "No module" in e.__cause__.__notes__[0]),
     (because_of(lambda: ValueError(threading.Lock())), ValueError, "main",
      lambda e: "unlocked _thread.lock" in str(e.__cause__) and type(e.__cause__.__cause__) is KeyError),
