@@ -941,7 +941,7 @@ class MasterLink:
 
 PLAIN = frozenset((int, float, bool, type(None), str))    # types that travel in a message as they are
 MAX_CAPTURES = 256                # functions kept with their pickle: a closure per turn of a loop is a new function
-MAX_CAPTURED_BYTES = 64 << 20     # ... and bytes of those pickles; more is memory, less is copied and hashed again
+MAX_CAPTURED_BYTES = 128 << 20    # ... and bytes of those pickles; more is memory, less is copied and hashed at each use
 MAX_KNOWN = 500                   # functions that a worker keeps for its client, and a client for a worker
 MAX_KNOWN_BYTES = 256 << 20       # ... and bytes of them; more is memory for every slot, less is sent again
 MAX_CLASSES = 4096                # classes kept alive after they were sent, as a result may name them
@@ -1344,7 +1344,7 @@ def _capture(func):
     else:
         copies = [pickle.PickleBuffer(bytearray(view)) for view in views]
         function = function_of((data, copies) if copies else data, name)
-    if reads is not None or function.size >= LARGE:
+    if function.size <= MAX_CAPTURED_BYTES and (reads is not None or function.size >= LARGE):
         _remember(func, function, reads or _NEVER)
     return function
 
@@ -1363,9 +1363,12 @@ def _remember(func, function, reads):
     with _capture_lock:
         _captures.pop(id(func), None)             # it is the newest now
         _captures[id(func)] = func, function, reads
-        while len(_captures) > MAX_CAPTURES or function.size >= LARGE and len(_captures) > 1 and (
-                sum(kept.size for _, kept, _ in _captures.values()) > MAX_CAPTURED_BYTES):
+        while len(_captures) > MAX_CAPTURES or function.size >= LARGE and _captured_bytes() > MAX_CAPTURED_BYTES:
             del _captures[next(iter(_captures))]
+
+
+def _captured_bytes():
+    return sum(function.size for _, function, _ in _captures.values())
 
 
 def limit_key(func):

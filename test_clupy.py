@@ -2078,15 +2078,19 @@ def test_the_same_content_is_one_function_and_what_did_not_change_is_not_copied_
     assert len({set_up.id, first.id, clupy.function_of(first.payload, "f", first.payload).id}) == 3
 
 
-def test_captures_are_bounded_by_bytes_as_well():
+def test_captures_are_bounded_by_bytes_as_well(monkeypatch):
     numpy = pytest.importorskip("numpy")
 
-    def reader(data):
-        return lambda: data.sum()
-    for n in range(20):
-        newest = clupy.capture(reader(numpy.full(1 << 20, n)))
-    kept = [function for _, function, _ in clupy._captures.values()]
-    assert sum(function.size for function in kept) <= clupy.MAX_CAPTURED_BYTES and kept[-1] is newest and len(kept) > 5
+    def captured(size):
+        data = numpy.zeros(size, "uint8")
+        return clupy.capture(lambda: data.sum())
+
+    def kept():
+        return [function for _, function, _ in clupy._captures.values()]
+    monkeypatch.setattr(clupy, "MAX_CAPTURED_BYTES", 10 << 20)
+    newest = [captured((1 << 20) + n) for n in range(20)][-1]
+    assert sum(function.size for function in kept()) <= 10 << 20 and kept()[-1] is newest and len(kept()) >= 9
+    assert captured(20 << 20) not in kept() and kept()[-1] is newest
 
 
 def test_both_ends_of_a_slot_forget_functions_by_number_and_by_bytes(monkeypatch):
