@@ -1039,7 +1039,7 @@ class MasterLink:
 
 PLAIN = frozenset((int, float, bool, type(None), str))    # types that travel in a message as they are
 MAX_CAPTURES = 256                # functions kept with their pickle: a closure per turn of a loop is a new function
-MAX_CAPTURED_BYTES = 64 << 20     # ... and bytes of those pickles; more is memory, less is copied and hashed again
+MAX_CAPTURED_BYTES = 128 << 20    # ... and bytes of those pickles; more is memory, less is copied and hashed at each use
 MAX_KNOWN = 500                   # functions that a worker keeps for its client, and a client for a worker
 MAX_KNOWN_BYTES = 256 << 20       # ... and bytes of them; more is memory for every slot, less is sent again
 MAX_CLASSES = 4096                # classes kept alive after they were sent, as a result may name them
@@ -1049,8 +1049,8 @@ MAX_TEXT = 10_000                 # characters of the message that stands for an
 _missing_modules = {}             # in a worker: name -> what the ModuleNotFoundError should say; its Finder's
 _MAINS = ("__main__", "__mp_main__")      # the second is the first's name in a child of multiprocessing
 _MAIN = b"_main__"                # in a pickle that names either
-_RAW = {bytes, bytearray}
-_ABSENT = type("absent", (), {"__repr__": lambda self: "<absent>"})()
+_RAW = {bytes, bytearray}         # what travels as a _Raw, if it is large
+_ABSENT = type("absent", (), {"__repr__": lambda self: "<absent>"})()     # the value of a name that has none
 UNRESOLVED = {}         # {Ref: what makes one that arrives as a Ref, wherever it is}
 
 
@@ -1095,7 +1095,8 @@ def _pack(obj, by_value, snapshot=True):
 
 
 class _Buffers(list):
-    """A buffer_callback: takes large buffers out of the pickle, and copies those that may change."""
+    """A buffer_callback, which pickle asks of each buffer: takes large ones out of the pickle; with snapshot, copies those
+    that may change."""
 
     def __init__(self, snapshot):
         self.snapshot = snapshot
@@ -1114,7 +1115,7 @@ def _copied(view):
 
 
 def unpack(payload):
-    """The object.  Once per payload, as arrays are not copies: they use the payload's buffers."""
+    """The object.  Only once of a payload that is a tuple: arrays are not copied, so two objects would share its buffers."""
     if type(payload) is tuple:
         data, buffers = payload
         return pickle.loads(data, buffers=buffers)
@@ -1157,10 +1158,6 @@ def _registered():
     names = module.list_registry_pickle_by_value()          # a copy
     names.discard("__mp_main__")                            # by _dumps, not by the user
     return names
-
-
-def _registered_are(modules, _):
-    return _registered() == modules
 
 
 def _by_value(obj, buffer_callback=None):
@@ -1413,7 +1410,7 @@ class Known:
 
 
 _functions = weakref.WeakValueDictionary()        # {id: Function} while anybody has it
-_hashed = weakref.WeakValueDictionary()           # {id() of a payload: the Function that has it, without a setup}
+_hashed = weakref.WeakValueDictionary()           # {id() of a payload: the Function that has it, and so keeps that id its own}
 _captures = {}          # {id(func): (func, Function, reads)}, oldest first; any thread looks, changed under the lock
 _capture_lock = threading.Lock()                  # for the three
 
@@ -1476,7 +1473,7 @@ def _capture(func):
         copies = [pickle.PickleBuffer(bytearray(view)) for view in views]
         function = function_of((data, copies) if copies else data, name)
     function.refs = refs
-    if reads is not None or function.size >= LARGE:
+    if function.size <= MAX_CAPTURED_BYTES and (reads is not None or function.size >= LARGE):
         _remember(func, function, reads or _NEVER)
     return function
 
@@ -1495,9 +1492,12 @@ def _remember(func, function, reads):
     with _capture_lock:
         _captures.pop(id(func), None)             # it is the newest now
         _captures[id(func)] = func, function, reads
-        while len(_captures) > MAX_CAPTURES or function.size >= LARGE and len(_captures) > 1 and (
-                sum(kept.size for _, kept, _ in _captures.values()) > MAX_CAPTURED_BYTES):
+        while len(_captures) > MAX_CAPTURES or function.size >= LARGE and _captured_bytes() > MAX_CAPTURED_BYTES:
             del _captures[next(iter(_captures))]
+
+
+def _captured_bytes():
+    return sum(function.size for _, function, _ in _captures.values())
 
 
 def limit_key(func):
@@ -1521,14 +1521,19 @@ def limit_key(func):
     key = "__main__" if module in _MAINS else module, name
     if "<" not in name or not hasattr(func, "__code__"):
         return key
-    code = func.__code__                          # where in the line it stands is in its line table
-    return *key, code.co_filename, code.co_firstlineno, _hash(code.co_code, code.co_linetable).hex()
+    code = func.__code__                          # where in the line it stands is in its line table, but for a mere constant's
+    constants = repr([constant for constant in code.co_consts if type(constant) in _CONSTANTS]).encode()
+    return *key, code.co_filename, code.co_firstlineno, _hash(code.co_code, code.co_linetable, constants).hex()
 
 
 def _function_name(func):
     if isinstance(func, functools.partial):
         return _function_name(func.func)
     return getattr(func, "__qualname__", None) or type(func).__qualname__
+
+
+def _registered_are(modules, _):
+    return _registered() == modules
 
 
 _CONSTANTS = {int, float, complex, bool, str, bytes, range, type(None), type(...), type(NotImplemented)}
@@ -1627,7 +1632,7 @@ def pack_exception(error, skip_frames=0, where=""):
 
 
 class _FailurePickler(pickle.Pickler):
-    """frames: {id of an exception: its frames}, if not those of its traceback."""
+    """Takes each exception apart.  frames: {id of an exception: its frames}, where they are not its traceback's."""
 
     def __init__(self, frames, *arguments):
         super().__init__(*arguments)
@@ -1648,7 +1653,8 @@ class _FailurePickler(pickle.Pickler):
         if depth > MAX_CHAIN:
             return _remote_error, (*texts, f"it is behind {MAX_CHAIN} others")
         made_by, attributes = _parts(error)
-        state = *_alone(attributes), getattr(error, "__notes__", []), *links, error.__suppress_context__
+        attributes = attributes and _alone(attributes)
+        state = attributes, getattr(error, "__notes__", []), *links, error.__suppress_context__
         return _rebuilt, (*texts, *_alone(made_by)), state, None, None, _link
 
 
@@ -1666,14 +1672,14 @@ def _parts(error):
 
 def _alone(obj):
     """(pickle, [the exceptions in it]) of obj, or (None, why there is none)."""
-    others = {}                                   # {id: exception}
+    others = {}                                   # {id of an exception: (its place, it)}
 
     def pickler(*arguments):
         made = _part_pickler()(*arguments)
         made.others = others
         return made
     try:
-        return _dumps(pickler, obj), list(others.values())
+        return _dumps(pickler, obj), [error for _, error in others.values()]
     except BaseException as problem:              # whatever the user's methods raise; RecursionError, MemoryError
         return None, _line(problem)
 
@@ -1683,8 +1689,7 @@ def _part_pickler():
     class Pickler(_result_pickler()):
         def persistent_id(self, obj):
             if isinstance(obj, BaseException):
-                self.others.setdefault(id(obj), obj)
-                return list(self.others).index(id(obj))
+                return self.others.setdefault(id(obj), (len(self.others), obj))[0]
     return Pickler
 
 
@@ -1761,10 +1766,10 @@ def _rebuilt(type_name, message, frames, data, others):
 
 
 def _link(error, state):
-    data, others, notes, error.__cause__, error.__context__, error.__suppress_context__ = state
+    attributes, notes, error.__cause__, error.__context__, error.__suppress_context__ = state
     try:
-        if type(error) is not RemoteError and (attributes := _together(data, others)):
-            error.__setstate__(attributes)
+        if attributes and type(error) is not RemoteError:       # which may stand for another
+            error.__setstate__(_together(*attributes))
     except Exception as problem:                  # one of them is of a class that is missing here, say
         error.add_note(f"its attributes cannot be rebuilt here: {_line(problem)}")
     for note in notes:

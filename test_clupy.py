@@ -2697,6 +2697,24 @@ def test_data_of_any_size_goes_with_a_function_an_initializer_and_a_nested_call(
         assert [executor.submit(prepared).result(PATIENCE) for _ in range(3)] == [(size, size)] * 3
 
 
+def test_a_large_function_goes_to_a_worker_once_however_often_it_is_wrapped(tmp_path):
+    class Counted:
+        def __reduce__(self): return mark, (tmp_path / "unpickled",)
+
+    def mark(path):
+        with path.open("a") as file:
+            file.write("x")
+    clupy.connect(slots=1)
+    counted, data = Counted(), bytearray(1 << 20)
+
+    def total(n):
+        return len(data) + n + (counted is None)
+    assert [clupy.parallel(total)(n).result(PATIENCE) for n in range(3)] == [(1 << 20) + n + 1 for n in range(3)]
+    calls = [clupy.parallel(lambda n: total(n) + 1)(n) for n in range(20)]
+    assert [call.result(PATIENCE) for call in calls] == [(1 << 20) + n + 2 for n in range(20)]
+    assert (tmp_path / "unpickled").read_text() == "xx"                   # once each for `total` and the lambda
+
+
 def test_the_same_content_is_one_function_and_what_did_not_change_is_not_copied_again(monkeypatch):
     numpy = pytest.importorskip("numpy")
     data = numpy.zeros(1 << 20)
@@ -2717,15 +2735,19 @@ def test_the_same_content_is_one_function_and_what_did_not_change_is_not_copied_
     assert len({set_up.id, first.id, clupy.function_of(first.payload, "f", first.payload).id}) == 3
 
 
-def test_captures_are_bounded_by_bytes_as_well():
+def test_captures_are_bounded_by_bytes_as_well(monkeypatch):
     numpy = pytest.importorskip("numpy")
 
-    def reader(data):
-        return lambda: data.sum()
-    for n in range(20):
-        newest = clupy.capture(reader(numpy.full(1 << 20, n)))
-    kept = [function for _, function, _ in clupy._captures.values()]
-    assert sum(function.size for function in kept) <= clupy.MAX_CAPTURED_BYTES and kept[-1] is newest and len(kept) > 5
+    def captured(size):
+        data = numpy.zeros(size, "uint8")
+        return clupy.capture(lambda: data.sum())
+
+    def kept():
+        return [function for _, function, _ in clupy._captures.values()]
+    monkeypatch.setattr(clupy, "MAX_CAPTURED_BYTES", 10 << 20)
+    newest = [captured((1 << 20) + n) for n in range(20)][-1]
+    assert sum(function.size for function in kept()) <= 10 << 20 and kept()[-1] is newest and len(kept()) >= 9
+    assert captured(20 << 20) not in kept() and kept()[-1] is newest
 
 
 def test_both_ends_of_a_slot_forget_functions_by_number_and_by_bytes(monkeypatch):
@@ -2757,14 +2779,14 @@ def test_a_limit_belongs_to_a_function_as_its_author_sees_it():
     @functools.wraps(local)
     def wrapper(n): pass
     key = clupy.limit_key
-    first, second = lambda: 1, lambda: 1
+    first, second, third, fourth = lambda n: n, lambda n: n, lambda: 1, lambda: 2
     assert key(square) == key(functools.partial(square, 2)) == key(clupy.parallel(square)) == (__name__, "square")
     assert key(Callable().method) == key(Callable().method) == key(Callable.method) == (__name__, "Callable.method")
     assert key(Callable()) == key(Callable) == (__name__, "Callable") and key(Callable.make) == (__name__, "Callable.make")
     assert key(len) == ("builtins", "len") and key([].index) == ("", "list.index")
     assert key(local(1)) == key(local(2)) == key(functools.lru_cache(local(3))) != key(local) == key(wrapper)
-    assert len({key(first), key(second), key(lambda: 1), key(lambda: 2)}) == 4
-    for func in local(1), first, second, wrapper, square, Callable().method, functools.partial(local, 1), [].index, len:
+    assert len({key(func) for func in (first, second, third, fourth)}) == 4
+    for func in local(1), first, second, third, wrapper, square, Callable().method, functools.partial(local, 1), [].index, len:
         assert call(key, func) == key(func) and {type(part) for part in key(func)} <= {str, int}
 
 
@@ -2887,6 +2909,12 @@ def circle():
     raise a
 
 
+def within_itself():
+    error = ValueError()
+    error.args = error, 7
+    raise error
+
+
 def because_of(make):
     """What raises an exception whose cause, made by `make`, cannot travel, but has a cause that can."""
     def fail():
@@ -2936,6 +2964,7 @@ WAYS_TO_SPOIL = [               # what is called, the type of its failure, words
     (functools.partial(chain, 5000), ValueError, "4999",
      lambda e: str(cause(e, 100)) == "ValueError: 4899" and cause(e, 101) is None),
     (circle, ValueError, "a", lambda e: e.__cause__.__cause__ is e.itself is e and e.other is e.__cause__),
+    (within_itself, clupy.RemoteError, ", 7)", lambda e: "RecursionError" in e.__notes__[0]),
     (because_of(lambda: foreign()), ValueError, "main", lambda e: "No module" in e.__cause__.__notes__[0]),
     (because_of(lambda: ValueError(threading.Lock())), ValueError, "main",
      lambda e: "unlocked _thread.lock" in str(e.__cause__) and type(e.__cause__.__cause__) is KeyError),
