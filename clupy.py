@@ -529,7 +529,7 @@ def find_secret(settings, create=False):
 #
 # from -> to        kind      fields                                       answer      if it fails
 # server -> master  server    id, address, slots, held {client: n},        cluster     next master of the list
-#                             state {load, draining, ...}
+#                             facts {load, draining, ...}
 # client -> master  client    id, wanted slots, unreachable servers,       share       back-off; `patience` without slots
 #                             hash of its libraries
 # master -> client  share     {server: (address, n)}, services             -           stands until replaced
@@ -805,7 +805,7 @@ class Connection:
         return f"<Connection {self.peer}{' closing' if self._writer.is_closing() else ''}>"
 
     @property
-    def host(self):
+    def hosts(self):
         """The peer's numeric address, and this end's."""
         return self._writer.get_extra_info("peername")[0], self._writer.get_extra_info("sockname")[0]
 

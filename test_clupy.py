@@ -852,8 +852,8 @@ def row(wanted, since=0.0, unreachable=(), **share):
     return clupy_master.ClientRow(wanted=wanted, since=since, heard=100.0, unreachable=frozenset(unreachable), share=share)
 
 
-def server_row(slots, **state):
-    return clupy_master.ServerRow(("h", 1), slots, {}, state)
+def server_row(slots, held={}, **facts):
+    return clupy_master.ServerRow(("h", 1), slots, held, facts)
 
 
 def totals(shares):
@@ -890,6 +890,25 @@ def test_idle_slots_stay_with_who_has_them_until_somebody_wants_them():
     both = {"idle": row(0, s1=4), "new": row(3)}
     assert clupy_master.shares(servers, both, 100.0) == {"idle": {"s1": 1}, "new": {"s1": 3}}
     assert clupy_master.shares(servers, {"idle": row(0, s1=4)}, 1000.0) == {"idle": {}}
+
+
+def test_the_tables_of_a_new_master_leave_everybody_what_he_has_and_say_what_to_give_back():
+    tables = clupy_master.Tables()
+    assert tables.put_server("s1", server_row(2, held={"old": 2})) and not tables.put_server("s1", server_row(2, held={"old": 2}))
+    assert tables.put_server("s2", server_row(1, draining=True))
+    assert tables.put_client("old", "first connection", 5, [], 100.0)
+    tables.decide(100.0)
+    assert tables.share_of("old") == {"s1": (("h", 1), 2)} and not tables.starving()
+    assert tables.put_client("new", "its connection", 5, [], 100.0) and tables.starving()
+    assert not tables.put_client("new", "its connection", 5, [], 200.0)
+    before = tables.decide(200.0)
+    assert tables.share_of("old", before["old"]) == tables.share_of("new") == {"s1": (("h", 1), 1)}
+    assert tables.put_client("new", "its connection", 0, ["s1"], 300.0)                 # which says that it had no use for it
+    before = tables.decide(300.0)
+    assert tables.share_of("new", before["new"]) == {"s1": (("h", 1), 0)} and tables.share_of("old") == {"s1": (("h", 1), 2)}
+    assert tables.silent(401.0) == ["old"]
+    assert tables.put_client("old", "second connection", 5, [], 402.0) and not tables.drop("old", "first connection")
+    assert tables.drop("old", "second connection") and list(tables.clients) == ["new"]
 
 
 def test_slots_pass_on_in_turn_when_there_are_more_clients_than_slots():
@@ -2708,6 +2727,22 @@ def test_a_server_that_was_away_while_the_list_changed_follows(tmp_path, index):
         until(lambda: in_step(cluster, 2))
 
 
+def test_what_is_remembered_of_lists_is_bounded_by_number_and_by_bytes_of_wheels(monkeypatch):
+    async def story():
+        monkeypatch.setattr(clupy_master, "RESOLVED_BYTES", 1000)
+        monkeypatch.setattr(clupy_master, "RESOLVED_KEPT", 5)
+        lists = clupy_master.Lists(None, 60.0, lambda: None)
+        for n in range(20):                        # lists without libraries, for which no pip is asked
+            await lists._resolutions.of(clupy_master.Dependencies((), (str(n),)), {str(n): bytes(400 if n < 10 else 1)})
+            assert sum(len(wheel) for wheels in lists._resolutions.wheels() for wheel in wheels.values()) <= 1000
+        assert [*map(set, lists._resolutions.wheels())] == [{str(n)} for n in range(15, 20)]
+        assert lists.wheel("3") is None and lists.wheel("19") == b"\0"
+        lists.clients["a connection"] = clupy_master.Dependencies(), {"3": b"its client is still there"}
+        assert lists.wheel("3") == b"its client is still there"
+        await lists.close()
+    asyncio.run(story())
+
+
 def test_a_clients_list_waits_for_the_masters_and_no_answer_of_yesterday_comes_late(tmp_path, index):
     """A connection by hand, whose question is there before the master has looked at its own list."""
     class ByHand(list):
@@ -2732,14 +2767,14 @@ def test_a_clients_list_waits_for_the_masters_and_no_answer_of_yesterday_comes_l
         try:
             master.on_resolve(connection, ["own"], list_of(index).pip_options, {})
             assert await answer(1) == ["figures 1.0", "own 1.0"]
-            master.list = list_of(index, "figures")                # it changes while pip looks at the old one
+            master.lists.masters = list_of(index, "figures")                # it changes while pip looks at the old one
             master.on_resolve(connection, ["own"], list_of(index).pip_options, {})
             await asyncio.sleep(0)
             await asyncio.sleep(0)
-            master.list = list_of(index, "figures==2.0")
+            master.lists.masters = list_of(index, "figures==2.0")
             master.on_resolve(connection, ["own"], list_of(index).pip_options, {})
             assert await answer(2) == ["figures 2.0", "own 1.0"]
-            await asyncio.gather(*[answer.task for answer in master.resolutions._answers.values()])
+            await asyncio.gather(*[answer.task for answer in master.lists._resolutions._answers.values()])
             await asyncio.sleep(0.1)
             assert len(answers) == 2
         finally:
