@@ -917,6 +917,24 @@ async def _prove(reader, writer, peer, mine, secret):
     return Connection(reader, writer, peer, proof(secret, b"key", *bound))
 
 
+# ---- Masters: several addresses are tried in turn, and what each said is kept: {(host, port): an error or a text}.
+
+def told(said):
+    """What each address said, as one text."""
+    return "; ".join(f"{host}:{port}: {why}" for (host, port), why in said.items())
+
+
+def hopeless(said):
+    """The error if all gave the same answer, one that no patience mends: another secret, another version. Else None."""
+    kinds = {type(why) for why in said.values()}
+    return kinds.pop()(told(said)) if kinds in ({SecretError}, {VersionMismatch}) else None
+
+
+def stands_by(leader):
+    """What a standby says with its `leader`, in words."""
+    return "it stands by; " + ("{}:{} leads".format(*leader) if leader else "no master leads yet")
+
+
 class MasterLink:
     """A connection to the leading master, kept for ever: each address in turn, and after each round a pause with jitter.
 
@@ -945,10 +963,9 @@ class MasterLink:
                 if address not in said:            # else two standbys that name each other would keep us running about
                     said[address] = await self._visit(address, owner)
                     waiting.extendleft(self._onward or ())
-            self.why_lost = "; ".join(f"{host}:{port}: {why}" for (host, port), why in said.items())
-            kinds = {type(why) for why in said.values()}
-            if kinds <= {SecretError} or kinds <= {VersionMismatch}:
-                owner.master_refused(kinds.pop()(self.why_lost))
+            self.why_lost = told(said)
+            if error := hopeless(said):
+                owner.master_refused(error)
             owner.master_lost()
             if time.monotonic() - began > 1.0:
                 delay = 0.1
@@ -967,10 +984,11 @@ class MasterLink:
         await connection.serve(owner)
         self.connection = None
         if self._onward is not None:
-            return "it stands by; " + ("{}:{} leads".format(*self._onward[0]) if self._onward else "no master leads yet")
-        self.lost_at, self.why_lost = time.monotonic(), f"{address[0]}:{address[1]}: it closed the connection"
+            return stands_by(*self._onward or [None])
+        why = "it closed the connection"
+        self.lost_at, self.why_lost = time.monotonic(), told({address: why})
         owner.master_lost()
-        return "it closed the connection"
+        return why
 
     def look(self, now):
         """To be called every STATEMENT_TIME: a master that answers no statement is left, if there are others; where it is

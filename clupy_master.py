@@ -1125,6 +1125,7 @@ class Master:
 
 async def run(settings, secret):
     """Be a master until SIGTERM; with `zookeeper` configured, one of several."""
+    getattr(clupy, "raise_descriptor_limit", int)()            # each server and client is one
     ended = asyncio.get_running_loop().create_future()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ended.cancel)
     master = Master(settings, secret, os.path.abspath("clupy.master.dependency.yaml"))
@@ -1144,29 +1145,39 @@ async def run(settings, secret):
 # ==== Status =================================================================
 
 async def ask_master(settings, *question):
-    """The leading master's answer to one question."""
-    secret, errors = find_secret(settings), []
-    addresses = masters_of(settings)
-    for address in addresses:
-        try:
-            connection = await dial(address, TO_MASTER, secret, settings)
-        except (SecretError, VersionMismatch):
-            raise
-        except OSError as error:
-            errors.append(f"{address[0]}:{address[1]}: {error or 'no answer'}")
+    """The leading master's answer to one question. Raises SecretError, VersionMismatch or MasterUnreachable."""
+    secret, said, waiting = find_secret(settings), {}, collections.deque(masters_of(settings))
+    while waiting:
+        address = waiting.popleft()
+        if address in said:
             continue
         try:
-            async with asyncio.timeout(HANDSHAKE_TIME):
-                connection.send(*question)
-                kind, answer = await connection.receive()
-            if kind != "leader":
-                return answer
-            errors.append(f"{address[0]}:{address[1]}: stands by, one leads when the last leader's session has ended")
-            if answer and tuple(answer) not in addresses:
-                addresses.append(tuple(answer))
-        finally:
-            connection.abort()                    # all is said; TLS would wait for the farewell
-    raise MasterUnreachable(f"no master leads ({'; '.join(errors)}); is `python -m clupy master` running there?")
+            kind, answer = await _ask(address, secret, settings, question)
+        except (OSError, ClupyError) as error:
+            said[address] = error
+            continue
+        if kind != "leader":
+            return answer
+        said[address] = clupy.stands_by(answer)
+        if answer:
+            waiting.appendleft(tuple(answer))
+    raise clupy.hopeless(said) or MasterUnreachable(
+        f"no master leads ({clupy.told(said)}); is `python -m clupy master` running there?")
+
+
+async def _ask(address, secret, settings, question):
+    """One master's answer: (kind, what)."""
+    connection = await dial(address, TO_MASTER, secret, settings)
+    try:
+        async with asyncio.timeout(HANDSHAKE_TIME):
+            connection.send(*question)
+            return await connection.receive()
+    except TimeoutError:
+        raise TimeoutError(f"it did not answer within {HANDSHAKE_TIME:g} s") from None
+    except EOFError:
+        raise ProtocolError("it closed the connection and did not answer; is it about to end?") from None
+    finally:
+        connection.abort()                         # all is said; TLS would wait for the farewell
 
 
 def status_text(tables):

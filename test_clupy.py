@@ -4227,6 +4227,28 @@ def test_what_all_masters_say_and_no_patience_mends_is_an_error_at_once(tmp_path
             assert server.returncode == 1 and server.stderr.splitlines()[-1] == f"clupy serve: {caught.value}"
 
 
+def test_the_commands_say_in_words_why_no_master_answers(tmp_path):
+    async def story():                             # one closes as it is asked, one stops and says nothing
+        async def greet(sock, peer, role, preamble):
+            connection = await clupy_master.admit(sock, peer, preamble, SECRET.encode(), clupy.default_settings("master"))
+            await connection.receive()
+            connection.abort()
+        closing = clupy_master.Listener(("127.0.0.1", 0), greet)
+        addresses = [closing.address, *(clupy.parse_address(bad[kind], 7878) for kind in ("a..b", "other Python"))]
+        try:
+            settings = clupy.read_settings("client", master=["%s:%s" % address for address in addresses])
+            with pytest.raises(clupy.MasterUnreachable, match="connection and did not answer.*no name.*runs Python 3.99"):
+                await clupy_master.ask_master(settings, "status")
+        finally:
+            await closing.close()
+    with bad_masters(tmp_path) as bad:
+        asyncio.run(story())
+        done = subprocess.run([sys.executable, "-m", "clupy", "status", "--master", bad["other secret"]],
+                              env=environ(), capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+        assert done.stderr.startswith(f"clupy status: {bad['other secret']}: it has another secret")
+
+
 def test_two_masters_that_stand_by_and_name_each_other_are_asked_once_between_two_pauses(monkeypatch):
     class Standby:                                 # stands by for ever
         name = "itself"
