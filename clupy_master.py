@@ -57,7 +57,7 @@ FILE_TIME = 1.0            # the dependency file is looked at so often
 # ==== Listening ==============================================================
 
 class Tasks:
-    """The tasks of one owner: an exception in one is logged, and close() ends them all."""
+    """The tasks of one owner: what one raises is logged, and close() ends them all."""
 
     def __init__(self, owner):
         self._owner, self._tasks = owner, set()
@@ -66,6 +66,7 @@ class Tasks:
         return f"<Tasks of {self._owner}: {len(self._tasks)}>"
 
     def spawn(self, coroutine):
+        """Run a coroutine as a task."""
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._done)
@@ -86,12 +87,11 @@ async def admit(sock, peer, theirs, secret, settings):
     """The Connection of an accepted socket whose preamble `theirs` was read: the mirror of `dial`.
 
     Raises SecretError or OSError; the caller closes the socket then."""
-    await asyncio.get_running_loop().sock_sendall(sock, theirs)       # ours is the same, or it had been refused
-    context = tls_context(settings, "admit")
-    reader = asyncio.StreamReader()
-    transport, protocol = await asyncio.get_running_loop().connect_accepted_socket(
-        lambda: asyncio.StreamReaderProtocol(reader), sock, ssl=context)
-    writer = asyncio.StreamWriter(transport, protocol, reader, asyncio.get_running_loop())
+    loop, reader = asyncio.get_running_loop(), asyncio.StreamReader()
+    await loop.sock_sendall(sock, theirs)          # ours is the same, or it had been refused
+    transport, protocol = await loop.connect_accepted_socket(
+        lambda: asyncio.StreamReaderProtocol(reader), sock, ssl=tls_context(settings, "admit"))
+    writer = asyncio.StreamWriter(transport, protocol, reader, loop)
     try:
         bound = theirs, await reader.readexactly(NONCE_SIZE), os.urandom(NONCE_SIZE)
         writer.write(bound[-1] + proof(secret, b"admit", *bound))
@@ -119,8 +119,8 @@ class Listener:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
             self._socket = socket.create_server((host, port), family=family, backlog=1024)
-        except OSError as error:
-            raise ConfigurationError(f"cannot listen on {host or '*'}:{port}: {error.strerror}; "
+        except (OSError, ValueError) as error:     # ValueError: a name that cannot even be asked for
+            raise ConfigurationError(f"cannot listen on {host or '*'}:{port}: {getattr(error, 'strerror', None) or error}; "
                                      "is another one running there? --listen takes another address") from None
         self._socket.setblocking(False)
         self.address = self._socket.getsockname()[:2]
@@ -129,16 +129,21 @@ class Listener:
         self._tasks.spawn(self._accept())
 
     async def _accept(self):
+        failing = False
         while True:
             try:
                 sock, address = await asyncio.get_running_loop().sock_accept(self._socket)
-            except OSError as error:                # no descriptors left, or a peer that is gone already
-                log.error("cannot accept connections on %s: %s; trying again in 1 s", self.address, error)
+            except OSError as error:               # no descriptors left, or a peer that is gone already
+                if not failing:
+                    log.error("cannot accept connections on %s:%s: %s; trying again every second", *self.address, error)
+                failing = True
                 await asyncio.sleep(1)
                 continue
+            failing = False
             self._tasks.spawn(self._welcome(sock, f"{address[0]}:{address[1]}"))
 
     async def _welcome(self, sock, peer):
+        """Serve one connection, from its preamble on."""
         try:
             async with asyncio.timeout(HANDSHAKE_TIME):
                 data = await read_exactly(sock, PREAMBLE_SIZE)
@@ -204,31 +209,32 @@ def shares(servers, clients, now):
     free = {id: row.slots for id, row in servers.items() if row.usable}
     amounts = fair_amounts({id: row.wanted for id, row in clients.items()}, sum(free.values()), clients, now)
     result = {id: {} for id in clients}
-    picky = [id for id, row in clients.items() if row.unreachable]         # they choose first: others may go anywhere
+    # First come the clients that cannot reach every server: the others can have their slots anywhere.
+    picky = [id for id, row in clients.items() if row.unreachable]
     for group in picky, [id for id in clients if id not in picky]:
         for id in group:                           # what is held stays where it is, as far as the amount goes
             for server, held in sorted(clients[id].share.items(), key=lambda item: -item[1]):
                 if server not in clients[id].unreachable:
-                    amounts[id] -= place(result[id], free, server, min(held, amounts[id]))
+                    amounts[id] -= give(result[id], free, server, min(held, amounts[id]))
         for id in sorted(group, key=amounts.get):
-            fill(result[id], free, amounts[id], clients[id].unreachable)
-    for id in sorted(clients, key=lambda id: sum(result[id].values())):    # slots that picky clients could not have
-        fill(result[id], free, clients[id].wanted - sum(result[id].values()), clients[id].unreachable)
-    for id, row in clients.items():                # nobody wants the rest: who has it keeps it, warm
+            spread(result[id], free, amounts[id], clients[id].unreachable)
+    for id in sorted(clients, key=lambda id: sum(result[id].values())):    # what the first could not reach is for all
+        spread(result[id], free, clients[id].wanted - sum(result[id].values()), clients[id].unreachable)
+    for id, row in clients.items():                # nobody wants the rest: who has it keeps it, with its workers warm
         for server, held in row.share.items():
             if server not in row.unreachable and now - row.heard < SILENT_CLIENT:
-                place(result[id], free, server, held - result[id].get(server, 0))
+                give(result[id], free, server, held - result[id].get(server, 0))
     return result
 
 
-def fill(share, free, count, unreachable):
+def spread(share, free, count, unreachable):
     """Move up to `count` slots into the share, each from the server that has the most free ones."""
     while count > 0 and (server := roomiest(free, unreachable)) is not None:
-        count -= place(share, free, server, 1)
+        count -= give(share, free, server, 1)
 
 
-def place(share, free, server, count):
-    """Move `count` slots of the server, or as many as are free, into the share; returns how many."""
+def give(share, free, server, count):
+    """Move `count` slots of the server, or as many as are free, into the share; how many that were."""
     count = max(0, min(count, free.get(server, 0)))
     if count:
         share[server] = share.get(server, 0) + count
@@ -244,22 +250,22 @@ def roomiest(free, unreachable):
 def fair_amounts(wanted, capacity, clients, now):
     """{client id: slots}: rounds of one slot for each that still wants one, until all are given away.
 
-    In the round for which there are not enough, those come first who have had theirs for less than TURN_TIME, then who
-    waited longest, then who has had most time."""
+    For the last round there are not enough.  It goes first to those who hold this slot already, unless it is their only
+    one and they have had it for TURN_TIME; then to who has nothing and waited longest; then to the others."""
     amounts = dict.fromkeys(wanted, 0)
 
     def turn(id):
         row = clients[id]
         has = sum(row.share.values())
         if has > amounts[id] and (now - row.since < TURN_TIME or amounts[id]):
-            return 0, -has                         # keeps what it has: fewest moves
+            return 0, -has
         return (1, row.since) if not has else (2, -row.since)
 
     while capacity > 0:
         hungry = [id for id, count in wanted.items() if count > amounts[id]]
         if not hungry:
             break
-        if len(hungry) <= capacity:                # whole rounds at once
+        if len(hungry) <= capacity:                # as many whole rounds as there are, at once
             rounds = min(capacity // len(hungry), min(wanted[id] - amounts[id] for id in hungry))
         else:
             hungry, rounds = sorted(hungry, key=turn)[:capacity], 1
@@ -294,7 +300,7 @@ class Tables:
         return before != (row.wanted, row.unreachable, row.connection)
 
     def drop(self, id, connection):
-        """Forget who was connected by this; False if it has a newer connection, or is not there."""
+        """Forget who was connected by this; False if it has a newer connection, or was not there."""
         for table in self.servers, self.clients:
             if id in table and table[id].connection is connection:
                 del table[id]
@@ -306,7 +312,7 @@ class Tables:
         self.clients.clear()
 
     def decide(self, now):
-        """Give each client its new share; {client id: the one before}."""
+        """Divide the slots anew, into the rows; {client id: the share before}."""
         before = {id: row.share for id, row in self.clients.items()}
         for id, share in shares(self.servers, self.clients, now).items():
             row = self.clients[id]
@@ -348,26 +354,29 @@ class Tables:
 #                            the master --resolve--> Resolution   Pins: what pip made of it, to the last digit
 #                 each server --Environments.build--> Environment  a folder that has exactly that
 #
-# A file or folder under `libraries:` is on one machine only, so it travels as a wheel: built there once, then
-# named by its file name and hash (`mine @ wheel:mine-1.0-py3-none-any.whl#sha256=...`) and shipped to who
-# asks for the hash. Folders in `pip_options:` (`--find-links`) do not travel: they must be there on the
-# master and on every server.
+# A file or folder under `libraries:` is on one machine only, so it travels as a wheel: built there once, then named by its
+# file name and hash (`mine @ wheel:mine-1.0-py3-none-any.whl#sha256=...`) and shipped to who asks for the hash.  Folders
+# in `pip_options:` (`--find-links`) do not travel: they must be there on the master and on every server.
 
-PIP_LINES = 20              # of pip's last lines in an error: it explains itself at its end, seldom longer
-LONGEST_BACK_OFF = 600.0    # seconds, at most, from the network's return to the next try
-PICKLED = "cloudpickle", "numpy"        # therefore the first in every list of differences
+PIP_LINES = 20             # of pip's last lines in an error: it explains itself at its end, seldom longer
+LONGEST_BACK_OFF = 600.0   # at most so long after the network's return pip is tried again; less asks in vain more often
+PICKLED = "cloudpickle", "numpy"                   # what differs in these breaks pickles: first in every list of differences
 
 
-def digest(*parts): return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+def digest(*parts):
+    """A name for parts, the same for the same ones on every machine."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 class Dependencies(collections.namedtuple("Dependencies", "libraries pip_options", defaults=((), ()))):
-    """What a dependency file asks for: two tuples of text. `hash` tells lists apart, in whatever order they
-    are."""
+    """What a dependency file asks for: two tuples of text."""
+
     __slots__ = ()
 
     @property
-    def hash(self): return digest(sorted(self.libraries), self.pip_options)
+    def hash(self):
+        """What tells lists apart, in whatever order their libraries are."""
+        return digest(sorted(self.libraries), self.pip_options)
 
     def merged(self, other):
         """Both lists as one: a client's with the master's, which come first."""
@@ -378,12 +387,14 @@ class Dependencies(collections.namedtuple("Dependencies", "libraries pip_options
 
 class Pin(collections.namedtuple("Pin", "name version url sha256", defaults=("", ""))):
     """One library exactly.
+
     name     canonical: "scikit-learn"
     version  "1.5.2"
     url      "" if the index has it; "https://..."; "git+https://...@commit"; or, shipped by the master,
              "wheel:a-1.0-py3-none-any.whl"
-    sha256   of the file that the master's pip chose, "" for git. For the index it only tells a library that
-             was built anew under its old version: servers, maybe of other platforms, do not check it."""
+    sha256   of the file that the master's pip chose, "" for git.  For the index it only tells a library that was built
+             anew under its old version: servers, maybe of other platforms, do not check it."""
+
     __slots__ = ()
 
     @property
@@ -396,12 +407,15 @@ class Pin(collections.namedtuple("Pin", "name version url sha256", defaults=("",
 
 class Resolution(collections.namedtuple("Resolution", "pins pip_options", defaults=((), ()))):
     """The exact list for one Dependencies: a sorted tuple of Pins, and how pip is to be told to find them.
-    `hash` names it in the whole cluster (what a server makes of it is named by `environment_id`). No pins:
-    the server's own Python."""
+
+    Without pins it stands for the server's own Python."""
+
     __slots__ = ()
 
     @property
-    def hash(self): return digest(self.pins, self.pip_options)
+    def hash(self):
+        """Its name in the whole cluster; what a server makes of it is named by `environment_id`."""
+        return digest(self.pins, self.pip_options)
 
     @property
     def plain(self):
@@ -410,15 +424,18 @@ class Resolution(collections.namedtuple("Resolution", "pins pip_options", defaul
 
     @classmethod
     def of(cls, plain):
+        """The Resolution that travelled so."""
         pins, pip_options = plain
         return cls(tuple(Pin(*pin) for pin in pins), tuple(pip_options))
 
     @property
-    def shipped(self): return [pin for pin in self.pins if pin.url.startswith("wheel:")]
+    def shipped(self):
+        """The pins whose wheels the master ships."""
+        return [pin for pin in self.pins if pin.url.startswith("wheel:")]
 
 
 def canonical(name):
-    """The name all spellings of a library have in common (PEP 503)."""
+    """The name that all spellings of a library have in common (PEP 503)."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
@@ -537,7 +554,7 @@ async def run_command(command, what, progress=None, keep=()):
 
 
 async def _read_lines(output, lines, progress):
-    """Append each line to `lines`, and tell it to progress."""
+    """Append each line of a command's output to `lines`, and tell it to progress."""
     rest, more = b"", True
     while more:
         more = await output.read(1 << 16)
@@ -569,7 +586,7 @@ _PIP_SET = {"PIP_USER": "0", "PIP_REQUIRE_VIRTUALENV": "0",     # pip.conf may s
 
 
 def pip_environ(environ):
-    """environ without what would make pip see or change other libraries than it is told to."""
+    """The environment variables without what would make pip see or change other libraries than it is told to."""
     kept = {key: value for key, value in environ.items()
             if not key.startswith(("PYTHON", "CLUPY_")) and key not in _PIP_DROPPED}
     # By the epoch a folder that did not change gives the same wheel to the byte, and so the same environment.
@@ -577,8 +594,8 @@ def pip_environ(environ):
 
 
 def next_try(failures, now, interval=60.0):
-    """When to try again after so many failures in a row, the last one now: 1, 2, 4 ... intervals later, up to
-    LONGEST_BACK_OFF. Seconds of whatever clock now is from. Pure."""
+    """When to try again after so many failures in a row, the last one now: 1, 2, 4 ... intervals later, at most
+    LONGEST_BACK_OFF.  In seconds of whatever clock `now` is from."""
     return now + min(interval * 2 ** min(failures - 1, 30), LONGEST_BACK_OFF)
 
 
@@ -588,9 +605,10 @@ _WHEEL = re.compile(r"wheel:(?P<file>[\w.+!-]+\.whl)#sha256=(?P<sha256>[0-9a-f]{
 
 
 async def packed(dependencies, progress=None):
-    """(dependencies without local paths, {sha256: bytes} of the wheels that stand for them). Builds those
-    that are not wheels yet with this machine's pip: it raises DependencyError if that fails, and OSError if a
-    file cannot be read."""
+    """(the Dependencies without local paths, {sha256: bytes} of the wheels that stand for them).
+
+    What is no wheel yet is built by this machine's pip.  Raises DependencyError if that fails, OSError if a file cannot
+    be read."""
     libraries, wheels = [], {}
     for line in dependencies.libraries:
         match = _LINE.fullmatch(line)
@@ -605,7 +623,7 @@ async def packed(dependencies, progress=None):
 
 
 async def _wheel(path, pip_options, progress):
-    """(file name, bytes) of the wheel at path, or made of the source folder or archive there."""
+    """(file name, bytes) of the wheel at a path, or made of the source folder or archive there."""
     if path.endswith(".whl"):
         return os.path.basename(path), await asyncio.to_thread(Path(path).read_bytes)
     with tempfile.TemporaryDirectory(prefix="clupy-") as folder:
@@ -616,23 +634,24 @@ async def _wheel(path, pip_options, progress):
 
 
 def placed(lines, wheels, folder):
-    """lines with every "wheel:" turned into the URL of a file below folder, written there from wheels:
-    {sha256: bytes}. Raises DependencyError if one is not among them, OSError if it cannot be written. pip
-    compares the hash."""
-    def place(match):
+    """The lines with every "wheel:" turned into the URL of a file below the folder, written there for pip, which compares
+    the hash.
+
+    wheels: {sha256: bytes}.  Raises DependencyError if one is not among them, OSError if it cannot be written."""
+    def written(match):
         if match["sha256"] not in wheels:
             raise DependencyError(f"the wheel {match['file']} was not shipped")
         path = Path(folder, match["sha256"], match["file"]).absolute()
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(wheels[match["sha256"]])
         return f"{path.as_uri()}#sha256={match['sha256']}"
-    return [_WHEEL.sub(place, line) for line in lines]
+    return [_WHEEL.sub(written, line) for line in lines]
 
 
 # ---- here and in the cluster
 
 def installed(name):
-    """The version of a library in this interpreter, None without it."""
+    """The version of a library in this interpreter, or None."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -640,17 +659,17 @@ def installed(name):
 
 
 def differences(pins, installed=installed):
-    """[(library, version here, version in the cluster)], those that travel as pickles first. A library that
-    is missing here is no difference: what comes from it cannot travel either. installed: a function from name
-    to version or None."""
+    """[(library, version here, version in the cluster)], those that pickles depend on first.
+
+    A library that is missing here is no difference: what comes from it cannot travel either.  installed: a function from
+    name to version or None."""
     found = [(pin.name, installed(pin.name), pin.version) for pin in pins]
     return sorted(((name, here, cluster) for name, here, cluster in found if here not in (None, cluster)),
                   key=lambda difference: (difference[0] not in PICKLED, difference[0]))
 
 
 def check_libraries(pins, library_check="warn", stacklevel=2):
-    """Warn with LibraryMismatch, or raise it, if this client's libraries differ from pins. "off" does not
-    even look."""
+    """Warn with LibraryMismatch, or raise it, if this client's libraries differ from the pins; "off" does not even look."""
     found = differences(pins) if library_check != "off" else []
     if not found:
         return
@@ -664,7 +683,7 @@ def check_libraries(pins, library_check="warn", stacklevel=2):
 
 
 def show_progress(line, stream=None):
-    """Show line on standard error in place of the one before, if that is a terminal; "" takes it away."""
+    """Show a line on standard error in place of the one before, if that is a terminal; "" takes it away."""
     stream = sys.stderr if stream is None else stream
     if stream.isatty():
         stream.write("\r\x1b[K" + line[:shutil.get_terminal_size().columns - 1])
@@ -672,23 +691,23 @@ def show_progress(line, stream=None):
 
 
 # ==== Libraries: exact versions ==============================================
-# pip decides once, here, what a list means; everybody else installs just that. A client's
-# list is resolved together with the master's. What was decided stands until the list changes, whatever the
-# index has by then:
+# pip decides once, here, what a list means; everybody else installs just that.  A client's list is resolved together with
+# the master's.  What was decided stands until the list changes, whatever the index has by then:
 #
 #   master's list ------------------+--> Resolutions.of --> pip install --dry-run --report --> Resolution
 #   client's "resolve", its wheels -+         |
 #                                             +-- remembered by hash; a refusal until the back-off is over
 
-RESOLVED_KEPT = 200         # lists remembered; with fewer pip is asked again
-RESOLVED_BYTES = 256 << 20  # ... and bytes of the wheels that came with them; less makes clients that return send them again
-RESOLVERS = 2               # pips at a time: one that hangs on the network must not keep all clients waiting
+RESOLVED_KEPT = 200        # lists remembered; what is forgotten is another run of pip when it is asked for again
+RESOLVED_BYTES = 256 << 20           # ... and bytes of the wheels that came with them
+RESOLVERS = 2              # pips at a time: one that hangs on the network must not keep all clients waiting
 
 
 async def resolve(dependencies, wheels={}, progress=None):
-    """The Resolution of dependencies that are `packed`, with their wheels {sha256: bytes}. Raises
-    DependencyError with pip's last lines. Cancelling kills pip. Nothing is installed; an empty list does not
-    even run pip."""
+    """The Resolution of Dependencies that are `packed`, with their wheels {sha256: bytes}.
+
+    Nothing is installed; for an empty list pip is not even run.  Raises DependencyError with pip's last lines; cancelling
+    kills pip."""
     if not dependencies.libraries:
         return Resolution()
     what = "pip cannot resolve " + ", ".join(dependencies.libraries)[:200]
@@ -725,7 +744,9 @@ def _pin(item, folder):
 
 class Resolutions:
     """What pip made of each list that was asked for: one pip per list, whoever asks, and its answer for all.
-    A refusal is the answer until `next_try`; then who asks next starts pip again. Used in one loop only."""
+
+    A refusal is the answer until `next_try`; then who asks next starts pip again.  For one loop alone."""
+
     def __init__(self, clock=time.monotonic):
         self._clock = clock
         self._answers = {}          # {"3f2a...": _Answer}, the one asked for last at the end
@@ -736,8 +757,10 @@ class Resolutions:
         return f"<Resolutions {len(self._answers)}{f', {running} under way' if running else ''}>"
 
     async def of(self, dependencies, wheels={}, progress=None):
-        """The Resolution of dependencies: see `resolve`. progress is told if this call is the one that starts
-        pip. Who is cancelled here stops waiting; pip goes on for the others, and for the next time."""
+        """The Resolution of Dependencies, as by `resolve`.
+
+        progress is told if this call is the one that starts pip.  Who is cancelled here stops waiting; pip goes on for the
+        others, and for the next time."""
         answer = self._answers.pop(dependencies.hash, None)
         if answer is None or answer.is_stale(self._clock()):
             answer = _Answer(self._resolve(dependencies, wheels, progress), wheels, answer, self._clock)
@@ -778,6 +801,7 @@ class Resolutions:
 
 class _Answer:
     """One list's: the task that has the answer or is finding it, and after failures when to try again."""
+
     def __init__(self, coroutine, wheels, before, clock):
         self.wheels = wheels
         self.failures, self.again = (before.failures if before else 0), None
@@ -789,7 +813,8 @@ class _Answer:
             self.failures += 1
             self.again = next_try(self.failures, now)
 
-    def is_stale(self, now): return self.task.cancelled() or self.again is not None and now >= self.again
+    def is_stale(self, now):
+        return self.task.cancelled() or self.again is not None and now >= self.again
 
 
 class Lists:
