@@ -3,14 +3,16 @@
                        statements                              statements
       clients -------- wants -------->  +------------------+  <----- slots, held ------ servers
               <------- share ---------  |      Master      |  ------ cluster --------->
-                                        | servers, clients |
       `clupy status` <--- tables -----  +------------------+
-                                                 |
-                                     shares(servers, clients, now)
+                                          |             |
+                                       Tables         Lists
+                                      shares()     Resolutions, pip
 
-- Master   reads statements into two tables, and writes shares; a statement replaces the one before, so that a master
+- Master   owns the connections: reads statements, writes shares.  A statement replaces the one before, so that a master
            that was started again knows everything after one round, and stores nothing.
-- shares   decides: a plain function of the two tables and the time, max-min fair by slots.
+- Tables   says who is there and who may use what; shares() decides that: a plain function of the tables and the time,
+           max-min fair by slots.
+- Lists    has the libraries that the master and its clients ask for resolved to exact versions, once for all.
 
 A share is leave to ask.  A server alone counts its slots and lets a connection wait rather than exceed them, so a
 share that is out of date, or that two masters gave at once, does no harm.
@@ -119,8 +121,8 @@ class Listener:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
             self._socket = socket.create_server((host, port), family=family, backlog=1024)
-        except (OSError, ValueError) as error:     # ValueError: a name that cannot even be asked for
-            raise ConfigurationError(f"cannot listen on {host or '*'}:{port}: {getattr(error, 'strerror', None) or error}; "
+        except OSError as error:
+            raise ConfigurationError(f"cannot listen on {host or '*'}:{port}: {error.strerror}; "
                                      "is another one running there? --listen takes another address") from None
         self._socket.setblocking(False)
         self.address = self._socket.getsockname()[:2]

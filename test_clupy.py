@@ -819,7 +819,8 @@ def test_settings_come_from_yaml_then_environment_then_arguments(tmp_path, monke
     ("slots: many\n", "line 1: slots is 'many', but must be a whole number"),
     ("drain_time: soon\n", "must be a duration"),
     ("- slots\n", "must hold lines of `key: value`"),
-    ("a: [", "not YAML"),
+    ("a: [", "not YAML"), ("slots: 2\nslots: 3\n", "names a key twice"),
+    ("port: 70000\n", "line 1: port is 70000, but must be a port: a whole number up to 65535"),
 ])
 def test_a_wrong_setting_is_refused_with_file_line_and_the_nearest_valid_one(tmp_path, text, message):
     (tmp_path / "clupy.server.yaml").write_text(text)
@@ -834,6 +835,16 @@ def test_a_variable_that_is_nearly_a_setting_is_told_of(monkeypatch, caplog):
     clupy.read_settings("client")
     assert [record.getMessage() for record in caplog.records] == [
         "the environment variable CLUPY_SLOTZ is no setting; did you mean CLUPY_SLOTS?"]
+
+
+@pytest.mark.parametrize("host, words", [("127.0.0.1", "in use"), ("a..b", "not known")])
+def test_an_address_that_cannot_be_listened_on_is_an_error_in_words(tmp_path, host, words):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        address = f"{host}:{other.getsockname()[1]}"
+        done = subprocess.run([sys.executable, "-m", "clupy", "master", "--listen", address], env=environ(), timeout=60,
+                              cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert re.search(f"^clupy master: cannot listen on {address}: .*{words}.*--listen", done.stderr)
 
 
 def test_a_memory_limit_in_which_no_worker_can_start_is_refused():
