@@ -537,15 +537,18 @@ def find_secret(settings, create=False):
 # server -> master  server    id, address, slots, held {client: n},        cluster     next master of the list
 #                             facts {load, draining, ...}
 # client -> master  client    id, wanted slots, unreachable servers,       share       back-off; `patience` without slots
-#                             hash of its libraries
+#                             hash of its resolution
 # master -> client  share     {server: (address, n)}, services             -           stands until replaced
-# master -> server  cluster   services, silent clients, hash of libraries  -           the last one stands
+# master -> server  cluster   services, silent clients, hash of the        -           the last one stands
+#                             cluster's resolution
 # standby -> any    leader    (host, port) or None: not known              go there    next master of the list
-# any -> master     libraries hash, or None for the cluster's              libraries   again with the next statement
+# any -> master     libraries hash of a resolution, None: the cluster's    libraries   again with the next statement
 # server -> master  wheel     sha256                                       wheel       pip says that it is not there
-# client -> master  resolve   libraries, pip options, {sha256: wheel}      resolved    again after reconnecting
+# client -> master  resolve   its own list: libraries, pip options,        resolved    again after reconnecting
+#                             {sha256: wheel}
+# master -> client  resolved  resolution or None, pip's words or None      -
 # any -> master     status    -                                            tables      an error text
-# client -> server  hello     client, libraries (None: the cluster's),     welcome     told to the master, again later
+# client -> server  hello     client, resolution (None: the cluster's),    welcome     told to the master, again later
 #                             whether output is wanted
 # server -> client  welcome   session, name of the server, {its versions}  -
 # client -> server  close     number                                       ended       control lost: all are closed

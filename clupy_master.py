@@ -701,7 +701,7 @@ def show_progress(line, stream=None):
 #                                             +-- remembered by hash; a refusal until the back-off is over
 
 RESOLVED_KEPT = 200        # lists remembered; what is forgotten is another run of pip when it is asked for again
-RESOLVED_BYTES = 256 << 20           # ... and bytes of the wheels that came with them
+RESOLVED_BYTES = 256 << 20           # ... and bytes of the wheels that came with them, each counted once
 RESOLVERS = 2              # pips at a time: one that hangs on the network must not keep all clients waiting
 
 
@@ -772,12 +772,11 @@ class Resolutions:
 
     def _forget(self):
         """Let go of the answers that were asked for longest ago, until the rest is within bounds."""
-        size = sum(len(wheel) for answer in self._answers.values() for wheel in answer.wheels.values())
         for key, old in list(self._answers.items())[:-1]:
-            if len(self._answers) <= RESOLVED_KEPT and size <= RESOLVED_BYTES:
+            sizes = {sha256: len(wheel) for answer in self._answers.values() for sha256, wheel in answer.wheels.items()}
+            if len(self._answers) <= RESOLVED_KEPT and sum(sizes.values()) <= RESOLVED_BYTES:
                 break
             if old.task.done():
-                size -= sum(map(len, old.wheels.values()))
                 del self._answers[key]
 
     def known(self):
@@ -874,6 +873,7 @@ class Lists:
 
     def ask(self, connection, own, wheels):
         """Resolve a client's list together with the master's, now and whenever that changes."""
+        wheels = {sha256: self.wheel(sha256) or wheel for sha256, wheel in wheels.items()}       # each in memory once
         self.clients[connection] = own, wheels
         self._tasks.spawn(self._resolve_for(connection, own, wheels))
 
@@ -902,7 +902,7 @@ class Lists:
 
     def status(self, environments):
         """Their part of what `python -m clupy status` shows, of environments those that servers have."""
-        known = {**self._resolutions.known(), Resolution().hash: Resolution()}
+        known = self._resolutions.known() | {found.hash: found for found in (Resolution(), self.resolution) if found}
         pins = self.resolution.pins if self.resolution else ()
         return {"libraries": [tuple(pin) for pin in pins],
                 "environment": self.resolution.hash if pins else None,

@@ -788,6 +788,10 @@ def test_everything_travels_under_tls_where_a_certificate_is_configured(tmp_path
         clupy.close()
         with pytest.raises(clupy.MasterUnreachable):
             clupy.connect(cluster.address, patience=1)          # without TLS
+        subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=other", "-keyout", os.devnull,
+                        "-out", "other.pem"], check=True, capture_output=True, cwd=tmp_path)
+        with pytest.raises(clupy.SecretError, match=f"{cluster.address}: its certificate is not accepted: self-signed"):
+            clupy.connect(cluster.address, tls_ca=str(tmp_path / "other.pem"))
 
 
 def test_importing_clupy_is_light_and_the_command_does_not_load_it_twice(tmp_path):
@@ -2742,14 +2746,15 @@ def test_what_is_remembered_of_lists_is_bounded_by_number_and_by_bytes_of_wheels
     async def story():
         monkeypatch.setattr(clupy_master, "RESOLVED_BYTES", 1000)
         monkeypatch.setattr(clupy_master, "RESOLVED_KEPT", 5)
-        lists = clupy_master.Lists(None, 60.0, lambda: None)
-        for n in range(20):                        # lists without libraries, for which no pip is asked
-            await lists._resolutions.of(clupy_master.Dependencies((), (str(n),)), {str(n): bytes(400 if n < 10 else 1)})
-            assert sum(len(wheel) for wheels in lists._resolutions.wheels() for wheel in wheels.values()) <= 1000
-        assert [*map(set, lists._resolutions.wheels())] == [{str(n)} for n in range(15, 20)]
+        lists, connection = clupy_master.Lists(None, 60.0, lambda: None), type("Deaf", (), {"send": lambda *_: None})()
+        for n in range(20):                        # lists without libraries, for which no pip is asked; all have one wheel
+            wheels = {"all": bytes(500), str(n): bytes(400 if n < 10 else 1)}
+            await lists._resolutions.of(clupy_master.Dependencies((), (str(n),)), wheels)
+            assert len(lists._resolutions.wheels()) == (1 if n < 10 else min(n - 8, 5))
+        assert [*map(set, lists._resolutions.wheels())] == [{"all", str(n)} for n in range(15, 20)]
         assert lists.wheel("3") is None and lists.wheel("19") == b"\0"
-        lists.clients["a connection"] = clupy_master.Dependencies(), {"3": b"its client is still there"}
-        assert lists.wheel("3") == b"its client is still there"
+        lists.ask(connection, clupy_master.Dependencies(), {"3": b"its client is still there", "19": b"\0"})
+        assert lists.wheel("3") == b"its client is still there" and lists.clients[connection][1]["19"] is lists.wheel("19")
         await lists.close()
     asyncio.run(story())
 
