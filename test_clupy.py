@@ -921,6 +921,9 @@ def test_the_tables_of_a_new_master_leave_everybody_what_he_has_and_say_what_to_
     assert tables.put_client("new", "its connection", 0, ["s1"], 300.0)                 # which says that it had no use for it
     before = tables.decide(300.0)
     assert tables.share_of("new", before["new"]) == {"s1": (("h", 1), 0)} and tables.share_of("old") == {"s1": (("h", 1), 2)}
+    assert tables.put_server("s1", server_row(2, draining=True))
+    before = tables.decide(300.0)
+    assert tables.share_of("old", before["old"]) == {"s1": (("h", 1), 0)} and tables.share_of("old") == {}
     assert tables.silent(401.0) == ["old"]
     assert tables.put_client("old", "second connection", 5, [], 402.0) and not tables.drop("old", "first connection")
     assert tables.drop("old", "second connection") and list(tables.clients) == ["new"]
