@@ -1051,6 +1051,10 @@ def test_everything_travels_under_tls_where_a_certificate_is_configured(tmp_path
         clupy.close()
         with pytest.raises(clupy.MasterUnreachable):
             clupy.connect(cluster.address, patience=1)          # without TLS
+        subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=other", "-keyout", os.devnull,
+                        "-out", "other.pem"], check=True, capture_output=True, cwd=tmp_path)
+        with pytest.raises(clupy.SecretError, match=f"{cluster.address}: its certificate is not accepted: self-signed"):
+            clupy.connect(cluster.address, tls_ca=str(tmp_path / "other.pem"))
 
 
 def test_importing_clupy_is_light_and_the_command_does_not_load_it_twice(tmp_path):
@@ -1082,7 +1086,8 @@ def test_settings_come_from_yaml_then_environment_then_arguments(tmp_path, monke
     ("slots: many\n", "line 1: slots is 'many', but must be a whole number"),
     ("drain_time: soon\n", "must be a duration"),
     ("- slots\n", "must hold lines of `key: value`"),
-    ("a: [", "not YAML"),
+    ("a: [", "not YAML"), ("slots: 2\nslots: 3\n", "names a key twice"),
+    ("port: 70000\n", "line 1: port is 70000, but must be a port: a whole number up to 65535"),
 ])
 def test_a_wrong_setting_is_refused_with_file_line_and_the_nearest_valid_one(tmp_path, text, message):
     (tmp_path / "clupy.server.yaml").write_text(text)
@@ -1097,6 +1102,16 @@ def test_a_variable_that_is_nearly_a_setting_is_told_of(monkeypatch, caplog):
     clupy.read_settings("client")
     assert [record.getMessage() for record in caplog.records] == [
         "the environment variable CLUPY_SLOTZ is no setting; did you mean CLUPY_SLOTS?"]
+
+
+@pytest.mark.parametrize("host, words", [("127.0.0.1", "in use"), ("a..b", "not known")])
+def test_an_address_that_cannot_be_listened_on_is_an_error_in_words(tmp_path, host, words):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        address = f"{host}:{other.getsockname()[1]}"
+        done = subprocess.run([sys.executable, "-m", "clupy", "master", "--listen", address], env=environ(), timeout=60,
+                              cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert re.search(f"^clupy master: cannot listen on {address}: .*{words}.*--listen", done.stderr)
 
 
 def test_a_memory_limit_in_which_no_worker_can_start_is_refused():
@@ -1115,8 +1130,8 @@ def row(wanted, since=0.0, unreachable=(), **share):
     return clupy_master.ClientRow(wanted=wanted, since=since, heard=100.0, unreachable=frozenset(unreachable), share=share)
 
 
-def server_row(slots, **state):
-    return clupy_master.ServerRow(("h", 1), slots, {}, state)
+def server_row(slots, held={}, **facts):
+    return clupy_master.ServerRow(("h", 1), slots, held, facts)
 
 
 def totals(shares):
@@ -1153,6 +1168,28 @@ def test_idle_slots_stay_with_who_has_them_until_somebody_wants_them():
     both = {"idle": row(0, s1=4), "new": row(3)}
     assert clupy_master.shares(servers, both, 100.0) == {"idle": {"s1": 1}, "new": {"s1": 3}}
     assert clupy_master.shares(servers, {"idle": row(0, s1=4)}, 1000.0) == {"idle": {}}
+
+
+def test_the_tables_of_a_new_master_leave_everybody_what_he_has_and_say_what_to_give_back():
+    tables = clupy_master.Tables()
+    assert tables.put_server("s1", server_row(2, held={"old": 2})) and not tables.put_server("s1", server_row(2, held={"old": 2}))
+    assert tables.put_server("s2", server_row(1, draining=True))
+    assert tables.put_client("old", "first connection", 5, [], 100.0)
+    tables.decide(100.0)
+    assert tables.share_of("old") == {"s1": (("h", 1), 2)} and not tables.starving()
+    assert tables.put_client("new", "its connection", 5, [], 100.0) and tables.starving()
+    assert not tables.put_client("new", "its connection", 5, [], 200.0)
+    before = tables.decide(200.0)
+    assert tables.share_of("old", before["old"]) == tables.share_of("new") == {"s1": (("h", 1), 1)}
+    assert tables.put_client("new", "its connection", 0, ["s1"], 300.0)                 # which says that it had no use for it
+    before = tables.decide(300.0)
+    assert tables.share_of("new", before["new"]) == {"s1": (("h", 1), 0)} and tables.share_of("old") == {"s1": (("h", 1), 2)}
+    assert tables.put_server("s1", server_row(2, draining=True))
+    before = tables.decide(300.0)
+    assert tables.share_of("old", before["old"]) == {"s1": (("h", 1), 0)} and tables.share_of("old") == {}
+    assert tables.silent(401.0) == ["old"]
+    assert tables.put_client("old", "second connection", 5, [], 402.0) and not tables.drop("old", "first connection")
+    assert tables.drop("old", "second connection") and list(tables.clients) == ["new"]
 
 
 def test_slots_pass_on_in_turn_when_there_are_more_clients_than_slots():
@@ -3550,6 +3587,23 @@ def test_a_server_that_was_away_while_the_list_changed_follows(tmp_path, index):
         until(lambda: in_step(cluster, 2))
 
 
+def test_what_is_remembered_of_lists_is_bounded_by_number_and_by_bytes_of_wheels(monkeypatch):
+    async def story():
+        monkeypatch.setattr(clupy_master, "RESOLVED_BYTES", 1000)
+        monkeypatch.setattr(clupy_master, "RESOLVED_KEPT", 5)
+        lists, connection = clupy_master.Lists(None, 60.0, lambda: None), type("Deaf", (), {"send": lambda *_: None})()
+        for n in range(20):                        # lists without libraries, for which no pip is asked; all have one wheel
+            wheels = {"all": bytes(500), str(n): bytes(400 if n < 10 else 1)}
+            await lists._resolutions.of(clupy_master.Dependencies((), (str(n),)), wheels)
+            assert len(lists._resolutions.wheels()) == (1 if n < 10 else min(n - 8, 5))
+        assert [*map(set, lists._resolutions.wheels())] == [{"all", str(n)} for n in range(15, 20)]
+        assert lists.wheel("3") is None and lists.wheel("19") == b"\0"
+        lists.ask(connection, clupy_master.Dependencies(), {"3": b"its client is still there", "19": b"\0"})
+        assert lists.wheel("3") == b"its client is still there" and lists.clients[connection][1]["19"] is lists.wheel("19")
+        await lists.close()
+    asyncio.run(story())
+
+
 def test_a_clients_list_waits_for_the_masters_and_no_answer_of_yesterday_comes_late(tmp_path, index):
     """A connection by hand, whose question is there before the master has looked at its own list."""
     class ByHand(list):
@@ -3574,14 +3628,14 @@ def test_a_clients_list_waits_for_the_masters_and_no_answer_of_yesterday_comes_l
         try:
             master.on_resolve(connection, ["own"], list_of(index).pip_options, {})
             assert await answer(1) == ["figures 1.0", "own 1.0"]
-            master.list = list_of(index, "figures")                # it changes while pip looks at the old one
+            master.lists.masters = list_of(index, "figures")                # it changes while pip looks at the old one
             master.on_resolve(connection, ["own"], list_of(index).pip_options, {})
             await asyncio.sleep(0)
             await asyncio.sleep(0)
-            master.list = list_of(index, "figures==2.0")
+            master.lists.masters = list_of(index, "figures==2.0")
             master.on_resolve(connection, ["own"], list_of(index).pip_options, {})
             assert await answer(2) == ["figures 2.0", "own 1.0"]
-            await asyncio.gather(*[answer.task for answer in master.resolutions._answers.values()])
+            await asyncio.gather(*[answer.task for answer in master.lists._resolutions._answers.values()])
             await asyncio.sleep(0.1)
             assert len(answers) == 2
         finally:
@@ -5249,6 +5303,28 @@ def test_what_all_masters_say_and_no_patience_mends_is_an_error_at_once(tmp_path
             server = subprocess.run([sys.executable, "-m", "clupy", "serve", "--master", f"{bad[kind]},{another}"], timeout=60,
                                     env=environ(CLUPY_SECRET=os.environ["CLUPY_SECRET"]), capture_output=True, text=True)
             assert server.returncode == 1 and server.stderr.splitlines()[-1] == f"clupy serve: {caught.value}"
+
+
+def test_the_commands_say_in_words_why_no_master_answers(tmp_path):
+    async def story():                             # one closes as it is asked, one stops and says nothing
+        async def greet(sock, peer, role, preamble):
+            connection = await clupy_master.admit(sock, peer, preamble, SECRET.encode(), clupy.default_settings("master"))
+            await connection.receive()
+            connection.abort()
+        closing = clupy_master.Listener(("127.0.0.1", 0), greet)
+        addresses = [closing.address, *(clupy.parse_address(bad[kind], 7878) for kind in ("a..b", "other Python"))]
+        try:
+            settings = clupy.read_settings("client", master=["%s:%s" % address for address in addresses])
+            with pytest.raises(clupy.MasterUnreachable, match="connection and did not answer.*no name.*runs Python 3.99"):
+                await clupy_master.ask_master(settings, "status")
+        finally:
+            await closing.close()
+    with bad_masters(tmp_path) as bad:
+        asyncio.run(story())
+        done = subprocess.run([sys.executable, "-m", "clupy", "status", "--master", bad["other secret"]],
+                              env=environ(), capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+        assert done.stderr.startswith(f"clupy status: {bad['other secret']}: it has another secret")
 
 
 def test_two_masters_that_stand_by_and_name_each_other_are_asked_once_between_two_pauses(monkeypatch):
