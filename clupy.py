@@ -2093,7 +2093,7 @@ class Future(concurrent.futures.Future):
             self._waiting = []
         return self._waiting
 
-    @property
+        """Whether it is done within `timeout` seconds, its handlers included; one of them does not wait for itself."""
     def _done_callbacks(self):
         if self._callbacks is None:
             self._callbacks = []
