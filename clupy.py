@@ -2093,7 +2093,7 @@ class Future(concurrent.futures.Future):
             self._waiting = []
         return self._waiting
 
-        """Whether it is done within `timeout` seconds, its handlers included; one of them does not wait for itself."""
+    @property
     def _done_callbacks(self):
         if self._callbacks is None:
             self._callbacks = []
@@ -2124,7 +2124,7 @@ class Future(concurrent.futures.Future):
                     self._waiters.remove(waiter)
 
     def _wait_for_handlers(self, timeout=None):
-        """Whether it is done and its handlers have run within `timeout` seconds; a handler of its own does not wait for itself."""
+        """Whether it is done within `timeout` seconds, its handlers included; one of them does not wait for itself."""
         deadline = math.inf if timeout is None else time.monotonic() + timeout
         if not self._wait(timeout):
             return False

@@ -1152,7 +1152,7 @@ class Master:
 
 async def run(settings, secret):
     """Be a master until SIGTERM; with `zookeeper` configured, one of several."""
-    getattr(clupy, "raise_descriptor_limit", int)()            # each server and client is one
+    clupy.raise_descriptor_limit()                 # each server and client is one
     ended = asyncio.get_running_loop().create_future()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ended.cancel)
     master = Master(settings, secret, os.path.abspath("clupy.master.dependency.yaml"))
