@@ -4498,88 +4498,79 @@ def _ref_folders():
                 yield folder
 
 
-def counter(name, ttl=None):
-    """The Counter of that name, 0 if it is new; ttl as for put."""
-    return Counter(name, ttl)
-
-
-class Counter:
-    """An integer that many processes count with. May be passed to calls."""
+class _Used:
+    """What counters and queues have in common: a key whose time to live begins anew with each use."""
 
     def __init__(self, name, ttl=None):
         self.name, self._key, self._ttl = name, _key(name), _ttl(ttl)
 
-    def __repr__(self): return f"clupy.counter({self.name!r})"
-
-    def add(self, n=1):
-        """The new value. Counted at most once: Unavailable says that it is not known whether it was."""
-        def command(client):
+    def _use(self, command, *arguments):
+        """The command as a function of the client: at one stroke with the time to live."""
+        def use(client):
             with client.pipeline() as pipe:
-                pipe.incrby(self._key, operator.index(n))
+                getattr(pipe, command)(self._key, *arguments)
                 _expire(pipe, self._key, self._ttl)
                 return pipe.execute()[0]
-        return _once(command, self.name)
+        return use
+
+
+class Counter(_Used):
+    """An integer that many processes count with, 0 if it is new; ttl as for put.  May be passed to calls."""
+
+    def __repr__(self):
+        return f"clupy.counter({self.name!r})"
+
+    def add(self, n=1):
+        """The new value.  Counted at most once: Unavailable says that it is not known whether it was."""
+        return _once(self._use("incrby", operator.index(n)), self.name)
 
     @property
     def value(self):
-        def command(client):
-            with client.pipeline() as pipe:
-                pipe.get(self._key)
-                _expire(pipe, self._key, self._ttl)
-                return pipe.execute()[0]
-        return int(_retried(command, self.name) or 0)
+        return int(_retried(self._use("get"), self.name) or 0)
 
     def set(self, n):
-        """Sets it, whatever others add."""
-        value = operator.index(n)       # get=True makes Redis refuse the name of something else
+        """Set it, whatever others add."""
+        value = operator.index(n)     # get=True makes Redis refuse the name of something else
         _retried(lambda client: client.set(self._key, value, px=self._ttl or None, get=True), self.name)
 
 
-def queue(name, ttl=None):
-    """The Queue of that name, empty if it is new; ttl as for put."""
-    return Queue(name, ttl)
+counter = Counter
 
 
-class Queue:
-    """First in, first out; each item goes to one taker, at most once. May be passed to calls."""
+class Queue(_Used):
+    """First in, first out; each item goes to one taker, at most once.  ttl as for put.  May be passed to calls."""
 
-    def __init__(self, name, ttl=None):
-        self.name, self._key, self._ttl = name, _key(name), _ttl(ttl)
+    def __repr__(self):
+        return f"clupy.queue({self.name!r})"
 
-    def __repr__(self): return f"clupy.queue({self.name!r})"
-    def __len__(self): return _retried(lambda client: client.llen(self._key), self.name)
-    def __bool__(self): return True     # an empty queue is still a queue
+    def __len__(self):
+        return _retried(lambda client: client.llen(self._key), self.name)
+
+    def __bool__(self):
+        """An empty queue is still a queue."""
+        return True
 
     def put(self, value):
-        """Unavailable says that it is not known whether the value is in the queue."""
-        item = _item(value)
-
-        def command(client):
-            with client.pipeline() as pipe:
-                pipe.rpush(self._key, item)
-                _expire(pipe, self._key, self._ttl)
-                pipe.execute()
-        _once(command, self.name)
+        """Append the value.  Unavailable says that it is not known whether it is in the queue."""
+        _once(self._use("rpush", _item(value)), self.name)
 
     def get(self, timeout=None):
-        """The oldest item, waited for `timeout` seconds (None: for ever), then queue.Empty. Items are not
-        lost nor doubled, except that one under way when Redis or this process dies is lost: Unavailable if
-        that may be."""
+        """The oldest item, waited for `timeout` seconds (None: for ever), then queue.Empty.
+
+        No item is lost or doubled, except that one under way when Redis or this process dies is lost: Unavailable if that
+        may be."""
         deadline = math.inf if timeout is None else time.monotonic() + timeout
-        item = _once(self._pop, self.name)
+        item = _once(self._use("lpop"), self.name)
         while item is None:
             left = deadline - time.monotonic()
             if left <= 0:
                 raise Empty
-            wait = min(max(left, 0.01), 1)       # shorter than the socket's time-out; 0 would be for ever
+            wait = min(max(left, 0.01), 1)     # shorter than the socket's time-out; 0 would be for ever
             item = (_once(lambda client: client.blpop(self._key, wait), self.name) or (None, None))[1]
         return _from_item(item)
 
-    def _pop(self, client):
-        with client.pipeline() as pipe:
-            pipe.lpop(self._key)
-            _expire(pipe, self._key, self._ttl)
-            return pipe.execute()[0]
+
+queue = Queue
 
 
 def publish(topic, value):
@@ -4589,19 +4580,18 @@ def publish(topic, value):
     return _once(lambda client: client.publish(_key(topic, "topic"), item), topic)
 
 
-def subscribe(topic, timeout=None):
-    """A Subscription: an iterator of the values published from now on, which ends after `timeout` seconds of
-    silence (None: never). Use it in a with-block, or close() it."""
-    return Subscription(topic, timeout)
-
-
 class Subscription:
-    """Belongs to one thread. Unavailable from next(): the connection was lost, values may have been
-    missed."""
+    """An iterator of the values published from now on, which ends after `timeout` seconds of silence (None: never).
 
-    def __init__(self, topic, timeout):
+    Use it in a with-block, or close() it.  It belongs to one thread.  Unavailable from next(): the connection was lost, and
+    values may have been missed."""
+
+    def __init__(self, topic, timeout=None):
         self.topic, self.timeout = topic, timeout
         self._listener = _retried(self._listen)
+
+    def __repr__(self):
+        return f"clupy.subscribe({self.topic!r})"
 
     def _listen(self, client):
         listener = client.pubsub()
@@ -4614,10 +4604,14 @@ class Subscription:
             listener.close()
             raise
 
-    def __iter__(self): return self
-    def __enter__(self): return self
-    def __exit__(self, *_): self.close()
-    def __repr__(self): return f"clupy.subscribe({self.topic!r})"
+    def __iter__(self):
+        return self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
 
     def close(self):
         self._listener.close()
@@ -4637,6 +4631,9 @@ class Subscription:
             if left <= 0:
                 self.close()
                 raise StopIteration
+
+
+subscribe = Subscription
 
 
 # ==== Coordination ============================================================
@@ -4979,18 +4976,16 @@ def _was_released(place):
     return place.node[-10:] in released.decode().split() or place.same_session()
 
 
-def event(name):
-    """The Event of that name: a flag for the whole cluster, which outlives its processes."""
-    return Event(name)
-
-
 class Event:
-    """As threading.Event. Any process, any thread; may be passed to calls."""
+    """A flag for the whole cluster, as threading.Event, which outlives its processes.
+
+    Any process, any thread; may be passed to calls."""
 
     def __init__(self, name):
         self.name, self._path = name, _path("event", name)
 
-    def __repr__(self): return f"clupy.event({self.name!r})"
+    def __repr__(self):
+        return f"clupy.event({self.name!r})"
 
     def _until(self, timeout, look):
         wait = _Wait(f"event {self.name!r}", self._path, timeout)
@@ -5019,6 +5014,9 @@ class Event:
             return bool(self._until(timeout, lambda wait: wait.ask("exists", self._path, wait.wake)))
         except TimeoutError:
             return False
+
+
+event = Event
 
 
 # ==== Ends ===================================================================
