@@ -4106,6 +4106,10 @@ def _store(key, kind, buffers, ttl):
     _retried(command)
 
 
+# Of the value that was read alone: one that has replaced it, of whatever kind, has a time to live of its own.
+_REFRESH = "if redis.pcall('hget', KEYS[1], 'h') == ARGV[1] then redis.call('pexpire', KEYS[1], ARGV[2]) end"
+
+
 def _load(key, name, allocate):
     """(kind, ttl, buffers) stored under key, or None; refreshes the time to live.
 
@@ -4127,7 +4131,7 @@ def _load(key, name, allocate):
                 target[:] = piece
         else:
             if ttl:
-                _retried(lambda client: client.pexpire(key, ttl))
+                _retried(lambda client: client.eval(_REFRESH, 1, key, header, ttl))
             return kind, ttl, buffers
         window = max(len(targets), WINDOW)
 
