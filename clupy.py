@@ -3685,41 +3685,37 @@ def unpack_arguments(arguments, unpack=unpack):
 
 
 # ==== Services ================================================================
-# This process's connections to Redis and ZooKeeper: made on first use, by any thread, forgotten in a forked
-# child, closed at the end. Two rules for a server that is away:
-# - one that never answered this process is a mistake in the configuration, and told within FIRST_CONTACT
-#   seconds; one that did answer is waited for as long as the setting `patience` says. Then: `Unavailable`.
-# - what may be done twice is repeated (_retried), what may not is sent once and reported (_once). redis-py's
-#   own retries make no such difference: an `incr` that lost three answers counted four (redis/redis-py#261).
+# This process's connections to Redis and ZooKeeper: made on first use, by any thread, forgotten in a forked child, closed
+# at the end.  Two rules for a server that is away:
+# - One that never answered this process is a mistake in the configuration, and told within FIRST_CONTACT seconds; one that
+#   did answer is waited for as long as the setting `patience` says.  Then: Unavailable.
+# - What may be done twice is repeated (_retried), what may not is sent once and reported (_once).  redis-py's own retries
+#   make no such difference: an `incr` that lost three answers counted four (redis/redis-py#261).
 
-FIRST_CONTACT = 5.0     # seconds; less would refuse a server that is starting, more hides a typing error
+FIRST_CONTACT = 5.0               # seconds; less would refuse a server that is starting, more hides a typing error
 
-_redis_clients = {}     # address -> redis.Redis; guarded by _clients_lock, as the next
-_zookeeper_clients = {}   # addresses -> KazooClient
-_clients_lock = threading.RLock()
-_reached = set()        # addresses that answered this process at least once
-_note_session = None    # a worker's: told (id, password) of its ZooKeeper session, None when that has ended
-
-
-_told = None            # Settings that a worker's server, or a master's own file, says: nothing is looked for then
-_known = None           # (engine, what its master says, _configured, Settings made of them), while these are the same
+_clients_lock = threading.RLock()      # for the next two, and for _own
+_redis_clients = {}                    # {address: redis.Redis}
+_zookeeper_clients = {}                # {addresses: KazooClient}
+_reached = set()                       # addresses that answered this process at least once
+_note_session = None                   # a worker's: told (id, password) of its ZooKeeper session, None when that has ended
+_told = None                           # Settings that a worker's server, or a master's own file, says: nothing is looked for then
+_known = None                          # (engine, what its master says, _configured, the Settings made of them)
 
 
 def use_services(services):
     """In a worker and a master: the cluster's services, once for all."""
     global _told
-    given = services.pop("given")
-    _told = Settings({**{key: SETTINGS[key][2] for key in SERVICE_KEYS}, **services}, given)
+    _told = Settings({**{key: SETTINGS[key][2] for key in SERVICE_KEYS}, **services}, services["given"])
 
 
 def _settings():
-    """The Settings of Redis and ZooKeeper that hold for this process now."""
+    """The Settings of Redis and ZooKeeper that hold for this process now: found anew after whatever they depend on changed."""
     global _known
     if _told is not None:
         return _told
-    known, engine = _known, _engine
-    if (known is None or known[0] is not engine or known[1] is not getattr(engine, "said", None)
-            or known[2] is not _configured):
+    known = _known                         # another thread may change it
+    if not known or any(a is not b for a, b in zip(known, (_engine, getattr(_engine, "said", None), _configured))):
         known = _known = _find_services()
     return known[3]
 
@@ -3735,20 +3731,20 @@ def _find_services():
 
 
 def _listens(host, port):
-    """Whether somebody does: a call would then look whether it is our master."""
+    """Whether somebody listens there: a call would then look whether it is our master."""
     with contextlib.suppress(OSError), socket.create_connection((host, port), FIRST_CONTACT):
         return True
     return False
 
 
 def close_services():
-    """Ends this process's connections, which frees its locks at once; the next use connects anew."""
+    """End this process's connections, which frees its locks at once; the next use connects anew."""
     with _clients_lock:
         stores, keepers = list(_redis_clients.values()), list(_zookeeper_clients.values())
         _redis_clients.clear()
         _zookeeper_clients.clear()
     for client in stores:
-        client.connection_pool.disconnect()      # close() would leave a pool that it did not make to the garbage collector
+        client.connection_pool.disconnect()     # close() would leave a pool that it did not make to the garbage collector
     for client in keepers:
         _close_zookeeper(client)
     if keepers and _note_session:
@@ -3756,7 +3752,7 @@ def close_services():
 
 
 def _close_zookeeper(client):
-    with contextlib.suppress(kazoo_errors.WriterNotClosedException):   # its thread, a daemon, is in connect()
+    with contextlib.suppress(kazoo_errors.WriterNotClosedException):       # its thread, a daemon, is in connect()
         client.stop()
         client.close()
 
@@ -3769,26 +3765,21 @@ def _forget_clients():
     _zookeeper_clients.clear()
 
 
-
-_START = {"redis": {"Darwin": "brew install redis; redis-server",
-                    "Linux": "apt-get install redis-server; redis-server",
-                    "": "docker run -p 6379:6379 redis:7"},
-          "zookeeper": {"Darwin": "brew install zookeeper; zkServer start",
-                        "Linux": "apt-get install zookeeperd",
-                        "": "docker run -p 2181:2181 zookeeper:3.9"}}
+_TITLES = {"redis": "Redis", "zookeeper": "ZooKeeper"}
+_START = {"redis": "apt-get install redis-server, or docker run -p 6379:6379 redis:7",
+          "zookeeper": "apt-get install zookeeperd, or docker run -p 2181:2181 zookeeper:3.9"}
 
 
 def _unavailable(service, reason):
     """The Unavailable that says which setting and address are meant, what happened, and what to do."""
-    title, address = {"redis": "Redis", "zookeeper": "ZooKeeper"}[service], getattr(_settings(), service)
-    where = f"{title} at {masked(address)}" if address else f"no {title} is configured"
-    start = _START[service].get(platform.system(), _START[service][""])
-    return Unavailable(f"{where}: {reason}. Its address is the setting `{service}` or "
-                       f"CLUPY_{service.upper()}; to start a server on this system: {start}")
+    address = getattr(_settings(), service)
+    where = f"{_TITLES[service]} at {masked(address)}" if address else f"no {_TITLES[service]} is configured"
+    return Unavailable(f"{where}: {reason}. Its address is the setting `{service}` or CLUPY_{service.upper()}; "
+                       f"to start a server: {_START[service]}")
 
 
 def _redis():
-    """This process's Redis client. Commands go through _retried or _once: it repeats nothing itself."""
+    """This process's Redis client.  Commands go through _retried or _once: it repeats nothing itself."""
     url = _settings().redis
     if not url:
         raise _unavailable("redis", "data needs one")
@@ -3805,9 +3796,9 @@ def _redis_client(url):
         pool = redis.ConnectionPool.from_url(
             url, protocol=2, socket_timeout=FIRST_CONTACT, socket_connect_timeout=FIRST_CONTACT,
             socket_keepalive=True, command_packer=_redis_packer())
-        pool.connection_kwargs.update(  # whatever the address says: pickles are bytes, and _once means once
+        pool.connection_kwargs.update(     # whatever the address says: pickles are bytes, and _once means once
             decode_responses=False, retry=redis_retry.Retry(redis_backoff.NoBackoff(), 0))
-        pool.make_connection()          # connects nothing, but refuses options it does not know
+        pool.make_connection()             # connects nothing, but refuses options it does not know
     except (ValueError, TypeError, redis.RedisError) as error:
         reason = f"not an address ({type(error).__name__}), expected redis://:password@host:6379/0"
         raise _unavailable("redis", reason) from None
@@ -3815,8 +3806,8 @@ def _redis_client(url):
 
 
 def _redis_packer():
-    """redis-py's packer that sends memoryviews as they are, 3 to 5 times faster than hiredis's, which copies
-    them twice; undocumented, hence None, redis-py's choice, where it is missing."""
+    """redis-py's packer that sends memoryviews as they are, 3 to 5 times faster than hiredis's, which copies them twice;
+    undocumented, hence None, redis-py's choice, where it is missing."""
     try:
         encode = redis_connection.Encoder("utf-8", "strict", False).encode
         return redis_connection.PythonRespSerializer(6000, encode)
@@ -3825,7 +3816,7 @@ def _redis_packer():
 
 
 def _retried(command, name=None):
-    """command(client)'s result; repeated while Redis is away, so it must not matter how often it is done."""
+    """The result of command(client), repeated while Redis is away: so it must not matter how often it is done."""
     client, url = _redis(), _settings().redis
     deadline = None if url in _reached else time.monotonic() + FIRST_CONTACT
     for attempt in itertools.count():
@@ -3846,11 +3837,11 @@ def _retried(command, name=None):
 
 
 def _once(command, name):
-    """command(client)'s result; sent at most once, so a lost answer is an Unavailable that says so."""
+    """The result of command(client), sent at most once: a lost answer is an Unavailable that says so."""
     def connect(client):
         client.connection_pool.release(client.connection_pool.get_connection())
 
-    _retried(connect)                   # a live one in the pool: a restart in between costs nobody an error
+    _retried(connect)                      # a live one in the pool: a restart in between costs nobody an error
     try:
         return command(_redis())
     except redis.RedisError as error:
@@ -3858,8 +3849,8 @@ def _once(command, name):
         if failure is error:
             raise
         if isinstance(failure, Unavailable) and not isinstance(error, _refusals()):
-            failure = _unavailable("redis", f"the answer to a change of {name!r} was lost ({error}); it may "
-                                            "have been made or not, look before you repeat it")
+            failure = _unavailable("redis", f"the answer to a change of {name!r} was lost ({error}); it may have been made "
+                                            "or not, look before you repeat it")
         raise failure from error
 
 
@@ -3880,7 +3871,21 @@ def _redis_failure(error, name):
     return error
 
 
+def _key(name, kind="data"):
+    """The key in Redis of a name, which may have any characters."""
+    if not isinstance(name, str):
+        raise TypeError(f"a name must be a str, not {type(name).__name__}: {name!r}")
+    if not name:
+        raise ValueError("a name must not be empty")
+    return _prefix(kind) + name.encode("utf-8", "surrogatepass")
+
+
+def _prefix(kind):
+    return f"{_settings().prefix}:{kind}:".encode()
+
+
 def _kind(name):
+    """What stands in Redis under the name, for an error's text."""
     kinds = {b"hash": "a value or file (clupy.get, clupy.open)", b"list": "a queue (clupy.queue)",
              b"string": "a counter (clupy.counter)"}
     return kinds.get(_retried(lambda client: client.type(_key(name))), "something else")
@@ -3902,10 +3907,9 @@ def _zookeeper():
 
 def _zookeeper_client(hosts):
     settings, quiet = _settings(), logging.getLogger("clupy.zookeeper")
-    quiet.setLevel(logging.ERROR)       # kazoo warns of each lost connection, which is what patience is for
+    quiet.setLevel(logging.ERROR)          # kazoo warns of each lost connection, which is what patience is for
     # Without a deadline every request to a server that is away blocks for ever, whatever its own time-out.
-    again = kazoo_retry.KazooRetry(max_tries=-1, delay=0.05, backoff=1.5, max_delay=0.5,
-                                   deadline=settings.patience)
+    again = kazoo_retry.KazooRetry(max_tries=-1, delay=0.05, backoff=1.5, max_delay=0.5, deadline=settings.patience)
     try:
         client = kazoo.KazooClient(hosts, timeout=settings.session, connection_retry=again, logger=quiet)
     except (ValueError, kazoo_errors.KazooException):
@@ -3917,8 +3921,7 @@ def _zookeeper_client(hosts):
     try:
         if not client.start_async().wait(FIRST_CONTACT):
             raise _unavailable("zookeeper", f"no answer within {FIRST_CONTACT:g} s")
-    except BaseException:
-        # aside, as it waits for a connect() under way
+    except BaseException:                  # closed in a thread, as it waits for a connect() under way
         threading.Thread(target=_close_zookeeper, args=(client,), daemon=True).start()
         raise
     return client
@@ -4030,19 +4033,6 @@ class _Shared(MutableMapping):
 
 
 shared = _Shared()
-
-
-def _key(name, kind="data"):
-    """The key in Redis of a name, which may have any characters."""
-    if not isinstance(name, str):
-        raise TypeError(f"a name must be a str, not {type(name).__name__}: {name!r}")
-    if not name:
-        raise ValueError("a name must not be empty")
-    return _prefix(kind) + name.encode("utf-8", "surrogatepass")
-
-
-def _prefix(kind):
-    return f"{_settings().prefix}:{kind}:".encode()
 
 
 def _ttl(ttl):
