@@ -3483,15 +3483,15 @@ def test_what_is_used_lives_and_what_is_not_is_gone_after_its_ttl(redis, copies)
 def test_reading_a_value_does_not_shorten_the_life_of_what_replaces_it_meanwhile(redis, monkeypatch):
     def read_and_replaced(key, *rest):
         found = read(key, *rest)
-        replace()
+        replacements.pop()()
         return found
 
     def requeue():
         clupy.delete("x")
         clupy.queue("x", ttl=0).put("new")
-    read = clupy._window
+    read, replacements = clupy._window, [requeue, lambda: clupy.put("x", "new", ttl=0)]
     monkeypatch.setattr(clupy, "_window", read_and_replaced)
-    for replace in lambda: clupy.put("x", "new", ttl=0), requeue:
+    while replacements:
         clupy.put("x", "old", ttl=30)
         assert clupy.get("x") == "old" and clupy._redis().ttl(clupy._key("x")) == -1
 
