@@ -1965,7 +1965,7 @@ def conclude(outcomes):
     """Give each call of [(call, succeeded, value)] its outcome, unless it has one; any thread.
 
     value: plain, or a payload; for a failure an exception or its payload."""
-    followed = []
+    followed, dropped = [], []     # dropped: Refs, which may be the last, and give their values up outside the lock
     with Future._condition:
         for call, succeeded, value in outcomes:
             if call._state in _DONE:
@@ -1977,6 +1977,7 @@ def conclude(outcomes):
             else:
                 call._packed = succeeded, value
             call._state = CANCELLED if type(value) is CancelledError else FINISHED
+            dropped.append(call._refs)
             call._arguments, call._refs = None, ()
             for waiter in call._waiting or ():
                 if call._handlers and type(waiter) is _Waiter and waiter.handlers:
