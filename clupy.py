@@ -2264,7 +2264,7 @@ def conclude(outcomes):
     """Give each call of [(call, succeeded, value)] its outcome, unless it has one; any thread.
 
     value: plain, or a payload; for a failure an exception or its payload."""
-    followed = []
+    followed, dropped = [], []     # dropped: Refs, which may be the last, and give their values up outside the lock
     with Future._condition:
         for call, succeeded, value in outcomes:
             if call._state in _DONE:
@@ -2276,6 +2276,7 @@ def conclude(outcomes):
             else:
                 call._packed = succeeded, value
             call._state = CANCELLED if type(value) is CancelledError else FINISHED
+            dropped.append(call._refs)
             call._arguments, call._refs = None, ()
             for waiter in call._waiting or ():
                 if call._state == CANCELLED:
@@ -4365,41 +4366,37 @@ def unpack_arguments(arguments, unpack=unpack):
 
 
 # ==== Services ================================================================
-# This process's connections to Redis and ZooKeeper: made on first use, by any thread, forgotten in a forked
-# child, closed at the end. Two rules for a server that is away:
-# - one that never answered this process is a mistake in the configuration, and told within FIRST_CONTACT
-#   seconds; one that did answer is waited for as long as the setting `patience` says. Then: `Unavailable`.
-# - what may be done twice is repeated (_retried), what may not is sent once and reported (_once). redis-py's
-#   own retries make no such difference: an `incr` that lost three answers counted four (redis/redis-py#261).
+# This process's connections to Redis and ZooKeeper: made on first use, by any thread, forgotten in a forked child, closed
+# at the end.  Two rules for a server that is away:
+# - One that never answered this process is a mistake in the configuration, and told within FIRST_CONTACT seconds; one that
+#   did answer is waited for as long as the setting `patience` says.  Then: Unavailable.
+# - What may be done twice is repeated (_retried), what may not is sent once and reported (_once).  redis-py's own retries
+#   make no such difference: an `incr` that lost three answers counted four (redis/redis-py#261).
 
-FIRST_CONTACT = 5.0     # seconds; less would refuse a server that is starting, more hides a typing error
+FIRST_CONTACT = 5.0               # seconds; less would refuse a server that is starting, more hides a typing error
 
-_redis_clients = {}     # address -> redis.Redis; guarded by _clients_lock, as the next
-_zookeeper_clients = {}   # addresses -> KazooClient
-_clients_lock = threading.RLock()
-_reached = set()        # addresses that answered this process at least once
-_note_session = None    # a worker's: told (id, password) of its ZooKeeper session, None when that has ended
-
-
-_told = None            # Settings that a worker's server, or a master's own file, says: nothing is looked for then
-_known = None           # (engine, what its master says, _configured, Settings made of them), while these are the same
+_clients_lock = threading.RLock()      # for the next two, and for _own
+_redis_clients = {}                    # {address: redis.Redis}
+_zookeeper_clients = {}                # {addresses: KazooClient}
+_reached = set()                       # addresses that answered this process at least once
+_note_session = None                   # a worker's: told (id, password) of its ZooKeeper session, None when that has ended
+_told = None                           # Settings that a worker's server, or a master's own file, says: nothing is looked for then
+_known = None                          # (engine, what its master says, _configured, the Settings made of them)
 
 
 def use_services(services):
     """In a worker and a master: the cluster's services, once for all."""
     global _told
-    given = services.pop("given")
-    _told = Settings({**{key: SETTINGS[key][2] for key in SERVICE_KEYS}, **services}, given)
+    _told = Settings({**{key: SETTINGS[key][2] for key in SERVICE_KEYS}, **services}, services["given"])
 
 
 def _settings():
-    """The Settings of Redis and ZooKeeper that hold for this process now."""
+    """The Settings of Redis and ZooKeeper that hold for this process now: found anew after whatever they depend on changed."""
     global _known
     if _told is not None:
         return _told
-    known, engine = _known, _engine
-    if (known is None or known[0] is not engine or known[1] is not (engine and engine.said)
-            or known[2] is not _configured):
+    known = _known                         # another thread may change it
+    if not known or any(a is not b for a, b in zip(known, (_engine, getattr(_engine, "said", None), _configured))):
         known = _known = _find_services()
     return known[3]
 
@@ -4415,20 +4412,20 @@ def _find_services():
 
 
 def _listens(host, port):
-    """Whether somebody does: a call would then look whether it is our master."""
+    """Whether somebody listens there: a call would then look whether it is our master."""
     with contextlib.suppress(OSError), socket.create_connection((host, port), FIRST_CONTACT):
         return True
     return False
 
 
 def close_services():
-    """Ends this process's connections, which frees its locks at once; the next use connects anew."""
+    """End this process's connections, which frees its locks at once; the next use connects anew."""
     with _clients_lock:
         stores, keepers = list(_redis_clients.values()), list(_zookeeper_clients.values())
         _redis_clients.clear()
         _zookeeper_clients.clear()
     for client in stores:
-        client.connection_pool.disconnect()      # close() would leave a pool that it did not make to the garbage collector
+        client.connection_pool.disconnect()     # close() would leave a pool that it did not make to the garbage collector
     for client in keepers:
         _close_zookeeper(client)
     if keepers and _note_session:
@@ -4436,7 +4433,7 @@ def close_services():
 
 
 def _close_zookeeper(client):
-    with contextlib.suppress(kazoo_errors.WriterNotClosedException):   # its thread, a daemon, is in connect()
+    with contextlib.suppress(kazoo_errors.WriterNotClosedException):       # its thread, a daemon, is in connect()
         client.stop()
         client.close()
 
@@ -4449,26 +4446,21 @@ def _forget_clients():
     _zookeeper_clients.clear()
 
 
-
-_START = {"redis": {"Darwin": "brew install redis; redis-server",
-                    "Linux": "apt-get install redis-server; redis-server",
-                    "": "docker run -p 6379:6379 redis:7"},
-          "zookeeper": {"Darwin": "brew install zookeeper; zkServer start",
-                        "Linux": "apt-get install zookeeperd",
-                        "": "docker run -p 2181:2181 zookeeper:3.9"}}
+_TITLES = {"redis": "Redis", "zookeeper": "ZooKeeper"}
+_START = {"redis": "apt-get install redis-server, or docker run -p 6379:6379 redis:7",
+          "zookeeper": "apt-get install zookeeperd, or docker run -p 2181:2181 zookeeper:3.9"}
 
 
 def _unavailable(service, reason):
     """The Unavailable that says which setting and address are meant, what happened, and what to do."""
-    title, address = {"redis": "Redis", "zookeeper": "ZooKeeper"}[service], getattr(_settings(), service)
-    where = f"{title} at {masked(address)}" if address else f"no {title} is configured"
-    start = _START[service].get(platform.system(), _START[service][""])
-    return Unavailable(f"{where}: {reason}. Its address is the setting `{service}` or "
-                       f"CLUPY_{service.upper()}; to start a server on this system: {start}")
+    address = getattr(_settings(), service)
+    where = f"{_TITLES[service]} at {masked(address)}" if address else f"no {_TITLES[service]} is configured"
+    return Unavailable(f"{where}: {reason}. Its address is the setting `{service}` or CLUPY_{service.upper()}; "
+                       f"to start a server: {_START[service]}")
 
 
 def _redis():
-    """This process's Redis client. Commands go through _retried or _once: it repeats nothing itself."""
+    """This process's Redis client.  Commands go through _retried or _once: it repeats nothing itself."""
     url = _settings().redis
     if not url:
         raise _unavailable("redis", "data needs one")
@@ -4485,9 +4477,9 @@ def _redis_client(url):
         pool = redis.ConnectionPool.from_url(
             url, protocol=2, socket_timeout=FIRST_CONTACT, socket_connect_timeout=FIRST_CONTACT,
             socket_keepalive=True, command_packer=_redis_packer())
-        pool.connection_kwargs.update(  # whatever the address says: pickles are bytes, and _once means once
+        pool.connection_kwargs.update(     # whatever the address says: pickles are bytes, and _once means once
             decode_responses=False, retry=redis_retry.Retry(redis_backoff.NoBackoff(), 0))
-        pool.make_connection()          # connects nothing, but refuses options it does not know
+        pool.make_connection()             # connects nothing, but refuses options it does not know
     except (ValueError, TypeError, redis.RedisError) as error:
         reason = f"not an address ({type(error).__name__}), expected redis://:password@host:6379/0"
         raise _unavailable("redis", reason) from None
@@ -4495,8 +4487,8 @@ def _redis_client(url):
 
 
 def _redis_packer():
-    """redis-py's packer that sends memoryviews as they are, 3 to 5 times faster than hiredis's, which copies
-    them twice; undocumented, hence None, redis-py's choice, where it is missing."""
+    """redis-py's packer that sends memoryviews as they are, 3 to 5 times faster than hiredis's, which copies them twice;
+    undocumented, hence None, redis-py's choice, where it is missing."""
     try:
         encode = redis_connection.Encoder("utf-8", "strict", False).encode
         return redis_connection.PythonRespSerializer(6000, encode)
@@ -4505,7 +4497,7 @@ def _redis_packer():
 
 
 def _retried(command, name=None):
-    """command(client)'s result; repeated while Redis is away, so it must not matter how often it is done."""
+    """The result of command(client), repeated while Redis is away: so it must not matter how often it is done."""
     client, url = _redis(), _settings().redis
     deadline = None if url in _reached else time.monotonic() + FIRST_CONTACT
     for attempt in itertools.count():
@@ -4526,11 +4518,11 @@ def _retried(command, name=None):
 
 
 def _once(command, name):
-    """command(client)'s result; sent at most once, so a lost answer is an Unavailable that says so."""
+    """The result of command(client), sent at most once: a lost answer is an Unavailable that says so."""
     def connect(client):
         client.connection_pool.release(client.connection_pool.get_connection())
 
-    _retried(connect)                   # a live one in the pool: a restart in between costs nobody an error
+    _retried(connect)                      # a live one in the pool: a restart in between costs nobody an error
     try:
         return command(_redis())
     except redis.RedisError as error:
@@ -4538,8 +4530,8 @@ def _once(command, name):
         if failure is error:
             raise
         if isinstance(failure, Unavailable) and not isinstance(error, _refusals()):
-            failure = _unavailable("redis", f"the answer to a change of {name!r} was lost ({error}); it may "
-                                            "have been made or not, look before you repeat it")
+            failure = _unavailable("redis", f"the answer to a change of {name!r} was lost ({error}); it may have been made "
+                                            "or not, look before you repeat it")
         raise failure from error
 
 
@@ -4560,7 +4552,21 @@ def _redis_failure(error, name):
     return error
 
 
+def _key(name, kind="data"):
+    """The key in Redis of a name, which may have any characters."""
+    if not isinstance(name, str):
+        raise TypeError(f"a name must be a str, not {type(name).__name__}: {name!r}")
+    if not name:
+        raise ValueError("a name must not be empty")
+    return _prefix(kind) + name.encode("utf-8", "surrogatepass")
+
+
+def _prefix(kind):
+    return f"{_settings().prefix}:{kind}:".encode()
+
+
 def _kind(name):
+    """What stands in Redis under the name, for an error's text."""
     kinds = {b"hash": "a value or file (clupy.get, clupy.open)", b"list": "a queue (clupy.queue)",
              b"string": "a counter (clupy.counter)"}
     return kinds.get(_retried(lambda client: client.type(_key(name))), "something else")
@@ -4582,10 +4588,9 @@ def _zookeeper():
 
 def _zookeeper_client(hosts):
     settings, quiet = _settings(), logging.getLogger("clupy.zookeeper")
-    quiet.setLevel(logging.ERROR)       # kazoo warns of each lost connection, which is what patience is for
+    quiet.setLevel(logging.ERROR)          # kazoo warns of each lost connection, which is what patience is for
     # Without a deadline every request to a server that is away blocks for ever, whatever its own time-out.
-    again = kazoo_retry.KazooRetry(max_tries=-1, delay=0.05, backoff=1.5, max_delay=0.5,
-                                   deadline=settings.patience)
+    again = kazoo_retry.KazooRetry(max_tries=-1, delay=0.05, backoff=1.5, max_delay=0.5, deadline=settings.patience)
     try:
         client = kazoo.KazooClient(hosts, timeout=settings.session, connection_retry=again, logger=quiet)
     except (ValueError, kazoo_errors.KazooException):
@@ -4597,8 +4602,7 @@ def _zookeeper_client(hosts):
     try:
         if not client.start_async().wait(FIRST_CONTACT):
             raise _unavailable("zookeeper", f"no answer within {FIRST_CONTACT:g} s")
-    except BaseException:
-        # aside, as it waits for a connect() under way
+    except BaseException:                  # closed in a thread, as it waits for a connect() under way
         threading.Thread(target=_close_zookeeper, args=(client,), daemon=True).start()
         raise
     return client
@@ -4615,26 +4619,25 @@ def _is_over(client):
 #     put("x", array) -> pickle 5 -> head | buffer | buffer     a hash "clupy:data:x":
 #                                    cut in pieces of 1 MiB     h: kind, ttl, sizes, token; 0, 1, ...: pieces
 #
-# Pieces: Redis takes no string over 512 MB, and no copy of the whole is made on either side. Every read asks
-# for the header along with pieces, and Redis answers one command at a time: so a token that changes tells
-# that a value was replaced between two of them. Values and files are hashes, queues lists, counters strings:
-# so Redis itself refuses a queue's command on a value. Refs are values of another prefix, kept once more on
-# each machine that uses them.
+# Pieces: Redis takes no string over 512 MB, and no copy of the whole is made on either side.  Every read asks for the
+# header along with pieces, and Redis answers one command at a time: so a token that changes tells that a value was
+# replaced between two of them.  Values and files are hashes, queues lists, counters strings: so Redis itself refuses a
+# queue's command on a value.  Refs are values of another prefix, kept once more on each machine that uses them.
 
-PIECE = 1 << 20         # bytes; half or twice that is no faster
-WINDOW = 4              # pieces per command; more do not fit a processor's cache, 64 take twice as long
-LONGEST_ITEM = 512 << 20   # bytes of a string of Redis: one item of a queue, one message
+PIECE = 1 << 20                   # bytes; half or twice that is no faster
+WINDOW = 4                        # pieces per command; more do not fit a processor's cache, 64 take twice as long
+LONGEST_ITEM = 512 << 20          # bytes of a string of Redis: one item of a queue, one message
 
 _MISSING = object()
-_shared_here = weakref.WeakValueDictionary()    # name -> the Ref that share() gave: however it is unpickled here, it is this
-_client = None          # a worker's: the id of its client, whose copies of Refs it uses
-_own = None             # any other process's Copies, made when it first needs one
-_serve = served.__setitem__    # a worker sets these: a client serves what its calls share without Redis,
-_fetch = None                   # callable(what, name) -> what the client says of a Ref that it serves
+_shared_here = weakref.WeakValueDictionary()       # {name: the Ref that share() gave for one of these}
+_own = None                            # this process's Copies where it is no worker, made when it first needs one
+_client = None                         # a worker's: the id of its client, whose copies it uses;
+_fetch = None                          # callable(what, name): what its client says of a Ref that it serves;
+_serve = served.__setitem__           # callable(name, buffers): its client serves what is shared in its calls
 
 
 def _serve_ref(name):
-    """What a client says to a worker that asks for a Ref: its buffers, or None."""
+    """What a worker that asks for a Ref is told: its buffers, or None."""
     parts = served.get(name)
     return parts and [pickle.PickleBuffer(part) for part in parts]
 
@@ -4649,18 +4652,17 @@ def use_client(client, serve=served.__setitem__, fetch=None):
 
 
 def put(name, value, ttl=None):
-    """Keeps `value` under `name` for the whole cluster, at one stroke instead of whatever had that name.
+    """Keep `value` under `name` for the whole cluster, at one stroke instead of whatever had that name.
 
-    value: anything pickle or cloudpickle takes, of any size. ttl: seconds since the last access after which
-    it is gone; None: the setting `ttl`, 0: never. Raises Unavailable."""
+    value: anything pickle or cloudpickle takes, of any size.  ttl: seconds since the last access after which it is gone;
+    None: the setting `ttl`, 0: never.  Raises Unavailable."""
     _store(_key(name), "value", _buffers_of(value), _ttl(ttl))
 
 
 def get(name, default=_MISSING):
-    """The value put under `name`; of a file: its bytes. Without one: `default`, or KeyError if there is none.
+    """The value put under `name`; of a file: its bytes.  Without one: `default`, or KeyError if there is none.
 
-    Never half of an old and half of a new value. Unpickling runs code: whoever writes to this Redis is
-    trusted."""
+    Never half of an old and half of a new value.  Unpickling runs code: whoever writes to this Redis is trusted."""
     found = _load(_key(name), name, _memory)
     if found is None:
         if default is _MISSING:
@@ -4677,7 +4679,7 @@ def delete(*names):
 
 
 def exists(name):
-    """Whether there is a value, file, counter or queue of that name. An empty queue does not exist."""
+    """Whether there is a value, file, counter or queue of that name.  An empty queue does not exist."""
     return bool(_retried(lambda client: client.exists(_key(name))))
 
 
@@ -4687,6 +4689,7 @@ def keys(pattern="*"):
 
 
 def _names(pattern, redis_type):
+    """The names that match, of one of Redis' types or of all (None), in order."""
     start = _prefix("data")
     match = re.sub(rb"([*?\[\]\\])", rb"\\\1", start) + b"*"
     found = _retried(lambda client: set(client.scan_iter(match, count=1000, _type=redis_type)))
@@ -4695,13 +4698,25 @@ def _names(pattern, redis_type):
 
 
 class _Shared(MutableMapping):
-    """Values and files as a mapping. `shared["x"] += 1` is not atomic: that is what counter() is for."""
-    def __getitem__(self, name): return get(name)
-    def __setitem__(self, name, value): put(name, value)
-    def __contains__(self, name): return exists(name)
-    def __iter__(self): return iter(_names("*", "hash"))
-    def __len__(self): return len(_names("*", "hash"))
-    def __repr__(self): return "clupy.shared"
+    """Values and files as a mapping.  `shared["x"] += 1` is not atomic: that is what counter() is for."""
+
+    def __repr__(self):
+        return "clupy.shared"
+
+    def __getitem__(self, name):
+        return get(name)
+
+    def __setitem__(self, name, value):
+        put(name, value)
+
+    def __contains__(self, name):
+        return exists(name)
+
+    def __iter__(self):
+        return iter(_names("*", "hash"))
+
+    def __len__(self):
+        return len(_names("*", "hash"))
 
     def __delitem__(self, name):
         if not delete(name):
@@ -4711,21 +4726,8 @@ class _Shared(MutableMapping):
 shared = _Shared()
 
 
-def _key(name, kind="data"):
-    """The key in Redis of a name, which may have any characters."""
-    if not isinstance(name, str):
-        raise TypeError(f"a name must be a str, not {type(name).__name__}: {name!r}")
-    if not name:
-        raise ValueError("a name must not be empty")
-    return _prefix(kind) + name.encode("utf-8", "surrogatepass")
-
-
-def _prefix(kind):
-    return f"{_settings().prefix}:{kind}:".encode()
-
-
 def _ttl(ttl):
-    """Milliseconds, 0 for ever."""
+    """The milliseconds of a time to live that a user gave; 0: for ever."""
     seconds = _settings().ttl if ttl is None else _duration(ttl)
     if not 0 <= seconds < math.inf:
         raise ValueError(f"ttl must be seconds, or 0 for ever, not {ttl!r}")
@@ -4747,6 +4749,7 @@ def _item(value):
 
 
 def _from_item(item):
+    """The value of an _item."""
     return unpack(pickle.loads(item))
 
 
@@ -4758,17 +4761,20 @@ def _pieces(buffers):
 
 
 def _expire(client, key, ttl):
+    """Begin a key's time to live anew."""
     return client.pexpire(key, ttl) if ttl else client.persist(key)
 
 
 def _header(kind, ttl, sizes):
+    """What a value's or file's hash says of it, with a token: so no two headers are the same."""
     return pickle.dumps((kind, ttl, sizes, os.urandom(8)))
 
 
 def _store(key, kind, buffers, ttl):
-    """Writes everything beside the old value, then renames: a transaction would be refused over 1 GB, as the
-    server's client-query-buffer-limit counts it. What a crash in the middle leaves beside is gone in an
-    hour."""
+    """Write everything beside the old value, then rename it.
+
+    A transaction would be refused over 1 GB, as the server's client-query-buffer-limit counts it.  What a crash in the
+    middle leaves beside is gone in an hour."""
     beside = _key(uuid.uuid4().hex, "new")
     header = _header(kind, ttl, [len(buffer) for buffer in buffers])
 
@@ -4785,11 +4791,14 @@ def _store(key, kind, buffers, ttl):
     _retried(command)
 
 
-def _load(key, name, allocate):
-    """(kind, ttl, buffers) stored under key, or None; refreshes the time to live.
+# Of the value that was read alone: one that has replaced it, of whatever kind, has a time to live of its own.
+_REFRESH = "if redis.pcall('hget', KEYS[1], 'h') == ARGV[1] then redis.call('pexpire', KEYS[1], ARGV[2]) end"
 
-    allocate(sizes) -> writable buffers of these sizes; called again if the value was replaced while it was
-    read."""
+
+def _load(key, name, allocate):
+    """(kind, ttl, buffers) of what is stored under the key, or None; its time to live begins anew.
+
+    allocate(sizes) -> writable buffers of these sizes; called again if the value was replaced while it was read."""
     window = WINDOW
     while True:
         header, *pieces = _window(key, name, 0, window)
@@ -4801,17 +4810,18 @@ def _load(key, name, allocate):
         for start in range(0, max(len(targets), 1), window):
             now, *pieces = (header, *pieces) if start == 0 else _window(key, name, start, window)
             if now != header:
-                break                   # replaced: once more, all of it in one command
+                break                  # replaced: once more, all of it in one command
             for target, piece in zip(targets[start:start + window], pieces):
                 target[:] = piece
         else:
             if ttl:
-                _retried(lambda client: client.pexpire(key, ttl))
+                _retried(lambda client: client.eval(_REFRESH, 1, key, header, ttl))
             return kind, ttl, buffers
         window = max(len(targets), WINDOW)
 
 
 def _window(key, name, start, count):
+    """[header, piece, ...]: so many pieces from the start-th on."""
     return _retried(lambda client: client.hmget(key, "h", *range(start, start + count)), name)
 
 
@@ -4820,12 +4830,11 @@ def _memory(sizes):
 
 
 def open(name, mode="r", encoding="utf-8", newline=None):
-    """A file kept in Redis, for whatever takes an open file: csv, pandas, numpy. Modes r w a, with b for
-    bytes.
+    """A file kept in Redis, for whatever takes an open file: csv, pandas, numpy.  Modes r w a, with b for bytes.
 
-    Read whole when opened, so seekable and never mixed from two versions. A written one appears, whole, when
-    it is closed, and not at all when its with-block raises; what "a" wrote is added at one stroke then, also
-    by many processes at once. FileNotFoundError, TypeError (name of something else), Unavailable."""
+    Read whole when opened, so seekable and never mixed from two versions.  A written one appears, whole, when it is closed,
+    and not at all when its with-block raises; what "a" wrote is added at one stroke then, also by many processes at once.
+    Raises FileNotFoundError, TypeError (name of something else), Unavailable."""
     kind, binary = mode[:1], mode[1:] == "b"
     if kind not in ("r", "w", "a") or mode[1:] not in ("", "t", "b"):
         raise ValueError(f"mode must be r, w or a, with b for bytes, not {mode!r}")
@@ -4836,7 +4845,7 @@ def open(name, mode="r", encoding="utf-8", newline=None):
 def _read_file(name):
     file = None
 
-    def allocate(sizes):                # inside the file itself: no further copy
+    def allocate(sizes):               # inside the file itself: no further copy
         nonlocal file
         file = io.BytesIO(bytes(sum(sizes)))
         content, ends = file.getbuffer(), itertools.accumulate(sizes)
@@ -4851,7 +4860,7 @@ def _read_file(name):
 
 
 class _WrittenFile(io.BytesIO):
-    """What open(name, "wb") gives. `failed`: its with-block raised, nothing is to be kept."""
+    """What open(name, "wb") gives.  `failed`: its with-block raised, nothing is to be kept."""
 
     def __init__(self, name, append):
         super().__init__()
@@ -4863,7 +4872,10 @@ class _WrittenFile(io.BytesIO):
             return
         try:
             if not self.failed:
-                (_append if self.append else _replace)(self._key, self.name, self.getvalue())
+                if self.append:
+                    _append(self._key, self.name, self.getvalue())
+                else:
+                    _store(self._key, "file", [self.getvalue()], _ttl(None))
         finally:
             super().close()
 
@@ -4873,17 +4885,14 @@ class _WrittenFile(io.BytesIO):
 
 
 class _TextFile(io.TextIOWrapper):
+    """A text over a _WrittenFile, which it tells whether its with-block raised."""
+
     def __exit__(self, kind, *_):
         self.buffer.failed = kind is not None
         self.close()
 
 
-def _replace(key, name, content):
-    _store(key, "file", [content], _ttl(None))
-
-
-# By compare and set: redis-py reports a lost connection of a WATCH as a WatchError, so that it would be added
-# twice.
+# By compare and set: redis-py reports a lost connection of a WATCH as a WatchError, so that it would be added twice.
 _APPEND = """
 if (redis.call('hget', KEYS[1], 'h') or '') ~= ARGV[1] then return 0 end
 for i = 3, #ARGV, 2 do redis.call('hset', KEYS[1], ARGV[i], ARGV[i + 1]) end
@@ -4892,9 +4901,9 @@ return 1"""
 
 
 def _append(key, name, content):
-    """Adds the content as one more buffer, whatever others add at the same time."""
+    """Add the content as one more buffer, whatever others add at the same time."""
     added = 0
-    while not added:                    # another one was first
+    while not added:                   # another one was first
         old = _retried(lambda client: client.hget(key, "h"), name) or b""
         kind, ttl, sizes, _ = pickle.loads(old or _header("file", _ttl(None), []))
         if kind != "file":
@@ -4905,23 +4914,14 @@ def _append(key, name, content):
         added = _once(lambda client: client.eval(_APPEND, 1, key, old, ttl, *fields), name)
 
 
-def forget_served():
-    """Ends what this process serves without Redis, and its copies: nobody can ask again."""
-    global _own
-    served.clear()
-    with _clients_lock:
-        own, _own = _own, None
-    if own:
-        own.close()
-
+# ---- Refs
 
 def share(value, ttl=None):
-    """A Ref to `value`, to be passed to any number of calls: it is sent to each machine once, not with each
-    call.
+    """A Ref to `value`, to be passed to any number of calls: it is sent to each machine once, not with each call.
 
-    With Redis configured it lives `ttl` seconds after its last use (None: the setting, 0: for ever), also without
-    this process; without, as long as the client, or until the program drops the Ref and its last call is done. Later
-    changes of `value` do not matter."""
+    With Redis configured it lives `ttl` seconds after its last use (None: the setting, 0: for ever), also without this
+    process.  Without, it lives as long as the program has the Ref, or a call or function that was given it.  Later changes
+    of `value` do not matter."""
     name, (buffers, refs) = uuid.uuid4().hex, noting_refs(_buffers_of, value)
     in_redis = "redis" in _settings().given and bool(_settings().redis)
     ref = Ref(name, in_redis, _ttl(ttl))
@@ -4929,16 +4929,17 @@ def share(value, ttl=None):
         _store(_key(name, "ref"), "ref", buffers, ref.ttl)
     else:
         _serve(name, [bytes(buffer) for buffer in buffers])
-        if _fetch is None:                      # else a call's result may still name it: its client keeps it to the end
+        if _fetch is None:             # else a call's result may name it: the client serves it to its own end
             _shared_here[name] = ref
             weakref.finalize(ref, _release, name, [*_ref_folders()], refs).atexit = False
     return ref
 
 
 def _release(name, folders, _refs=()):
-    """Give a Ref's value up: here, in this machine's copies, and on all servers.  Also called when the program has dropped
-    the Ref, and all calls that were given it are done: wherever the garbage collector likes, so it takes no lock; in a
-    forked child it finds no engine, and concerns that process alone.  _refs: those in the value, needed as long as it."""
+    """Give a Ref's value up: here, in this machine's copies, and on all servers.
+
+    Called by Ref.close(), and when nobody has the Ref any more: wherever the garbage collector likes, so it takes no lock.
+    In a forked child it finds no engine, and concerns that process alone.  _refs: those in the value, which live as long."""
     served.pop(name, None)
     for engine in list(_engines):
         unlink_copies(folders, engine.id, [name])
@@ -4952,17 +4953,17 @@ FETCHES["release"] = lambda name: _release(name, _ref_folders())
 
 
 class Ref:
-    """A shared value's name. Among the arguments of a call, at any depth, it arrives as the value; a Ref that comes back
-    as a result, or that a function's code names, stays a Ref.
+    """A shared value's name.  Among the arguments of a call, at any depth, it arrives as the value; one that comes back as a
+    result, or that a function's code names, stays a Ref.
 
-    Arrays of the value are read-only, as all processes of a machine have them from one piece of memory: copy() to
-    write."""
+    Arrays of the value are read-only, as all processes of a machine have them from one piece of memory: copy() to write."""
     __slots__ = ("name", "in_redis", "ttl", "_original", "__weakref__")
 
     def __init__(self, name, in_redis, ttl=0):
-        self.name, self.in_redis = name, in_redis       # in_redis: else its client serves it
-        self.ttl = ttl                                  # milliseconds that it is kept in Redis when nobody uses it, 0: for ever
-        self._original = None                           # what unresolved() was called on
+        self.name = name
+        self.in_redis = in_redis       # else its client serves it
+        self.ttl = ttl                 # milliseconds after its last use that Redis keeps it; 0: for ever
+        self._original = None          # the Ref that unresolved() was called on
 
     def __reduce__(self):
         if pickling.refs is not None:
@@ -4973,16 +4974,16 @@ class Ref:
         return f"Ref({self.name!r})"
 
     def get(self):
-        """The value. LookupError if it is gone; Unavailable. Any thread."""
+        """The value.  Raises LookupError if it is gone, or Unavailable.  Any thread."""
         head, *buffers = served.get(self.name) or _machine_copy(self)
-        before, pickling.of_client = pickling.of_client, False      # in the midst of a call's arguments, perhaps
+        before, pickling.of_client = pickling.of_client, False       # in the midst of a call's arguments, perhaps
         try:
             return pickle.loads(head, buffers=[memoryview(buffer).toreadonly() for buffer in buffers])
         finally:
             pickling.of_client = before
 
     def close(self):
-        """Give the value up, wherever it is kept; who has it keeps what he has. Any process."""
+        """Give the value up, wherever it is kept; who has opened it keeps what he has.  Any process."""
         if self.in_redis:
             _retried(lambda client: client.unlink(_key(self.name, "ref")))
         if _fetch:
@@ -5001,7 +5002,7 @@ UNRESOLVED[Ref] = Ref.unresolved
 
 
 def _ref(name, *fields):
-    """What a Ref is unpickled as: where it was made, as what share() gave."""
+    """What a Ref is unpickled as; where share() gave it, as that very object, on which the value's life depends."""
     return _shared_here.get(name) or Ref(name, *fields)
 
 
@@ -5017,27 +5018,31 @@ def _fetched(ref):
         buffers = found and found[2]
     else:
         buffers = _fetch and _fetch("ref", ref.name)
-    if not buffers:
-        raise LookupError(f"the value of Ref {ref.name!r} is gone: its time to live ended, or who shared it did")
+    if not isinstance(buffers, list):      # None, or why the client cannot answer
+        raise LookupError(f"the value of Ref {ref.name!r} is gone: "
+                          f"{buffers or 'its time to live ended, or who shared it did, or dropped it'}")
     return buffers
 
 
 # ---- Copies of Refs on this machine
 #
-#     /dev/shm/clupy-1000/CLIENT/REF        pickle of the sizes | buffers, each at a multiple of 64 bytes
+#     /dev/shm/clupy-1000/CLIENT/REF    pickle of the sizes | buffers, each at a multiple of 64 bytes, as numpy likes them
 #
-# A file in memory, which the first process to ask makes and all of them map.  It is whole where it exists, as it is
-# renamed into place.  Not a file for each buffer: every mapping takes a descriptor; numpy and arrow like the alignment.
-# The folder CLIENT is there while somebody holds it, by a shared flock, which ends with its process: what nobody
-# holds was left by who was killed.  Removing it does no harm to who has mapped a copy.
+# A file in memory, which the first process to ask makes and all of them map.  It is whole where it exists, since it is
+# renamed into place.  It is one file and not one for each buffer, since every mapping takes a descriptor.
+#
+# The folder CLIENT is held by a shared flock, by each server that has a session of the client, or by the client itself.
+# A flock ends with its process: so what nobody holds was left by who was killed, whoever that was.  Workers hold nothing,
+# and make no folder; to remove a copy does no harm to who has mapped it.
 
 class Copies:
     """One client's copies of Refs on this machine, held by a server that has a session of it, or by the client itself."""
 
     def __init__(self, client):
-        self.client, self.held = client, []     # held: descriptors of the folders
+        self.client = client
+        self.held = []                 # descriptors of its folders
         for folder in _ref_folders():
-            with contextlib.suppress(OSError), _locked(folder, os.O_DIRECTORY):        # no room: no copies there
+            with contextlib.suppress(OSError), _locked(folder, os.O_DIRECTORY):    # no room: no copies there
                 path = os.path.join(folder, client)
                 os.makedirs(path, 0o700, exist_ok=True)
                 self.held.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
@@ -5057,6 +5062,7 @@ class Copies:
 
 
 def unlink_copies(folders, client, names):
+    """Remove the copies of these Refs of a client."""
     for path in [os.path.join(folder, client, name) for folder in folders for name in names]:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
@@ -5069,10 +5075,20 @@ def remove_copies(client=None):
         with contextlib.suppress(OSError), _locked(folder, os.O_DIRECTORY):
             for path in [os.path.join(folder, name) for name in ([client] if client else os.listdir(folder))]:
                 with contextlib.suppress(OSError), _locked(path, os.O_DIRECTORY, fcntl.LOCK_EX | fcntl.LOCK_NB):
-                    os.rename(path, f"{path}.gone")        # a worker that is about to be killed makes no copy in it any more
+                    os.rename(path, f"{path}.gone")    # first, so that a worker about to be killed makes no copy in it
                     gone.append(f"{path}.gone")
         for path in gone:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def forget_served():
+    """End what this process serves without Redis, and its copies: nobody can ask again."""
+    global _own
+    served.clear()
+    with _clients_lock:
+        own, _own = _own, None
+    if own:
+        own.close()
 
 
 def _forget_copies():
@@ -5084,7 +5100,7 @@ def _forget_copies():
 
 
 def _whose_copies():
-    """The id of the client whose copies this process uses: a worker's client, or itself."""
+    """The id of the client whose copies this process uses: a worker's client, or this process."""
     global _own
     if _client:
         return _client
@@ -5107,9 +5123,9 @@ def _machine_copy(ref):
                     buffers = buffers or _fetched(ref)
                     _write_copy(path, buffers)
             break
-        except ConnectionError:         # no file's, but that of who has the value
+        except ConnectionError:        # no file's, but that of who has the value
             raise
-        except OSError as error:        # Docker's /dev/shm has 64 MB: on disk, then
+        except OSError as error:       # Docker's /dev/shm has 64 MB: on disk, then
             log.debug("no copy of %r at %s: %s", ref, path, error)
     found = found or _mapped(paths)
     return _noting_use(ref, *found) if found else buffers or _fetched(ref)
@@ -5117,6 +5133,7 @@ def _machine_copy(ref):
 
 @contextlib.contextmanager
 def _locked(path, kind=os.O_CREAT, how=None):
+    """Hold the flock of a file, which is made, or of a folder (os.O_DIRECTORY); how: fcntl.LOCK_EX unless told."""
     file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | kind, 0o600)
     try:
         fcntl.flock(file, how or fcntl.LOCK_EX)
@@ -5126,7 +5143,7 @@ def _locked(path, kind=os.O_CREAT, how=None):
 
 
 def _write_copy(path, buffers):
-    """Make the copy; by one process at a time.  OSError: there is no room."""
+    """Make a copy; one process at a time may.  Raises OSError if there is no room."""
     beside = f"{path}.new"
     try:
         with io.open(beside, "wb") as file:
@@ -5177,110 +5194,99 @@ def _ref_folders():
                 yield folder
 
 
-def counter(name, ttl=None):
-    """The Counter of that name, 0 if it is new; ttl as for put."""
-    return Counter(name, ttl)
-
-
-class Counter:
-    """An integer that many processes count with. May be passed to calls."""
+class _Used:
+    """What counters and queues have in common: a key whose time to live begins anew with each use."""
 
     def __init__(self, name, ttl=None):
         self.name, self._key, self._ttl = name, _key(name), _ttl(ttl)
 
-    def __repr__(self): return f"clupy.counter({self.name!r})"
-
-    def add(self, n=1):
-        """The new value. Counted at most once: Unavailable says that it is not known whether it was."""
-        def command(client):
+    def _use(self, command, *arguments):
+        """The command as a function of the client: at one stroke with the time to live."""
+        def use(client):
             with client.pipeline() as pipe:
-                pipe.incrby(self._key, operator.index(n))
+                getattr(pipe, command)(self._key, *arguments)
                 _expire(pipe, self._key, self._ttl)
                 return pipe.execute()[0]
-        return _once(command, self.name)
+        return use
+
+
+class Counter(_Used):
+    """An integer that many processes count with, 0 if it is new; ttl as for put.  May be passed to calls."""
+
+    def __repr__(self):
+        return f"clupy.counter({self.name!r})"
+
+    def add(self, n=1):
+        """The new value.  Counted at most once: Unavailable says that it is not known whether it was."""
+        return _once(self._use("incrby", operator.index(n)), self.name)
 
     @property
     def value(self):
-        def command(client):
-            with client.pipeline() as pipe:
-                pipe.get(self._key)
-                _expire(pipe, self._key, self._ttl)
-                return pipe.execute()[0]
-        return int(_retried(command, self.name) or 0)
+        return int(_retried(self._use("get"), self.name) or 0)
 
     def set(self, n):
-        """Sets it, whatever others add."""
-        value = operator.index(n)       # get=True makes Redis refuse the name of something else
+        """Set it, whatever others add."""
+        value = operator.index(n)     # get=True makes Redis refuse the name of something else
         _retried(lambda client: client.set(self._key, value, px=self._ttl or None, get=True), self.name)
 
 
-def queue(name, ttl=None):
-    """The Queue of that name, empty if it is new; ttl as for put."""
-    return Queue(name, ttl)
+counter = Counter
 
 
-class Queue:
-    """First in, first out; each item goes to one taker, at most once. May be passed to calls."""
+class Queue(_Used):
+    """First in, first out; each item goes to one taker, at most once.  ttl as for put.  May be passed to calls."""
 
-    def __init__(self, name, ttl=None):
-        self.name, self._key, self._ttl = name, _key(name), _ttl(ttl)
+    def __repr__(self):
+        return f"clupy.queue({self.name!r})"
 
-    def __repr__(self): return f"clupy.queue({self.name!r})"
-    def __len__(self): return _retried(lambda client: client.llen(self._key), self.name)
-    def __bool__(self): return True     # an empty queue is still a queue
+    def __len__(self):
+        return _retried(lambda client: client.llen(self._key), self.name)
+
+    def __bool__(self):
+        """An empty queue is still a queue."""
+        return True
 
     def put(self, value):
-        """Unavailable says that it is not known whether the value is in the queue."""
-        item = _item(value)
-
-        def command(client):
-            with client.pipeline() as pipe:
-                pipe.rpush(self._key, item)
-                _expire(pipe, self._key, self._ttl)
-                pipe.execute()
-        _once(command, self.name)
+        """Append the value.  Unavailable says that it is not known whether it is in the queue."""
+        _once(self._use("rpush", _item(value)), self.name)
 
     def get(self, timeout=None):
-        """The oldest item, waited for `timeout` seconds (None: for ever), then queue.Empty. Items are not
-        lost nor doubled, except that one under way when Redis or this process dies is lost: Unavailable if
-        that may be."""
+        """The oldest item, waited for `timeout` seconds (None: for ever), then queue.Empty.
+
+        No item is lost or doubled, except that one under way when Redis or this process dies is lost: Unavailable if that
+        may be."""
         deadline = math.inf if timeout is None else time.monotonic() + timeout
-        item = _once(self._pop, self.name)
+        item = _once(self._use("lpop"), self.name)
         while item is None:
             left = deadline - time.monotonic()
             if left <= 0:
                 raise Empty
-            wait = min(max(left, 0.01), 1)       # shorter than the socket's time-out; 0 would be for ever
+            wait = min(max(left, 0.01), 1)     # shorter than the socket's time-out; 0 would be for ever
             item = (_once(lambda client: client.blpop(self._key, wait), self.name) or (None, None))[1]
         return _from_item(item)
 
-    def _pop(self, client):
-        with client.pipeline() as pipe:
-            pipe.lpop(self._key)
-            _expire(pipe, self._key, self._ttl)
-            return pipe.execute()[0]
+
+queue = Queue
 
 
 def publish(topic, value):
-    """How many subscribers were listening; they get `value`, others never do. At most once, as with a
-    counter."""
+    """How many subscribers were listening; they get `value`, others never do.  At most once, as with a counter."""
     item = _item(value)
     return _once(lambda client: client.publish(_key(topic, "topic"), item), topic)
 
 
-def subscribe(topic, timeout=None):
-    """A Subscription: an iterator of the values published from now on, which ends after `timeout` seconds of
-    silence (None: never). Use it in a with-block, or close() it."""
-    return Subscription(topic, timeout)
-
-
 class Subscription:
-    """Belongs to one thread. Unavailable from next(): the connection was lost, values may have been
-    missed."""
+    """An iterator of the values published from now on, which ends after `timeout` seconds of silence (None: never).
 
-    def __init__(self, topic, timeout):
+    Use it in a with-block, or close() it.  It belongs to one thread.  Unavailable from next(): the connection was lost, and
+    values may have been missed."""
+
+    def __init__(self, topic, timeout=None):
         self.topic, self.timeout = topic, timeout
         self._listener = _retried(self._listen)
+
+    def __repr__(self):
+        return f"clupy.subscribe({self.topic!r})"
 
     def _listen(self, client):
         listener = client.pubsub()
@@ -5293,10 +5299,14 @@ class Subscription:
             listener.close()
             raise
 
-    def __iter__(self): return self
-    def __enter__(self): return self
-    def __exit__(self, *_): self.close()
-    def __repr__(self): return f"clupy.subscribe({self.topic!r})"
+    def __iter__(self):
+        return self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
 
     def close(self):
         self._listener.close()
@@ -5318,18 +5328,20 @@ class Subscription:
                 raise StopIteration
 
 
+subscribe = Subscription
+
+
 # ==== Coordination ============================================================
 # Locks, semaphores, barriers, events and elections of processes on many machines, in ZooKeeper.
 #
 #     /clupy/lock/x/9f3c...-write-0000000007    the first in the queue has the lock
 #                   11ab...-write-0000000008    waits, watching the one before
 #
-# A contender is a node that ends with its process's session; its number is its place. Whose turn it is is
-# read off the list of nodes, again after each change and each lost connection, so an outage leaves nothing to
-# be remembered. kazoo's own recipes are not used: a holder whose session ended is not told, an interrupted
-# acquire leaves a node that blocks everybody (python-zk/kazoo#732, PR #760), and DoubleBarrier hangs when
-# used again (ZOOKEEPER-1011). That a node carries an id chosen before it is made, so that it is found again
-# after a lost answer, is Curator's idea.
+# A contender is a node that ends with its process's session; its number is its place.  Whose turn it is is read off the
+# list of nodes, again after each change and each lost connection, so an outage leaves nothing to be remembered.  kazoo's
+# own recipes are not used: a holder whose session ended is not told, an interrupted acquire leaves a node that blocks
+# everybody (python-zk/kazoo#732, PR #760), and DoubleBarrier hangs when used again (ZOOKEEPER-1011).  That a node carries
+# an id chosen before it is made, so that it is found again after a lost answer, is Curator's idea.
 
 
 class _Wait:
@@ -5342,10 +5354,11 @@ class _Wait:
         self.changed = threading.Event()
 
     def ask(self, request, *arguments, **options):
-        """The answer to one request. TimeoutError at the deadline, though it is given one second at least."""
+        """The answer to one request.  Raises TimeoutError at the deadline, though it is given one second at least."""
         return self.answer(getattr(self.client, f"{request}_async")(*arguments, **options))
 
     def answer(self, pending):
+        """The answer that kazoo's asynchronous result gets, as for ask()."""
         left = self.deadline - time.monotonic()
         try:
             return pending.get(timeout=None if left == math.inf else max(left, 1.0))
@@ -5353,11 +5366,11 @@ class _Wait:
             raise self.late() from None
 
     def wake(self, _event):
-        """For watches. Also called when the connection is lost, as the watch is then."""
+        """For watches.  Also called when the connection is lost, as the watch is then."""
         self.changed.set()
 
     def until(self, look):
-        """look()'s first true result; called again after a change it watches, and after a lost connection."""
+        """The first true result of look(), which is called again after a change it watches, and after a lost connection."""
         while True:
             self.changed.clear()
             try:
@@ -5369,13 +5382,14 @@ class _Wait:
                     raise _unavailable("zookeeper", reason) from None
                 if time.monotonic() > self.deadline:
                     raise self.late() from None
-                time.sleep(0.05)                 # kazoo needs a moment to replace an ended session
+                time.sleep(0.05)       # kazoo needs a moment to replace an ended session
                 continue
             left = self.deadline - time.monotonic()
             if not self.changed.wait(None if left == math.inf else max(left, 0)):
                 raise self.late()
 
     def late(self):
+        """The error to raise at the deadline."""
         return TimeoutError(f"{self.what}: not within {self.timeout:g} s")
 
     def children(self, watch=None):
@@ -5396,19 +5410,18 @@ class _Place(_Wait):
         super().__init__(what, path, timeout)
         self.stem = f"{uuid.uuid4().hex}-{kind}-"
         self.data = f"{socket.gethostname()}:{os.getpid()}" if data is None else data
-        self.crowd = crowd      # whether the whole queue is watched, or only the node that is in our way
+        self.crowd = crowd             # whether the whole queue is watched, or only the node that is in our way
         self.pid = os.getpid()
-        self.node = None        # its name; None: not made, or not known to be
-        self.tried = False      # to make it
-        self.token = None       # transaction that made it: larger for every later one, over all of ZooKeeper
-        self.session = None     # the session it ends with
+        self.node = None               # its name; None: not made, or not known to be
+        self.tried = False             # to make it
+        self.token = None              # transaction that made it: larger for every later one, over all of ZooKeeper
+        self.session = None            # the session it ends with
 
     def nodes(self):
-        """All nodes in the order of their numbers, after ours was made; ours is missing if it was lost
-        since."""
+        """All nodes in the order of their numbers, after ours was made; ours is missing if it was lost since."""
         while self.node is None:
             try:
-                if self.tried:          # and the answer was lost; the server we have now may lag behind
+                if self.tried:         # and the answer was lost; the server we have now may lag behind
                     self.ask("sync", self.path)
                     self.node = next(filter(self.is_ours, self.ask("get_children", self.path)), None)
                 if self.node is None:
@@ -5421,25 +5434,26 @@ class _Place(_Wait):
         return self.children(self.wake if self.crowd else None)
 
     def is_ours(self, node):
+        """Whether it is our node, also before we know its number."""
         return node.startswith(self.stem)
 
     def check_node(self, watch=None):
-        """Whether our node is there; sets its token and session."""
+        """Whether our node is there; its token and session are known then."""
         status = self.ask("exists", f"{self.path}/{self.node}", watch)
         if status:
             self.token, self.session = status.czxid, status.owner_session_id
         return status is not None
 
     def same_session(self):
+        """Whether the session that our node ends with is still this process's."""
         return self.client.client_id is not None and self.client.client_id[0] == self.session
 
     def forget_node(self):
-        """Our session ended, and the node with it: the next look takes a place at the end of the queue."""
+        """Take a place at the end of the queue with the next look: our session ended, and the node with it."""
         self.node, self.tried = None, False
 
     def is_turn(self, in_the_way):
-        """Whether our turn has come; else what is in the way is watched. in_the_way(nodes before us) -> one
-        or None."""
+        """Whether our turn has come; else what is in the way is watched.  in_the_way(nodes before us) -> one or None."""
         while True:
             nodes = self.nodes()
             if self.node not in nodes:
@@ -5453,14 +5467,14 @@ class _Place(_Wait):
                 return False
 
     def leave(self):
-        """Deletes our node; False if it was gone already."""
+        """Delete our node; False if it was gone already."""
         lost = False
 
         def look():
             nonlocal lost
             try:
                 self.ask("delete", f"{self.path}/{self.node}")
-            except kazoo_errors.NoNodeError:     # by us, if that answer was lost and the session is the same
+            except kazoo_errors.NoNodeError:       # by us, if that answer was lost and the session is the same
                 return "left" if lost and self.same_session() else "gone"
             except _lost_connection():
                 lost = True
@@ -5470,13 +5484,13 @@ class _Place(_Wait):
         return self.until(look) == "left"
 
     def abandon(self):
-        """Gives the place up, even if ZooKeeper is away: a node left behind would block others while we
-        live."""
+        """Give the place up, even if ZooKeeper is away: a node left behind would block others while we live."""
         remover = threading.Thread(target=self._remove, daemon=True)
         remover.start()
         remover.join(1.0)
 
     def _remove(self):
+        """Delete every node of ours, whenever that can be done."""
         self.deadline = math.inf
 
         def look():
@@ -5486,7 +5500,7 @@ class _Place(_Wait):
                     self.ask("delete", f"{self.path}/{node}")
             return True
 
-        # Unavailable: the node ends with its session; NoNodeError: there is no queue
+        # Unavailable: the node ends with its session; NoNodeError: there is no queue.
         with contextlib.suppress(Unavailable, kazoo_errors.NoNodeError):
             self.until(look)
 
@@ -5505,7 +5519,7 @@ class _Holding:
     def __init__(self, what, name, timeout, in_the_way, **options):
         self._what, self._path = f"{what} {name!r}", _path(what, name)
         self._timeout, self._in_the_way, self._options = timeout, in_the_way, options
-        self._place = None      # while held, or held by the parent that forked us
+        self._place = None             # while held, or held by the parent that forked us
 
     def __repr__(self):
         return f"<clupy.{self._what}{' held' if self.held else ''}>"
@@ -5516,7 +5530,7 @@ class _Holding:
         place = _Place(self._what, self._path, self._timeout, **self._options)
         try:
             place.until(lambda: place.is_turn(self._in_the_way))
-            place.deadline = math.inf            # that was for the waiting
+            place.deadline = math.inf  # that was for the waiting
             self._place = place
         except BaseException:
             place.abandon()
@@ -5526,9 +5540,9 @@ class _Holding:
     def __exit__(self, kind, *_):
         place, forked = self._place, self._place.pid != os.getpid()
         self._place = None
-        if forked:              # inside the block: it is the parent's, and so is the connection
+        if forked:                     # inside the block: it is the parent's, and so is the connection
             return
-        if kind is not None:    # the block's own error is the one to see
+        if kind is not None:           # the block's own error is the one to see
             place.abandon()
             return
         try:
@@ -5541,18 +5555,22 @@ class _Holding:
 
     @property
     def held(self):
-        """Whether it is held, as far as this process knows: no round trip. False while ZooKeeper is away.
-        After a stop (SIGSTOP, a sleeping machine) true for up to a second too long: check() asks."""
+        """Whether it is held, as far as this process knows: no round trip.
+
+        False while ZooKeeper is away.  After a stop (SIGSTOP, a sleeping machine) true for up to a second too long: check()
+        asks."""
         return self._place is not None and self._place.pid == os.getpid() and self._place.same_session()
 
     @property
     def token(self):
-        """An int that is larger with every later holder, None outside the block. Only a resource that refuses
-        smaller tokens than it has seen is safe from a holder that was stopped and does not know yet."""
+        """An int that is larger with every later holder, None outside the block.
+
+        Only a resource that refuses smaller tokens than it has seen is safe from a holder that was stopped and does not know
+        yet."""
         return self._place and self._place.token
 
     def check(self):
-        """LockLost if ZooKeeper says that it is not held any more; Unavailable if it cannot be asked."""
+        """Raise LockLost if ZooKeeper says that it is not held any more, Unavailable if it cannot be asked."""
         place = self._place
         if place is None or place.pid != os.getpid():
             raise LockLost(f"{self._what} is not held by this process")
@@ -5561,11 +5579,11 @@ class _Holding:
 
 
 def lock(name, timeout=None, shared=False):
-    """`with clupy.lock("x") as l:` one holder at a time in the cluster, in the order of asking; with
-    shared=True any number of such holders, and no other. l.held, l.token, l.check() tell whether it still is.
+    """`with clupy.lock("x") as l:` one holder at a time in the cluster, in the order of asking.
 
-    timeout: seconds to wait, then TimeoutError. LockLost at the block's end if it was lost meanwhile. Not
-    re-entrant. A holder that is killed holds it for the setting `session` longer."""
+    shared: any number of such holders, and no other.  timeout: seconds to wait, then TimeoutError.  l.held, l.token and
+    l.check() tell whether it still is; LockLost at the block's end if it was lost meanwhile.  Not re-entrant.  A holder that
+    is killed holds it for the setting `session` longer."""
     def in_the_way(before):
         writers = [node for node in before if "-write-" in node] if shared else before
         return writers[-1] if writers else None
@@ -5576,23 +5594,27 @@ def semaphore(name, n, timeout=None):
     """As lock, with at most n holders at a time; everybody must say the same n."""
     if operator.index(n) < 1:
         raise ValueError(f"n must be at least 1, not {n}")
+
     def in_the_way(before):
         return before[0] if len(before) >= n else None
     return _Holding("semaphore", name, timeout, in_the_way, crowd=True)
 
 
 def election(name, data="", timeout=None):
-    """`with clupy.election("x", data=me) as e:` entered by one at a time, the leader; check e.held or
-    e.check() in its loop, since leadership ends with the session. e.leader() -> the data of the present one,
-    in or out of the block."""
+    """`with clupy.election("x", data=me) as e:` entered by one at a time, the leader.
+
+    Check e.held or e.check() in its loop, since leadership ends with the session.  e.leader() is the data of the present
+    leader, in or out of the block."""
     if len(str(data).encode()) > 100_000:
         raise ValueError("data of an election must be short: ZooKeeper drops connections over 1 MB")
     return Election("election", name, timeout, lambda before: before[-1] if before else None, data=str(data))
 
 
 class Election(_Holding):
+    """What election() gives: entered by the leader, asked by anybody."""
+
     def leader(self):
-        """The present leader's data; None if there is none. Any process may ask."""
+        """The present leader's data; None if there is none.  Any process may ask."""
         wait = _Wait(self._what, self._path, None)
 
         def look():
@@ -5609,10 +5631,11 @@ class Election(_Holding):
 
 
 def barrier(name, n, timeout=None):
-    """Returns when n callers have come, in all n of them; then the name is free for the next n. Callers that
-    died or gave up do not count. TimeoutError after `timeout` seconds. Any process, any thread, the same n
-    everywhere."""
-    if not 1 <= operator.index(n) <= 5000:       # more would not fit into one transaction, 1 MB
+    """Return when n callers have come, in all n of them; then the name is free for the next n.
+
+    Callers that died or gave up do not count.  Raises TimeoutError after `timeout` seconds.  Any process, any thread, the
+    same n everywhere."""
+    if not 1 <= operator.index(n) <= 5000:           # more would not fit into one transaction, 1 MB
         raise ValueError(f"n must be 1 to 5000, not {n}")
     place = _Place(f"barrier {name!r}", _path("barrier", name), timeout)
     try:
@@ -5627,19 +5650,20 @@ def barrier(name, n, timeout=None):
 
 
 def _is_released(place, n):
-    """Whether n have come, us among them. The n-th deletes the first n nodes at one stroke, and that is the
-    signal."""
+    """Whether n have come, us among them.
+
+    The n-th deletes the first n nodes at one stroke, and that is the signal."""
     while True:
         nodes = place.nodes()
         if place.node not in nodes or not place.check_node(place.wake):
             if _was_released(place):
                 return True
-            place.forget_node()         # our session ended: we come anew
+            place.forget_node()        # our session ended: we come anew
             continue
         index = nodes.index(place.node)
         if index < n - 1:
-            return False                # our own node is watched
-        if index >= n:                  # a crowd: wait for the next round, which may make us its n-th
+            return False               # our own node is watched
+        if index >= n:                 # a crowd: wait for the next round, which may make us its n-th
             if nodes == place.children(place.wake):
                 return False
             continue
@@ -5648,34 +5672,35 @@ def _is_released(place, n):
             release.delete(f"{place.path}/{node}")
         release.set_data(place.path, " ".join(node[-10:] for node in nodes[:n]).encode())
         if not any(isinstance(result, Exception) for result in place.answer(release.commit_async())):
-            return True                 # else somebody left at this moment: look again
+            return True                # else somebody left at this moment: look again
 
 
 def _was_released(place):
-    """Our node is gone: deleted by a release, or ended with our session? The last release left its list; and
-    while the session is the same nothing else deletes nodes."""
+    """Whether our node, which is gone, was deleted by a release, or ended with our session.
+
+    The last release left its list; and while the session is the same nothing else deletes nodes."""
     released, _ = place.ask("get", place.path)
     return place.node[-10:] in released.decode().split() or place.same_session()
 
 
-def event(name):
-    """The Event of that name: a flag for the whole cluster, which outlives its processes."""
-    return Event(name)
-
-
 class Event:
-    """As threading.Event. Any process, any thread; may be passed to calls."""
+    """A flag for the whole cluster, as threading.Event, which outlives its processes.
+
+    Any process, any thread; may be passed to calls."""
 
     def __init__(self, name):
         self.name, self._path = name, _path("event", name)
 
-    def __repr__(self): return f"clupy.event({self.name!r})"
+    def __repr__(self):
+        return f"clupy.event({self.name!r})"
 
     def _until(self, timeout, look):
+        """The first true result of look(wait), as _Wait.until."""
         wait = _Wait(f"event {self.name!r}", self._path, timeout)
         return wait.until(lambda: look(wait))
 
     def set(self):
+        """Set it; whoever waits goes on."""
         def look(wait):
             with contextlib.suppress(kazoo_errors.NodeExistsError):
                 wait.ask("create", self._path, makepath=True)
@@ -5683,6 +5708,7 @@ class Event:
         self._until(None, look)
 
     def clear(self):
+        """Have whoever waits from now on wait until it is set again."""
         def look(wait):
             with contextlib.suppress(kazoo_errors.NoNodeError):
                 wait.ask("delete", self._path)
@@ -5690,14 +5716,18 @@ class Event:
         self._until(None, look)
 
     def is_set(self):
+        """Whether it is set."""
         return self._until(None, lambda wait: "set" if wait.ask("exists", self._path) else "clear") == "set"
 
     def wait(self, timeout=None):
-        """True when it is set; False if it was not within `timeout` seconds (None: for ever)."""
+        """Whether it was set within `timeout` seconds (None: for ever); returns as soon as it is."""
         try:
             return bool(self._until(timeout, lambda wait: wait.ask("exists", self._path, wait.wake)))
         except TimeoutError:
             return False
+
+
+event = Event
 
 
 # ==== Ends ===================================================================

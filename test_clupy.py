@@ -4446,6 +4446,22 @@ def test_what_is_used_lives_and_what_is_not_is_gone_after_its_ttl(redis, copies)
             clupy.put("x", 1, ttl=wrong)
 
 
+def test_reading_a_value_does_not_shorten_the_life_of_what_replaces_it_meanwhile(redis, monkeypatch):
+    def read_and_replaced(key, *rest):
+        found = read(key, *rest)
+        replacements.pop()()
+        return found
+
+    def requeue():
+        clupy.delete("x")
+        clupy.queue("x", ttl=0).put("new")
+    read, replacements = clupy._window, [requeue, lambda: clupy.put("x", "new", ttl=0)]
+    monkeypatch.setattr(clupy, "_window", read_and_replaced)
+    while replacements:
+        clupy.put("x", "old", ttl=30)
+        assert clupy.get("x") == "old" and clupy._redis().ttl(clupy._key("x")) == -1
+
+
 def test_a_thousand_gets_of_a_value_that_is_being_replaced_are_each_of_one_piece(redis, monkeypatch):
     allocations, memory = [], clupy._memory
     monkeypatch.setattr(clupy, "PIECE", 1 << 14)           # many windows, so that some are replaced between two
