@@ -338,11 +338,14 @@ def test_a_result_does_not_wait_for_a_long_call_behind_it():
     assert short.result(10) == "short" and long.cancel()
 
 
-def test_calls_that_turn_out_long_are_shared_with_an_idle_slot():
+def test_short_calls_behind_one_that_turns_out_long_are_done_by_a_slot_that_is_free_again():
     clupy.connect(slots=2)
-    assert clupy.wait_all([clupy.parallel(sleepy_pid)(0) for _ in range(200)], PATIENCE)     # it seems to take no time
     assert clupy.wait_all([clupy.parallel(sleepy)(0.3) for _ in range(2)], PATIENCE)         # both slots are open
-    assert len({future.result(PATIENCE) for future in [clupy.parallel(sleepy_pid)(0.02) for _ in range(60)]}) == 2
+    assert clupy.wait_all([clupy.parallel(sleepy_pid)(0) for _ in range(200)], PATIENCE)     # it seems to take no time
+    busy = clupy.parallel(sleepy, retries=0)(0.3)                                            # has its slot to itself
+    until(busy.running)
+    long, *short = [clupy.parallel(sleepy_pid)(0 if n else 60) for n in range(20)]           # all go to the other slot
+    assert clupy.wait_all(short, 10) and busy.completed and long.cancel()
 
 
 def test_a_future_says_what_it_is_and_that_it_cannot_be_pickled():
@@ -464,6 +467,50 @@ def test_max_bounds_how_many_calls_run_at_once(tmp_path):
     assert clupy.wait_all(one, PATIENCE) and {f.value for f in one} == {1}
     two = [clupy.parallel(overlap)(str(folder)) for _ in range(20)]
     assert clupy.wait_all(two, PATIENCE) and 2 in {f.value for f in two}
+
+
+def test_fifty_calls_of_which_one_may_run_want_one_slot(cluster):
+    clupy.connect(cluster.address)
+    single = clupy.parallel(sleepy, max=1)
+    first, *others = [single(60) for _ in range(50)]
+    until(first.running)
+    assert [(row["wanted"], row["share"]) for row in cluster.status()["clients"].values()] == [(1, 1)]
+    assert [future.running() for future in others].count(True) <= 1        # sent ahead, behind the first
+    assert clupy.parallel(square)(3).result(PATIENCE) == 9                 # others may have the second one
+    clupy.close()
+
+
+def test_when_those_are_cancelled_that_a_max_lets_through_the_next_ones_run():
+    clupy.connect(slots=2)
+    assert clupy.wait_all([clupy.parallel(sleepy)(0.3) for _ in range(2)], PATIENCE)         # both slots are open
+    single = clupy.parallel(sleepy, max=1)
+    for delay in range(0, 200, 20):                            # the second one waits, is about to begin, or runs
+        running, waiting, last = single(60), single(60), single(0.0, "last")
+        until(running.running)
+        busy = clupy.parallel(sleepy, retries=0)(60)           # no slot is idle when the first one's has ended
+        until(busy.running)
+        assert running.cancel()
+        time.sleep(delay / 1000)
+        assert waiting.cancel() and last.result(10) == "last" and busy.cancel()
+
+
+def test_a_call_counts_for_max_again_when_its_nested_calls_have_ended(tmp_path):
+    def outer(folder):
+        nested = clupy.parallel(square)(2).result()
+        open(os.path.join(folder, "goes on"), "w").close()
+        while not os.path.exists(os.path.join(folder, "end")):
+            time.sleep(0.02)
+        return nested
+    clupy.connect(slots=2)
+    single = clupy.parallel(outer, max=1)
+    first = single(str(tmp_path))
+    until((tmp_path / "goes on").exists)
+    (tmp_path / "goes on").unlink()
+    second = single(str(tmp_path))
+    time.sleep(0.4)
+    assert not (tmp_path / "goes on").exists()                 # though a slot is idle
+    (tmp_path / "end").touch()
+    assert first.result(PATIENCE) == second.result(PATIENCE) == 4
 
 
 def test_a_future_can_be_awaited_and_the_executor_used_from_asyncio():
@@ -1017,11 +1064,39 @@ def count_starts(path, seconds=0.0, die_before=0):
     return os.path.getsize(path)
 
 
+def note_start(path, n, seconds=0.0):
+    """Note that the call n has begun, and take so long."""
+    with open(path, "a") as file:
+        file.write(f"{n}\n")
+    time.sleep(seconds)
+
+
+@contextlib.contextmanager
+def stopped(pid):
+    """A process that does nothing meanwhile."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+
 @pytest.mark.parametrize("retries, starts", [(0, 1), (1, 2), (3, 4)])
 def test_a_call_is_started_at_most_once_more_than_retries(tmp_path, retries, starts):
     with pytest.raises(clupy.WorkerDied, match=f"try {starts} of {starts}"):
         clupy.parallel(count_starts, retries=retries)(str(tmp_path / "x"), 0, 99).result(PATIENCE)
     assert (tmp_path / "x").stat().st_size == starts
+
+
+def test_a_call_that_may_start_once_still_does_when_its_worker_dies_before_it_began(tmp_path):
+    clupy.connect(slots=1)
+    pid = call(os.getpid)
+    with stopped(pid):
+        future = clupy.parallel(count_starts, retries=0)(str(tmp_path / "x"))
+        until(future.running)
+        os.kill(pid, signal.SIGKILL)
+    assert future.result(PATIENCE) == 1
 
 
 def test_a_call_that_dies_twice_succeeds_at_its_third_start(tmp_path):
@@ -1093,6 +1168,45 @@ def test_a_waiting_call_that_is_cancelled_never_starts(tmp_path):
     second = clupy.parallel(count_starts)(str(tmp_path / "x"))
     assert second.cancel() and first.result(PATIENCE) == 1
     assert clupy.parallel(square)(2).result(PATIENCE) == 4 and not (tmp_path / "x").exists()
+
+
+def test_what_was_sent_and_has_not_begun_can_be_cancelled_alone_and_behind_others(tmp_path):
+    clupy.connect(slots=1)
+    pid, path = call(os.getpid), tmp_path / "begun"
+    assert clupy.wait_all([clupy.parallel(note_start)(os.devnull, n) for n in range(50)], PATIENCE)    # it seems to be short
+    with stopped(pid):
+        behind = [clupy.parallel(note_start)(str(path), n, 0 if n else 0.3) for n in range(3)]
+        until(behind[2].running)                           # all are sent to that worker
+        assert behind[1].cancel()
+    assert behind[0].wait(PATIENCE) and behind[2].wait(PATIENCE) and path.read_text().split() == ["0", "2"]
+    with stopped(pid):
+        alone = clupy.parallel(note_start)(str(path), 3, 60)
+        until(alone.running)
+        assert alone.cancel()
+        time.sleep(0.2)                                    # its server looks, and the worker does not run it
+    assert clupy.parallel(square)(3).result(10) == 9
+
+
+def test_a_long_call_can_be_cancelled_while_others_wait_behind_it(tmp_path):
+    clupy.connect(slots=1)
+    pid, path = call(os.getpid), tmp_path / "begun"
+    assert clupy.wait_all([clupy.parallel(note_start)(os.devnull, n) for n in range(50)], PATIENCE)    # it seems to be short
+    long = clupy.parallel(note_start)(str(path), 0, 60)
+    until(path.exists)
+    with stopped(pid):                                     # it cannot give back what waits
+        behind = [clupy.parallel(note_start)(str(path), n) for n in (1, 2, 3)]
+        until(behind[2].running)
+        assert long.cancel() and behind[0].cancel()
+    assert behind[1].wait(10) and behind[2].wait(10) and path.read_text().split() == ["0", "2", "3"]
+
+
+def test_recalled_calls_begin_in_the_order_in_which_they_were_made(tmp_path):
+    clupy.connect(slots=1)
+    assert clupy.wait_all([clupy.parallel(note_start)(os.devnull, n) for n in range(50)], PATIENCE)    # it seems to be short
+    calls = [clupy.parallel(note_start)(str(tmp_path / "begun"), n, 0 if n else 0.3) for n in range(30)]
+    assert clupy.wait_all(calls, PATIENCE)
+    assert (tmp_path / "begun").read_text().split() == [str(n) for n in range(30)]
+
 
 
 def test_cancelling_kills_exactly_that_call(tmp_path):
