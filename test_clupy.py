@@ -12,9 +12,11 @@ import csv
 import ctypes
 import errno
 import functools
+import gc
 import importlib.machinery
 import importlib.resources
 import importlib.util
+import io
 import itertools
 import json
 import linecache
@@ -357,6 +359,21 @@ def test_a_future_says_what_it_is_and_that_it_cannot_be_pickled():
         pickle.dumps(future)
 
 
+def test_a_handler_that_is_added_while_another_runs_is_run_and_waited_for():
+    started, go, seen = threading.Event(), threading.Event(), []
+
+    def first(value):
+        started.set()
+        go.wait(PATIENCE)
+        future.succeed(lambda value: seen.append("by a handler"))
+    future = clupy.parallel(square)(2).succeed(first)
+    assert started.wait(PATIENCE)
+    future.succeed(seen.append).fail(seen.append)
+    assert future.completed and not future.wait(0.05) and not seen         # though it has its outcome
+    go.set()
+    assert future.wait(PATIENCE) and seen == [4, "by a handler"]
+
+
 def test_an_exception_in_a_handler_is_logged_and_hurts_nobody(caplog):
     future = clupy.parallel(square)(2).succeed(lambda value: 1 / 0)
     assert future.wait(PATIENCE) and future.value == 4
@@ -376,6 +393,12 @@ def test_waiting_ends_in_time_when_the_call_does_not():
     with pytest.raises(TimeoutError):
         list(clupy.as_completed([future], time_out=0.1))
     assert future.cancel()
+
+
+def test_a_time_out_bounds_all_calls_together():
+    clupy.connect(slots=1)
+    calls = [clupy.parallel(sleepy)(0.4) for _ in range(6)]                # each is done 0.4 s after the one before
+    assert not clupy.wait_all(calls, time_out=0.6) and calls[-1].cancel()
 
 
 def test_as_completed_gives_the_fast_ones_first():
@@ -528,6 +551,30 @@ def test_a_future_can_be_awaited_and_the_executor_used_from_asyncio():
         asyncio.run(stops())
 
 
+def test_who_stops_awaiting_a_call_cancels_it():
+    clupy.connect(slots=1)
+    future = clupy.parallel(sleepy)(60)
+
+    async def gives_up():
+        await asyncio.wait_for(future, 0.2)
+    with pytest.raises(TimeoutError):
+        asyncio.run(gives_up())
+    assert future.cancelled() and clupy.parallel(square)(3).result(10) == 9
+
+
+def test_an_executor_that_is_shut_down_finishes_what_runs_and_cancels_what_waits_if_that_is_wanted():
+    clupy.connect(slots=1)
+    neighbour = clupy.parallel(sleepy)(0.2, "not its own")
+    executor = clupy.Executor(1)
+    running, *waiting = [executor.submit(sleepy, 0.3 if n == 0 else 60) for n in range(5)]
+    until(running.running)
+    executor.shutdown(cancel_futures=True)
+    assert running.result(PATIENCE) is None and {future.cancelled() for future in waiting} == {True}
+    assert neighbour.result(PATIENCE) == "not its own"
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        executor.submit(square, 2)
+
+
 def test_a_coroutine_function_runs_to_its_result():
     async def slowly(n):
         await asyncio.sleep(0.01)
@@ -545,6 +592,16 @@ def test_large_arguments_and_results_arrive_whole_and_unshared():
     result[0] = 5
     data = bytes(range(256)) * 40_000
     assert clupy.parallel(lambda b: b[::-1])(data).result(PATIENCE) == data[::-1]
+
+
+def test_a_function_that_returns_one_buffer_again_and_again_gives_each_result_its_own():
+    def fill(n, buffer=bytearray(100_000)):
+        buffer[:] = bytes([n]) * len(buffer)
+        return buffer
+    clupy.connect(slots=1)
+    filled = clupy.parallel(fill)
+    results = [filled(n) for n in range(100)]
+    assert [set(result.result(PATIENCE)) for result in results] == [{n} for n in range(100)]
 
 
 # ==== A cluster of several processes =========================================
@@ -1420,6 +1477,18 @@ def test_calls_that_no_server_can_take_are_told_of(tmp_path, caplog):
         assert future.result(PATIENCE) == 9
 
 
+def test_lines_that_are_not_ascii_are_all_shown_however_many_and_an_unfinished_last_one(monkeypatch):
+    clupy.connect(slots=1)
+    monkeypatch.setattr(sys, "stdout", screen := io.StringIO())
+    for n in range(20):                                        # 160 KB in all; the client has shown each before the next
+        call(print, "ü" * 4000)
+        until(lambda n=n: len(screen.getvalue().splitlines()) > n)
+    call(os.write, 1, "ü without an end".encode())
+    clupy.close()
+    *lines, last = [line.partition("] ")[2] for line in screen.getvalue().splitlines()]
+    assert lines == ["ü" * 4000] * 20 and last == "ü without an end"
+
+
 def test_output_can_be_switched_off(tmp_path):
     text = "import clupy\nclupy.parallel(print)('loud').result(30)\nclupy.close()"
     done = run_script(tmp_path, text, CLUPY_OUTPUT="off")
@@ -2036,6 +2105,16 @@ def test_classes_keep_their_identity_through_calls_inside_calls():
         return clients_own, other, born
     clients_own, other, born = call(outer)
     assert type(clients_own) is type(other) is Client and born.n == 1
+
+
+def test_objects_of_a_class_that_the_program_has_dropped_still_arrive():
+    def make():
+        class Local:
+            n = 5
+        return clupy.parallel(lambda value: value)(Local())
+    future = make()
+    gc.collect()
+    assert future.result(PATIENCE).n == 5
 
 
 CHANGES = [                             # a definition of f, which returns 1; what makes it return 2
