@@ -20,6 +20,7 @@ import io
 import itertools
 import json
 import linecache
+import mmap
 import os
 import pickle
 import pkgutil
@@ -563,11 +564,12 @@ def test_who_stops_awaiting_a_call_cancels_it():
 
 
 def test_an_executor_that_is_shut_down_finishes_what_runs_and_cancels_what_waits_if_that_is_wanted():
-    clupy.connect(slots=1)
-    neighbour = clupy.parallel(sleepy)(0.2, "not its own")
-    executor = clupy.Executor(1)
-    running, *waiting = [executor.submit(sleepy, 0.3 if n == 0 else 60) for n in range(5)]
+    clupy.connect(slots=2)
+    executor, idles = clupy.Executor(1), clupy.parallel(sleepy)(0.2)
+    running, *waiting = [executor.submit(sleepy, 60 if n else 0.6) for n in range(5)]
     until(running.running)
+    assert idles.wait(PATIENCE)                                # its slot looked at those that wait, and may not have one
+    neighbour = clupy.parallel(sleepy)(0.1, "not its own")
     executor.shutdown(cancel_futures=True)
     assert running.result(PATIENCE) is None and {future.cancelled() for future in waiting} == {True}
     assert neighbour.result(PATIENCE) == "not its own"
@@ -595,7 +597,9 @@ def test_large_arguments_and_results_arrive_whole_and_unshared():
 
 
 def test_a_function_that_returns_one_buffer_again_and_again_gives_each_result_its_own():
-    def fill(n, buffer=bytearray(100_000)):
+    buffer = bytearray(100_000)
+
+    def fill(n):
         buffer[:] = bytes([n]) * len(buffer)
         return buffer
     clupy.connect(slots=1)
@@ -759,6 +763,46 @@ def test_sigterm_drains_a_server_and_a_second_one_ends_it(tmp_path, cluster):
     assert stuck.process.wait(PATIENCE) == 0
     with pytest.raises(clupy.WorkerDied):
         long.result(PATIENCE)
+    brief = cluster.add_server(CLUPY_DRAIN_TIME="1s")
+    long = clupy.parallel(sleepy, retries=0)(60)
+    until(long.running)
+    brief.process.terminate()
+    assert brief.process.wait(10) == 0                         # a second is all that calls have
+    with pytest.raises(clupy.WorkerDied):
+        long.result(PATIENCE)
+
+
+def test_slots_are_served_in_the_order_in_which_they_came_and_each_number_once(tmp_path):
+    """A client by hand, that asks for more slots than there are."""
+    def ask_for(number):
+        sock = stack.enter_context(socket.create_connection(address, timeout=PATIENCE))
+        sock.sendall(clupy.preamble(clupy.SLOT) + clupy.slot_head(control.key, session, number, False))
+        return sock
+
+    async def until_said(kind):
+        while (message := await control.receive())[0] != kind:
+            pass
+        return message[1:]
+
+    async def story():
+        nonlocal control, session
+        control = await clupy.dial(address, clupy.CONTROL, SECRET.encode(), clupy.read_settings("client"))
+        control.send("hello", "by hand", clupy.PYTHON, None, True)
+        session, *_ = await until_said("welcome")
+        waiting = [(number, ask_for(number)) for number in (7, 5, 6, 4)]
+        assert ask_for(5).recv(1) == b""                       # a replay of what opens a slot
+        while waiting:
+            number, sock = waiting.pop(0)
+            assert len(await asyncio.to_thread(sock.recv, clupy.PROOF_SIZE)) == clupy.PROOF_SIZE
+            assert select.select([sock for _, sock in waiting], [], [], 0.1)[0] == []
+            control.send("close", number)
+            assert (await until_said("ended"))[0] == number
+        control.abort()
+    control = session = None
+    with Cluster(tmp_path, slots=1) as cluster, contextlib.ExitStack() as stack:
+        row, = cluster.status()["servers"].values()
+        address = "127.0.0.1", int(row["address"].split(":")[1])
+        asyncio.run(story())
 
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
@@ -1295,6 +1339,35 @@ def test_a_call_that_ends_just_when_its_time_is_over_is_not_taken_for_the_next_o
         first, second = timed(0.3 + 0.02 * n, "in time"), dies(3)
         assert type(second.exception(PATIENCE)) is clupy.WorkerDied
         assert first.wait(PATIENCE) and (first.value == "in time" or type(first.failure) is clupy.CallTimeout)
+
+
+def test_an_idle_worker_outlives_the_time_of_its_last_call():
+    clupy.connect(slots=1)
+    pid = clupy.parallel(sleepy_pid, timeout=0.3)(0).result(PATIENCE)
+    time.sleep(1.0)
+    assert call(os.getpid) == pid
+
+
+def test_a_call_that_ends_between_the_look_and_the_stop_costs_its_worker_nothing():
+    """A worker by hand: it is to be killed for its call 5, and begins call 6 while it is looked at."""
+    async def story(child):
+        worker = clupy_server.Process.__new__(clupy_server.Process)
+        worker.pid, worker.board, worker.why = child.pid, bytearray(mmap.PAGESIZE), None
+        worker.dead, worker._stopping = asyncio.get_running_loop().create_future(), asyncio.Lock()
+        signals, send = [], worker._signal
+
+        def just_before(number, group=True):
+            if number == signal.SIGSTOP:
+                clupy_server.BOARD.pack_into(worker.board, 0, 6, 0.0)
+            signals.append(number)
+            send(number, group)
+        worker._signal = just_before
+        clupy_server.BOARD.pack_into(worker.board, 0, 5, 0.0)
+        assert not await worker.kill_call(4, "cancelled") and signals == []
+        assert not await worker.kill_call(5, "cancelled") and signals == [signal.SIGSTOP, signal.SIGCONT]
+        assert worker.why is None and child.poll() is None
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL) as child:
+        asyncio.run(story(child))
 
 
 def test_a_forked_child_that_returns_from_a_call_does_not_end_its_parents_time():
