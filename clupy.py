@@ -550,19 +550,17 @@ def find_secret(settings, create=False):
 # server -> master  server    id, address, slots, held {client: n},        cluster     next master of the list
 #                             facts {load, draining, ...}
 # client -> master  client    id, wanted slots, unreachable servers,       share       back-off; `patience` without slots
-#                             hash of its resolution
-# master -> client  share     {server: (address, n)}, services             -           stands until replaced
-# master -> server  cluster   services, silent clients, hash of the        -           the last one stands
-#                             cluster's resolution
+#                             own list of libraries: (hash, list) or None
+# master -> client  share     {server: (address, n)}, services,            -           stands until replaced
+#                             libraries: (hash, exact list, error)
+# master -> server  cluster   services, silent clients, libraries: (hash,  -           the last one stands
+#                             exact list, its wheels)
+#                             A list itself is sent where the connection is new or the list has changed, else None;
+#                             nothing is said of libraries that are not known yet.
 # standby -> any    leader    (host, port) or None: not known              go there    next master of the list
-# any -> master     libraries hash of a resolution, None: the cluster's    libraries   again with the next statement
-# server -> master  wheel     sha256                                       wheel       pip says that it is not there
-# client -> master  resolve   its own list: libraries, pip options,        resolved    again after reconnecting
-#                             {sha256: wheel}
-# master -> client  resolved  resolution or None, pip's words or None      -
 # any -> master     status    -                                            tables      an error text
-# client -> server  hello     client, resolution (None: the cluster's),    welcome     told to the master, again later
-#                             whether output is wanted
+# client -> server  hello     client, exact list of its libraries, own     welcome     told to the master, again later
+#                             wheels, whether output is wanted
 # server -> client  welcome   session, name of the server, {its versions}, -
 #                             its max_nested
 # client -> server  close     number                                       ended       control lost: all are closed
@@ -2901,8 +2899,8 @@ class ServerLink:
             self.engine.pool.link_lost(self)
 
     def greet(self):
-        resolution = self.engine.libraries.resolution
-        self.send("hello", self.engine.id, resolution and resolution.plain, self.engine.settings.output)
+        libraries = self.engine.libraries
+        self.send("hello", self.engine.id, libraries.resolution.plain, libraries.wheels, self.engine.settings.output)
 
     def send(self, *message):
         if self.connection:
@@ -3311,7 +3309,7 @@ class Pool:
         if self._engine.closed:
             return
         for id, (address, count) in self.share.items():
-            if count and id not in self.links:
+            if count and id not in self.links and self._engine.libraries.resolution:
                 self.links[id] = ServerLink(self._engine, id, address)
         for link in list(self.links.values()):
             if link.session is not None and link.connection:
@@ -3497,57 +3495,59 @@ class Pool:
 # ---- this client's libraries
 
 class OwnLibraries:
-    """This client's own list of libraries, and how its versions differ from the cluster's."""
+    """The libraries of this client's workers: its own list and the master's, as the master resolved them; and how their
+    versions differ from those here."""
 
     def __init__(self, engine, dependencies):
         self._engine = engine
-        self.dependencies = dependencies          # Dependencies: its list; None: it has none
-        self.resolution = None                    # Resolution of it and the master's; None: the cluster's
-        self.resolving = bool(dependencies and dependencies.libraries)    # no slots are wanted until the list is resolved
-        self.checking = engine.settings.library_check == "error"          # nor until versions were compared, if that matters
+        self._dependencies = dependencies         # this client's own list; None: it has none
+        self.wheels = {}                          # {sha256: bytes} of the local libraries in it
+        self.resolution = None                    # Resolution that the master made of all; None: it has not said yet
+        self.checking = engine.settings.library_check == "error"          # no call starts until versions were compared
         self.broken = {}                          # {server id: why our libraries cannot be built there}
+        self._told = None                         # Connection to the master that was told the list itself
+        self._fault = None                        # why the master could not resolve it, as the log says
         self._shown = False                       # a line of pip's stands on the terminal
 
     @property
     def awaited(self):
         """Whether calls must not start yet."""
-        return self.resolving or self.checking
+        return self.resolution is None or self.checking
 
-    def master_joined(self, connection):
-        if self.dependencies and self.dependencies.libraries:
-            task = self._engine.loop.create_task(self._send_list(connection))
-            task.add_done_callback(self._list_sent)
-        elif self._engine.settings.library_check != "off" and not self._engine.embedded:
-            connection.send("libraries", None)
-        if self._engine.embedded:
-            self.checking = False                 # workers run this very Python
+    async def pack(self):
+        """Make wheels of the local libraries in the list."""
+        if self._dependencies:
+            self._dependencies, self.wheels = await clupy_master.packed(self._dependencies, self.show_progress)
 
-    async def _send_list(self, connection):
-        own, wheels = await clupy_master.packed(self.dependencies, self.show_progress)
-        connection.send("resolve", own.libraries, own.pip_options, wheels)
+    def statement(self, connection):
+        """What the master is told of the list: (its hash, the list itself if this connection is new), or None."""
+        own, told, self._told = self._dependencies, self._told, connection
+        if not own or not own.libraries:
+            return None
+        return own.hash, (own.libraries, own.pip_options, self.wheels) if told is not connection else None
 
-    def _list_sent(self, task):
-        if not task.cancelled() and task.exception():
-            self._engine.fail_all(task.exception())
-
-    def resolved(self, found, error):
-        """The master's answer."""
-        self.clear_progress()
+    def hear(self, said):
+        """What the master made of it: (hash, the exact list if it is new, why there is none); None: it is not known yet."""
+        _, found, error = said or (None, None, None)
+        if said:
+            self.clear_progress()
         if error and self.resolution is None:
             self._engine.fail_all(DependencyError(*error))
-        elif error:
+        elif error and error != self._fault:
             log.warning("our libraries stay as they were: %s", DependencyError(*error))
-        else:
-            self.resolution, self.resolving = clupy_master.Resolution.of(found), False
+        elif found:
+            self.resolution = clupy_master.Resolution.of(found)
             self.check(self.resolution)
             for link in self._engine.pool.links.values():
                 link.greet()                      # the server asks for the slots back once it has the new ones
             self._engine.master_side.update_wanted()
-            self._engine.master_side.state()
+        self._fault = error
 
     def check(self, resolution):
         """Compare the libraries of its workers with this client's, in a thread, since it reads files."""
-        if self._engine.settings.library_check != "off" and not self._engine.embedded:
+        if self._engine.settings.library_check == "off" or self._engine.embedded:
+            self.checking = False                 # an embedded cluster's workers run this very Python
+        else:
             threads.run(self._check, resolution.pins)
 
     def _check(self, pins):
@@ -3625,7 +3625,6 @@ class MasterSide:
         return f"<MasterSide {self.link} {self._wanted[0]} wanted>"
 
     def master_joined(self, connection):
-        self._engine.libraries.master_joined(connection)
         self.state()
 
     def master_lost(self):
@@ -3639,9 +3638,8 @@ class MasterSide:
         self._stated = now
         if self.link and self.link.connection:
             unreachable = [link.id for link in self._engine.pool.links.values() if link.lost_at is not None]
-            resolution = self._engine.libraries.resolution
             self.link.connection.send("client", self._engine.id, self._wanted[0], unreachable,
-                                      resolution and resolution.hash)
+                                      self._engine.libraries.statement(self.link.connection))
 
     def count_wanted(self):
         """How many slots the unfinished calls could use now."""
@@ -3697,8 +3695,9 @@ class MasterSide:
 
     # -- messages from the master
 
-    def on_share(self, _, share, services):
+    def on_share(self, _, share, services, libraries):
         engine = self._engine
+        engine.libraries.hear(libraries)
         engine.pool.share = {id: ((host or self.link.host, port), slots) for id, ((host, port), slots) in share.items()}
         if services != engine.said:
             engine.said = services
@@ -3712,12 +3711,6 @@ class MasterSide:
     def master_refused(self, error):
         """No master can be ours, as all of them said."""
         self._engine.fail_all(error)
-
-    def on_resolved(self, _, found, error):
-        self._engine.libraries.resolved(found, error)
-
-    def on_libraries(self, _, _hash, found):
-        self._engine.libraries.check(clupy_master.Resolution.of(found))
 
     def on_notice(self, _, what, text):
         self._engine.libraries.show_progress(text)
@@ -3863,14 +3856,18 @@ class Engine(BaseEngine):
 
     async def _live(self):
         try:
+            await self.libraries.pack()
             self.master_side.link = MasterLink(await self._find_masters(), self.secret, self.settings)
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self.master_side.link.run(self.master_side))
                 tasks.create_task(self._tick())
         except* Exception as group:               # the engine's edge: no call may wait for an engine that is no more
-            if not self.closed:                   # else the interpreter ends, and has begun to take things away
-                log.error("the engine failed", exc_info=group)
-            self.fail_all(ClupyError(f"the engine failed: {group.exceptions[0]!r}"))
+            error = group.exceptions[0]
+            if not isinstance(error, (ClupyError, OSError)):
+                if not self.closed:               # else the interpreter ends, and has begun to take things away
+                    log.error("the engine failed", exc_info=group)
+                error = ClupyError(f"the engine failed: {error!r}")
+            self.fail_all(error)
 
     async def _find_masters(self):
         """The masters' addresses: those of the settings, one that answers on localhost, or an embedded one's."""

@@ -197,6 +197,7 @@ class ClientRow:
     """What a client said last, and what it was given."""
     wanted: int = 0
     unreachable: frozenset = frozenset()           # ids of servers
+    has_list: bool = False     # of libraries, of its own
     share: dict = field(default_factory=dict)      # {server id: slots}
     since: float = 0.0         # since when it has had slots, or has waited for its first one
     heard: float = 0.0
@@ -289,7 +290,7 @@ class Tables:
         before, self.servers[id] = self.servers.get(id), row
         return before is None or (before.slots, before.usable) != (row.slots, row.usable)
 
-    def put_client(self, id, connection, wanted, unreachable, now):
+    def put_client(self, id, connection, wanted, unreachable, has_list, now):
         """Replace what a client said; whether that asks for a decision."""
         row = self.clients.get(id)
         if row is None:                # what it holds is from a master before this one: let it keep that
@@ -299,6 +300,7 @@ class Tables:
             row.since = now
         before = row.wanted, row.unreachable, row.connection
         row.wanted, row.unreachable, row.connection, row.heard = wanted, frozenset(unreachable), connection, now
+        row.has_list = has_list
         return before != (row.wanted, row.unreachable, row.connection)
 
     def drop(self, id, connection):
@@ -821,7 +823,8 @@ class _Answer:
 class Lists:
     """The master's list of libraries, the clients' own, and what pip made of each; for the master's loop.
 
-    changed() is called when the servers should have something else, or it is known why not."""
+    changed(None) is called when the servers should have something else, or it is known why not, changed(connection) when
+    that client should."""
 
     def __init__(self, path, interval, changed):
         self.path = path               # of the master's dependency file; None: there is none
@@ -830,6 +833,8 @@ class Lists:
         self.resolution = None if path else Resolution()       # what it was resolved to last; None: not yet
         self.fault = ""                # why it could not be resolved
         self.clients = {}              # {Connection: (Dependencies, wheels)} of the clients that have a list
+        self._answers = {}             # {Connection: (Resolution or None, error or None)}: what became of it
+        self._told = {}                # {Connection: hash of the Resolution that it was sent last}
         self._interval, self._changed = interval, changed
         self._looked = asyncio.Event()             # the master's list was resolved or refused once: clients' lists wait for that
         self._resolutions = Resolutions()
@@ -868,14 +873,20 @@ class Lists:
                         for connection in self.clients:
                             self._tasks.spawn(self._resolve_for(connection, *self.clients[connection]))
                 self._looked.set()
-                self._changed()
+                self._changed(None)
             await asyncio.sleep(FILE_TIME)
 
-    def ask(self, connection, own, wheels):
-        """Resolve a client's list together with the master's, now and whenever that changes."""
-        wheels = {sha256: self.wheel(sha256) or wheel for sha256, wheel in wheels.items()}       # each in memory once
-        self.clients[connection] = own, wheels
-        self._tasks.spawn(self._resolve_for(connection, own, wheels))
+    def hear(self, connection, own):
+        """A client's list: resolve it together with the master's, now and whenever that changes."""
+        libraries, pip_options, wheels = own
+        wheels = {sha256: self._wheel(sha256) or wheel for sha256, wheel in wheels.items()}      # each in memory once
+        self.clients[connection] = Dependencies(tuple(libraries), tuple(pip_options)), wheels
+        self._tasks.spawn(self._resolve_for(connection, *self.clients[connection]))
+
+    def forget(self, connection):
+        """Who was connected by this is gone."""
+        for table in self.clients, self._answers, self._told:
+            table.pop(connection, None)
 
     async def _resolve_for(self, connection, own, wheels):
         await self._looked.wait()
@@ -886,17 +897,32 @@ class Lists:
         except DependencyError as caught:
             log.warning("the libraries of %s cannot be resolved: %s", connection.peer, caught)
             error = caught.args
-        if both == self.masters.merged(own):       # else the master's list has changed, and its answer is on its way
-            connection.send("resolved", found and found.plain, error)
+        if both == self.masters.merged(own) and connection in self.clients:     # else the master's list has changed since
+            self._answers[connection] = found, error
+            self._changed(connection)
 
-    async def answer(self, connection, hash):
-        """Send the cluster's exact list, once it is known, unless it is another one that is asked for."""
-        await self._looked.wait()
-        found = self.resolution if hash in (None, self.resolution.hash) else None
-        connection.send("libraries", hash, found and found.plain)
+    def for_client(self, connection, has_list):
+        """What a share says of libraries: (hash, the exact list, why there is none); the list only if it was not sent before.
+        None: it is not known yet."""
+        found, error = self._answers.get(connection, (None, None)) if has_list else (self.resolution, None)
+        if error:
+            return None, None, error
+        return found and (found.hash, found.plain if self._is_news(connection, found) else None, None)
 
-    def wheel(self, sha256):
-        """The bytes of a wheel that somebody's list came with; None if it is forgotten."""
+    def for_server(self, connection):
+        """What a cluster statement says of libraries: (hash, the exact list, its wheels), of which the last two only if they
+        were not sent before.  None: nothing is known yet."""
+        found = self.resolution
+        if found is None:
+            return None
+        return (found.hash, found.plain, self.wheels) if self._is_news(connection, found) else (found.hash, None, None)
+
+    def _is_news(self, connection, resolution):
+        before, self._told[connection] = self._told.get(connection), resolution.hash
+        return before != resolution.hash
+
+    def _wheel(self, sha256):
+        """The bytes of a wheel that somebody's list came with; None if there is none."""
         places = self.wheels, *(wheels for _, wheels in self.clients.values()), *self._resolutions.wheels()
         return next((wheels[sha256] for wheels in places if sha256 in wheels), None)
 
@@ -1028,7 +1054,7 @@ class Master:
         try:
             await connection.serve(self)
         finally:
-            self.lists.clients.pop(connection, None)
+            self.lists.forget(connection)
             name = self._names.pop(connection)
             if name and self.tables.drop(name[1], connection):
                 log.info("%s %s is gone", name[0], name[1][:6])
@@ -1079,27 +1105,18 @@ class Master:
         if changed:
             self._change()
 
-    def on_client(self, connection, id, wanted, unreachable, _):
+    def on_client(self, connection, id, wanted, unreachable, own):
         if not self._leads(connection):
             return
+        if own and own[1]:
+            self.lists.hear(connection, own[1])
         if id not in self.tables.clients:
             log.info("client %s at %s", id[:6], connection.peer)
         self._names[connection] = "client", id
-        if self.tables.put_client(id, connection, wanted, unreachable, time.monotonic()):
+        if self.tables.put_client(id, connection, wanted, unreachable, own is not None, time.monotonic()):
             self._change()
         else:
             self._send_share(id)
-
-    def on_libraries(self, connection, hash):
-        """A server's or client's question for an exact list; None stands for the cluster's, once it is known."""
-        self._tasks.spawn(self.lists.answer(connection, hash))
-
-    def on_wheel(self, connection, sha256):
-        connection.send("wheel", sha256, self.lists.wheel(sha256))
-
-    def on_resolve(self, connection, libraries, pip_options, wheels):
-        if self._leads(connection):
-            self.lists.ask(connection, Dependencies(tuple(libraries), tuple(pip_options)), wheels)
 
     def on_status(self, connection):
         if self._leads(connection):
@@ -1115,16 +1132,22 @@ class Master:
         return {**{key: getattr(self.settings, key) for key in clupy.SERVICE_KEYS}, "given": self.given}
 
     def _send_cluster(self, row):
-        if self.lists.resolution is not None:
-            row.connection.send("cluster", self._services(), self.tables.silent(time.monotonic()), self.lists.resolution.hash)
+        row.connection.send("cluster", self._services(), self.tables.silent(time.monotonic()),
+                            self.lists.for_server(row.connection))
 
     def _send_share(self, id, before=()):
-        self.tables.clients[id].connection.send("share", self.tables.share_of(id, before), self._services())
+        row = self.tables.clients[id]
+        row.connection.send("share", self.tables.share_of(id, before), self._services(),
+                            self.lists.for_client(row.connection, row.has_list))
 
-    def _libraries_changed(self):
-        for row in self.tables.servers.values():
-            self._send_cluster(row)
-        self._change()
+    def _libraries_changed(self, connection):
+        name = self._names.get(connection)
+        if name and name[1] in self.tables.clients:
+            self._send_share(name[1])
+        elif connection is None:
+            for row in self.tables.servers.values():
+                self._send_cluster(row)
+            self._change()
 
     # -- decisions
 

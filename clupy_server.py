@@ -1434,7 +1434,7 @@ class Workers:
         usable = [process for process in self.processes.values() if process.usable]
         spare = [process for process in usable if not process.slot]
         awaited = [libraries for slot in self.waiting if (libraries := self.server.libraries.of_session(slot.session))]
-        missing, needless = changes(target - len(usable) + len(spare), awaited, self.server.libraries.default, spare)
+        missing, needless = changes(target - len(usable) + len(spare), awaited, self.server.libraries.warm, spare)
         for process in needless:
             process.end(Why.NOT_NEEDED)
         for libraries in missing:
@@ -1581,8 +1581,9 @@ def describe_exit(code):
 class Libraries:
     """One resolution on this server: not built yet, being built, ready, or at fault."""
 
-    def __init__(self, node, resolution):
+    def __init__(self, node, resolution, wheels):
         self.node, self.resolution = node, resolution
+        self.wheels = wheels                       # {sha256: bytes} of the local libraries in it
         self.environment = None                    # Environment, in use for as long as somebody may want it
         self.ready = not resolution.pins           # nothing to install: the server's own Python
         self.building = None                       # the task that does
@@ -1600,19 +1601,14 @@ class Libraries:
         held = self.ready and self.node.environments.use(self.environment.id)
         if not held:
             self.ready = False
-            self.node.libraries_of(self.resolution)
+            self.node.libraries_of(self.resolution, self.wheels)
             raise FileNotFoundError(f"environment {self.resolution.hash} was removed; it is built anew")
         return held
 
     async def build(self):
         try:
-            wheels = {}
-            for pin in self.resolution.shipped:
-                data = await self.node.ask("wheel", pin.sha256)
-                if data is not None:
-                    wheels[pin.sha256] = data
             environment = await self.node.environments.build(
-                self.resolution, wheels, lambda line: self.node.notice(self, line))
+                self.resolution, self.wheels, lambda line: self.node.notice(self, line))
             self.close()
             self.environment = environment
             self.ready, self.fault, self.failures = True, "", 0
@@ -1633,36 +1629,46 @@ class NodeLibraries:
     """All Libraries of this node: those of the cluster, and those that clients brought."""
 
     def __init__(self, server):
-        self.server = server
-        self.settings, self.link = server.settings, server.link
+        self.server, self.settings = server, server.settings
         self.environments = Environments(self.settings.environments_dir, self.settings.environments_kept)
-        self.default = Libraries(self, clupy_master.Resolution())       # the cluster's, as far as they are built
-        self.known = {self.default.resolution.hash: self.default}  # {hash of a resolution: Libraries}
-        self.settled = False                       # whether `default` was the cluster's at any time: slots wait for that
-        self.wanted = None                         # hash of the cluster's newest; None until the master has spoken
-        self._questions = {}                       # {(kind, key): future of the master's answer}
+        self.wanted = None                         # the cluster's newest Libraries; None until the master has spoken
+        self.default = None                        # the cluster's newest that are built; None: none were yet
+        self.plain = Libraries(self, clupy_master.Resolution(), {})        # this Python's own
+        self.known = {self.plain.resolution.hash: self.plain}      # {hash of a resolution: Libraries}
 
     def __repr__(self):
-        return f"<NodeLibraries {len(self.known)}, the cluster's are {self.default.resolution.hash}>"
+        return f"<NodeLibraries {len(self.known)}, the cluster's are {self.default}>"
 
-    def libraries_of(self, resolution):
+    @property
+    def warm(self):
+        """Those in which workers are kept warm."""
+        return self.default or self.plain
+
+    def libraries_of(self, resolution, wheels):
         """The Libraries of a resolution; building them begins now if they are not there."""
         libraries = self.known.get(resolution.hash)
         if libraries is None:
-            libraries = self.known[resolution.hash] = Libraries(self, resolution)
+            libraries = self.known[resolution.hash] = Libraries(self, resolution, wheels)
+        libraries.wheels = {**libraries.wheels, **wheels}
         if libraries.building is None and not libraries.ready and time.monotonic() >= libraries.again:
             libraries.building = asyncio.get_running_loop().create_task(libraries.build())
         return libraries
 
     def of_session(self, session):
-        """The Libraries for a slot of a client, or None until they are built."""
-        libraries = session.libraries or self.settled and self.default
+        """The Libraries for a slot of a client, or None until they are built.  As long as those of the cluster cannot be had,
+        its last ones stay in use."""
+        libraries = session.libraries
+        if libraries is self.wanted and libraries and not libraries.ready:
+            libraries = self.default
         return libraries if libraries and libraries.ready else None
 
     def libraries_changed(self, libraries):
         """A build has ended, well or not."""
         if libraries.fault:
             log.error("%s", libraries.fault)
+        if libraries is self.wanted and libraries.ready and self.default is not libraries:
+            log.info("the cluster's libraries are now %s", libraries)
+            self.default = libraries
         for session in list(self.server.sessions.values()):
             self.tell_libraries(session)
         self._forget()
@@ -1671,18 +1677,18 @@ class NodeLibraries:
 
     def tell_libraries(self, session):
         """Say to the client why its libraries cannot be had here, or that its slots with older ones should go back."""
-        wanted = session.libraries or (self.default if self.settled else self.known.get(self.wanted))
-        if wanted and wanted.fault and not wanted.building:
-            session.connection.send("notice", "broken", wanted.fault)
-        elif wanted and wanted.ready and any(slot.process and slot.process.libraries is not wanted
-                                             for slot in session.slots.values()):
+        libraries = self.of_session(session) or session.libraries
+        if libraries and libraries.fault and not libraries.building:
+            session.connection.send("notice", "broken", libraries.fault)
+        elif libraries and libraries.ready and any(slot.process and slot.process.libraries is not libraries
+                                                   for slot in session.slots.values()):
             session.connection.send("notice", "renew", "")
 
     def _forget(self):
         """Let go of what neither the cluster nor a connected client wants; workers hold their environments themselves.
 
         What could not be built is remembered until it may be tried again."""
-        wanted = [self.default, self.known.get(self.wanted), *(session.libraries for session in self.server.sessions.values())]
+        wanted = [self.plain, self.default, self.wanted, *(session.libraries for session in self.server.sessions.values())]
         for hash, libraries in list(self.known.items()):
             if libraries not in wanted and not libraries.building and time.monotonic() >= libraries.again:
                 self.known.pop(hash).close()
@@ -1690,74 +1696,31 @@ class NodeLibraries:
     def notice(self, libraries, line):
         """A line of what pip says, for the clients that wait for these libraries."""
         for session in self.server.sessions.values():
-            if session.libraries is libraries or session.libraries is None and libraries.resolution.hash == self.wanted:
+            if session.libraries is libraries:
                 session.connection.send("notice", "building", line)
 
-    def hear(self, hash):
-        """The master has said which libraries are the cluster's."""
-        if hash != self.wanted:
-            if self.wanted in self.known:
-                self.known[self.wanted].again = 0.0        # nobody tries that again: its fault is of no interest
-            self.wanted = hash
-            self.server.spawn(self._synchronize())
+    def hear(self, said):
+        """The master has said which libraries are the cluster's: (hash, the exact list, its wheels), the last two if they are
+        new; None: it does not know yet."""
+        if said is None or said[1] is None:
+            return
+        if self.wanted:
+            self.wanted.again = 0.0                # nobody tries that again: its fault is of no interest
+        self.wanted = self.libraries_of(clupy_master.Resolution.of(said[1]), said[2])
+        if not self.wanted.building:
+            self.libraries_changed(self.wanted)
 
     async def keep_in_step(self):
+        """Try again, from time to time, what could not be built, and build anew what somebody removed."""
         while True:
             await asyncio.sleep(self.settings.sync_interval)
-            await self._synchronize()
-
-    async def _synchronize(self):
-        """Have the environment that the master wants, and switch to it once it is complete."""
-        wanted = self.wanted
-        if wanted is None:
-            return
-        if wanted not in self.known:
-            answer = await self.ask("libraries", wanted)
-            if answer is None:                     # the list has changed again: the next statement names the newer one
-                return
-            self.known[wanted] = Libraries(self, answer)
-        libraries = self.libraries_of(self.known[wanted].resolution)
-        if libraries.building:
-            await asyncio.shield(libraries.building)
-        if libraries.ready and self.wanted == wanted and self.default is not libraries:
-            log.info("the cluster's libraries are now %s", libraries)
-            self.default = libraries
-        if libraries.ready and self.wanted == wanted:
-            self.settled = True
-            for session in self.server.sessions.values():
-                self.tell_libraries(session)
-        self._forget()
-        self.server.workers.look()
-        self.server.state_soon()
-
-    async def ask(self, kind, key):
-        """The master's answer to a question; None if it does not know, or is lost before it answers."""
-        if not self.link.connection:
-            return None
-        question = self._questions.get((kind, key))
-        if question is None:
-            question = self._questions[kind, key] = asyncio.get_running_loop().create_future()
-            self.link.connection.send(kind, key)
-        return await asyncio.shield(question)
-
-    def _answer(self, kind, key, answer):
-        question = self._questions.pop((kind, key), None)
-        if question and not question.done():
-            question.set_result(answer)
-
-    def master_lost(self):
-        for kind, key in list(self._questions):
-            self._answer(kind, key, None)
-
-    def on_libraries(self, _, hash, found):
-        self._answer("libraries", hash, found and clupy_master.Resolution.of(found))
-
-    def on_wheel(self, _, sha256, data):
-        self._answer("wheel", sha256, data)
+            for libraries in {self.wanted, *(session.libraries for session in self.server.sessions.values())} - {None}:
+                self.libraries_of(libraries.resolution, {})
+            self._forget()
 
     def state(self):
         """What the master and `status` are told."""
-        return {"environment": self.default.resolution.hash if self.default.resolution.pins else None,
+        return {"environment": self.warm.resolution.hash if self.warm.resolution.pins else None,
                 "environments": [hash for hash, libraries in self.known.items() if libraries.environment],
                 "building": any(libraries.building for libraries in self.known.values()),
                 "faults": [libraries.fault for libraries in self.known.values() if libraries.fault]}
@@ -1780,7 +1743,7 @@ class Session:
         self.server, self.connection = server, connection
         self.id = os.urandom(clupy.SESSION_SIZE)
         self.client = "?"
-        self.libraries = None                      # Libraries of its workers; None: the cluster's, whatever they are
+        self.libraries = None                      # Libraries that its workers are to have; None until it said which
         self.copies = None                         # the client's clupy.Copies of Refs on this machine
         self.output = True                         # whether the client wants to see what its calls print
         self.slots = {}                            # {number: SlotRow} open or waiting
@@ -1794,12 +1757,11 @@ class Session:
     def nested_slots(self, waiting=False):
         return sum(slot.nested for slot in self.slots.values() if slot.process or waiting)
 
-    def on_hello(self, connection, client, environment, output):
+    def on_hello(self, connection, client, resolution, wheels, output):
         self.client, self.output = client, output
         if self.copies is None:
             self.copies = clupy.Copies(client)
-        if environment is not None:
-            self.libraries = self.server.libraries.libraries_of(clupy_master.Resolution.of(environment))
+        self.libraries = self.server.libraries.libraries_of(clupy_master.Resolution.of(resolution), wheels)
         connection.send("welcome", self.id, self.server.name, self.server.versions, self.server.settings.max_nested)
         self.server.libraries.tell_libraries(self)
         if self.server.draining:
@@ -1959,7 +1921,6 @@ class Server:
         self._state()                              # a standby answers with `leader`, the master with `cluster`
 
     def master_lost(self):
-        self.libraries.master_lost()
         if not self._closing and self.link.why_lost != self._said:
             self._said = self.link.why_lost        # once, however often it is tried again
             log.warning("no master: %s", self._said)
@@ -1999,12 +1960,6 @@ class Server:
         self.services = services
         self.libraries.hear(libraries)
         self.workers.relieve(silent)
-
-    def on_libraries(self, *fields):
-        self.libraries.on_libraries(*fields)
-
-    def on_wheel(self, *fields):
-        self.libraries.on_wheel(*fields)
 
     def on_leader(self, _, address):
         self.link.follow(address)

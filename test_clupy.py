@@ -3945,15 +3945,15 @@ def test_what_is_remembered_of_lists_is_bounded_by_number_and_by_bytes_of_wheels
     async def story():
         monkeypatch.setattr(clupy_master, "RESOLVED_BYTES", 1000)
         monkeypatch.setattr(clupy_master, "RESOLVED_KEPT", 5)
-        lists, connection = clupy_master.Lists(None, 60.0, lambda: None), type("Deaf", (), {"send": lambda *_: None})()
+        lists, connection = clupy_master.Lists(None, 60.0, lambda _: None), type("Deaf", (), {"send": lambda *_: None})()
         for n in range(20):                        # lists without libraries, for which no pip is asked; all have one wheel
             wheels = {"all": bytes(500), str(n): bytes(400 if n < 10 else 1)}
             await lists._resolutions.of(clupy_master.Dependencies((), (str(n),)), wheels)
             assert len(lists._resolutions.wheels()) == (1 if n < 10 else min(n - 8, 5))
         assert [*map(set, lists._resolutions.wheels())] == [{"all", str(n)} for n in range(15, 20)]
-        assert lists.wheel("3") is None and lists.wheel("19") == b"\0"
-        lists.ask(connection, clupy_master.Dependencies(), {"3": b"its client is still there", "19": b"\0"})
-        assert lists.wheel("3") == b"its client is still there" and lists.clients[connection][1]["19"] is lists.wheel("19")
+        assert lists._wheel("3") is None and lists._wheel("19") == b"\0"
+        lists.hear(connection, ((), (), {"3": b"its client is still there", "19": b"\0"}))
+        assert lists._wheel("3") == b"its client is still there" and lists.clients[connection][1]["19"] is lists._wheel("19")
         await lists.close()
     asyncio.run(story())
 
@@ -3964,14 +3964,21 @@ def test_a_clients_list_waits_for_the_masters_and_no_answer_of_yesterday_comes_l
         __hash__, peer = object.__hash__, "a client"
 
         def send(self, kind, *fields):
-            if kind == "resolved":
-                self.append(fields)
+            if kind == "share" and fields[2] and (fields[2][1] or fields[2][2]):
+                self.append(fields[2])
+
+        def close(self):
+            """The master closes."""
     answers = connection = ByHand()
+
+    def ask_master(master):
+        own = list_of(index, "own")
+        master.on_client(connection, "id", 0, (), (own.hash, (own.libraries, own.pip_options, {})))
 
     async def answer(count):
         while len(answers) < count:
             await asyncio.sleep(0.02)
-        (pins, _), error = answers[count - 1]
+        _, (pins, _), error = answers[count - 1]
         assert error is None
         return [f"{name} {version}" for name, version, *_ in pins]
 
@@ -3980,14 +3987,14 @@ def test_a_clients_list_waits_for_the_masters_and_no_answer_of_yesterday_comes_l
         settings = clupy.default_settings("master", listen=("127.0.0.1", 0))
         master = clupy_master.Master(settings, SECRET.encode(), tmp_path / "clupy.master.dependency.yaml")
         try:
-            master.on_resolve(connection, ["own"], list_of(index).pip_options, {})
+            ask_master(master)
             assert await answer(1) == ["figures 1.0", "own 1.0"]
             master.lists.masters = list_of(index, "figures")                # it changes while pip looks at the old one
-            master.on_resolve(connection, ["own"], list_of(index).pip_options, {})
+            ask_master(master)
             await asyncio.sleep(0)
             await asyncio.sleep(0)
             master.lists.masters = list_of(index, "figures==2.0")
-            master.on_resolve(connection, ["own"], list_of(index).pip_options, {})
+            ask_master(master)
             assert await answer(2) == ["figures 2.0", "own 1.0"]
             await asyncio.gather(*[answer.task for answer in master.lists._resolutions._answers.values()])
             await asyncio.sleep(0.1)
