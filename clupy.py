@@ -47,6 +47,7 @@ import contextlib
 import copy
 import errno
 import functools
+import heapq
 import hashlib
 import hmac
 import importlib
@@ -118,6 +119,7 @@ redis = _Lazy("redis")
 redis_backoff = _Lazy("redis.backoff")
 redis_connection = _Lazy("redis.connection")
 redis_retry = _Lazy("redis.retry")
+resource = _Lazy("resource")
 shutil = _Lazy("shutil")
 site = _Lazy("site")
 ssl = _Lazy("ssl")
@@ -144,12 +146,14 @@ log = logging.getLogger("clupy")
 
 # Each constant names the price of turning it.
 PORT = 7878                       # the master's; users know it, so it never changes
-PYTHON = sys.version_info[:2]     # bytecode travels, so client, server and master must have the same
+PYTHON = sys.version_info.minor   # bytecode travels, so client, server and master must have the same
 HANDSHAKE_TIME = 5.0              # a stranger holds a connection no longer; less refuses honest peers on a busy machine
 STATEMENT_TIME = 2.0              # statements are repeated; less is traffic, more delays the repair of what was lost
 GATHER_TIME = 0.02                # changes are gathered so long; more delays shares, less makes more of them
 WORK_AHEAD = 0.005                # seconds of work sent ahead to a worker; more hides latency, but may have to be recalled
 MAX_SPARED = 2                    # workers that may die before they begin a call; the next death is charged to it
+MAX_FAILURES = 3                  # in a row, before what fails is given up; more is patience, less is haste
+FREE_DESCRIPTORS = 16             # left to the program and to what must be opened later; less starves it, more wastes slots
 MAX_AHEAD = 2000                  # calls under way in one slot at most, however short they are
 STALL_TIME = 0.02                 # a slot without a result for so long gives back what it has not begun
 LINGER_TIME = 1.0                 # an extra slot for nested calls stays open so long when idle; a new one costs a worker
@@ -274,6 +278,12 @@ def _count(value):
     return value
 
 
+def _port(value):
+    if _count(value) > 65535:
+        raise ValueError("a port: a whole number up to 65535")
+    return _count(value)
+
+
 def _text(value):
     if not isinstance(value, str):
         raise ValueError("a text")
@@ -312,15 +322,20 @@ def _addresses(value):
     return [parse_address(part, None) for part in parts]
 
 
+def cores():
+    """How many this process may use: a container or a batch system may leave it fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 SETTINGS = {   # key: (roles that have it, how it is read, default)
     "listen": ("master server", parse_address, None),           # None: every address; a master's PORT, a server's free one
     "master": ("server client", _addresses, None),
-    "port": ("server client", _count, PORT),                    # the master's, where its address names none
+    "port": ("server client", _port, PORT),                     # the master's, where its address names none
     "secret_file": ("master server client", _text, "~/.clupy/secret"),
     "tls_cert": ("master server", _text, None),
     "tls_key": ("master server", _text, None),
     "tls_ca": ("master server client", _text, None),
-    "slots": ("server client", _count, os.cpu_count() or 1),    # client: of the embedded cluster
+    "slots": ("server client", _count, cores()),                # client: of the embedded cluster
     "max_nested": ("server client", _count, 64),                # workers beyond the slots, for one client's calls inside calls
     "drain_time": ("server", _duration, 60.0),
     "memory_limit": ("server client", _size, None),             # bytes of one worker
@@ -395,7 +410,7 @@ def read_settings(role, file=None, **arguments):
             raise ConfigurationError(f"{where}: {key} is {masked(value)!r}, but must be {error}") from None
         given.add(key)
 
-    for key, value, line in _read_yaml(file or f"clupy.{role}.yaml", must_exist=file is not None):
+    for key, value, line in read_yaml(file or f"clupy.{role}.yaml", must_exist=file is not None):
         take(key, value, f"{file or f'clupy.{role}.yaml'}, line {line}")
     for variable in [name for name in os.environ if name.startswith("CLUPY_")]:
         key = variable[6:].lower()
@@ -416,15 +431,17 @@ def read_settings(role, file=None, **arguments):
     return Settings(values, given)
 
 
-def _read_yaml(path, must_exist=False):
-    """[(key, value, line)] of a YAML file with one mapping; [] without the file."""
+def read_yaml(path, must_exist=False):
+    """[(key, value, line)] of a YAML file with one mapping; [] without the file. Raises ConfigurationError."""
     try:
-        with io.open(path, encoding="utf-8") as file:
+        with io.open(path, encoding="utf-8") as file:      # io's, since `open` is clupy.open in this file
             text = file.read()
     except FileNotFoundError:
         if must_exist:
             raise ConfigurationError(f"{path}: there is no such file") from None
         return []
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{path}: cannot be read: {error}") from None
     try:
         node, value = yaml.compose(text), yaml.safe_load(text)
     except importlib.import_module("yaml").YAMLError as error:
@@ -472,21 +489,23 @@ def find_secret(settings, create=False):
 
     create: make the file where it is missing (0600), as the first master on a machine does.
     Raises SecretError where there is none or others can read it."""
-    if os.environ.get("CLUPY_SECRET"):
-        return os.environ["CLUPY_SECRET"].encode()
+    if secret := os.environ.get("CLUPY_SECRET", "").strip():
+        if len(secret) < 16:
+            raise SecretError("CLUPY_SECRET is shorter than 16 characters; a good one: python -c "
+                              "'import secrets; print(secrets.token_hex(32))'")
+        return secret.encode()
     path = os.path.expanduser(settings.secret_file)
     if create and not os.path.exists(path):
-        os.makedirs(os.path.dirname(path) or ".", mode=0o700, exist_ok=True)
-        temporary = f"{path}.{os.getpid()}"
-        with io.open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        folder = os.path.dirname(path) or "."
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=folder, prefix="secret-") as file:       # 0600, of a name of its own
             file.write(os.urandom(32).hex() + "\n")
-        try:
-            os.link(temporary, path)                  # never over one that another master has just made
-            log.info("made the secret %s; copy it to the cluster's other machines", path)
-        except FileExistsError:
-            log.info("another process made the secret %s", path)
-        finally:
-            os.unlink(temporary)
+            file.flush()
+            try:
+                os.link(file.name, path)              # never over one that another master has just made
+                log.info("made the secret %s; copy it to the cluster's other machines", path)
+            except FileExistsError:
+                log.info("another process made the secret %s", path)
     try:
         with io.open(path, "rb") as file:
             status, secret = os.fstat(file.fileno()), file.read(4096).strip()
@@ -503,11 +522,14 @@ def find_secret(settings, create=False):
 # ==== Wire ===================================================================
 # Everything two processes of a cluster say to each other.
 #
-# preamble   8 bytes, read exactly and before TLS: "clupy", version, role, 0.  Roles: M to a master, C control, S slot.
+# preamble   8 bytes, read exactly and before TLS: "clupy", version, role, Python's minor version, which must be the same
+#            since bytecode travels.  Roles: M to a master, C control, S slot.
 # handshake  for M and C, raw bytes of fixed size, HANDSHAKE_TIME at most; D dials, A admits:
-#              D -> A  preamble, nonce (32)
-#              A -> D  preamble, nonce (32), HMAC-SHA256(secret, "admit", preamble, both nonces)
-#              D -> A  HMAC-SHA256(secret, "dial", preamble, both nonces)
+#              D -> A  preamble
+#              A -> D  preamble: also in answer to another version or Python, so that both sides can say what is wrong
+#              D -> A  nonce (32), from here on under TLS, if that is configured
+#              A -> D  nonce (32), HMAC-SHA256(secret, "admit", D's preamble, both nonces)
+#              D -> A  HMAC-SHA256(secret, "dial", D's preamble, both nonces)
 #            Both proofs are bound to role and nonces, so neither can be reflected or replayed.  The control
 #            connection's key, HMAC(secret, "key", ...), stays in the two processes.
 # slot       D -> A  preamble, session (16), number (8), nested (1), HMAC(key, those)     each number once
@@ -519,28 +541,30 @@ def find_secret(settings, create=False):
 # A *statement* is complete and replaces the one before; sent on connecting, on change and every STATEMENT_TIME.
 #
 # from -> to        kind      fields                                       answer      if it fails
-# server -> master  server    id, address, python, slots,                  cluster     next master of the list
-#                             held {client: n}, state {load, draining, ...}
-# client -> master  client    id, python, wanted slots, unreachable        share       back-off; `patience` without slots
-#                             servers, hash of its libraries
+# server -> master  server    id, address, slots, held {client: n},        cluster     next master of the list
+#                             state {load, draining, ...}
+# client -> master  client    id, wanted slots, unreachable servers,       share       back-off; `patience` without slots
+#                             hash of its libraries
 # master -> client  share     {server: (address, n)}, services             -           stands until replaced
 # master -> server  cluster   services, silent clients, hash of libraries  -           the last one stands
-# standby -> any    leader    (host, port) or None                         go there    next master of the list
+# standby -> any    leader    (host, port) or None: not known              go there    next master of the list
 # any -> master     libraries hash, or None for the cluster's              libraries   again with the next statement
 # server -> master  wheel     sha256                                       wheel       pip says that it is not there
 # client -> master  resolve   libraries, pip options, {sha256: wheel}      resolved    again after reconnecting
 # any -> master     status    -                                            tables      an error text
-# any -> dialer     refused   error type, text                             -           the connection is closed
-# client -> server  hello     client, python, libraries (None: the         welcome     told to the master, again later
-#                             cluster's), whether output is wanted
-# server -> client  welcome   session, name of the server, {its versions}  -
+# client -> server  hello     client, libraries (None: the cluster's),     welcome     told to the master, again later
+#                             whether output is wanted
+# server -> client  welcome   session, name of the server, {its versions}, -
+#                             its max_nested
 # client -> server  close     number                                       ended       control lost: all are closed
 # client -> server  kill      number, call                                 ended, late the future has its outcome already
-# server -> client  ended     number, {pid, begun, why, reason, code,      -           1 s after the slot's end: lost
-#                             peak, limit, lines, stack}
+# server -> client  ended     number, {pid, begun, why (one of Why),       -           1 s after the slot's end: Why.LOST
+#                             reason (a text), code, peak, limit, lines,
+#                             stack}
 # server -> client  late      number, call: it is over, or has not begun   -           asked again while it is out
 # server -> client  output    pid, stream, text, dropped lines             seen        over UNSEEN_OUTPUT: dropped
 # client -> server  seen      characters                                   -
+# client -> server  release   names of Refs that nobody has any more       -           the session's end
 # any -> client     notice    what, text: draining, alive, renew (the      -
 #                             libraries changed: give slots back), broken
 #                             (why), building or resolving (pip's line)
@@ -558,12 +582,31 @@ def find_secret(settings, create=False):
 # client -> worker  fetched   request, answer                              -
 # worker -> client  serve     name, buffers of a Ref shared in a call      -
 # worker -> client  nested    [(number, parent, function id, arguments,    results     the slot's end
-#                             time-out, retries, (Executor's id or None, max) or None)],
+#                             time-out, retries, (key, max) or None)],
 #                             {function id: (payload, name, first) or None: drop it}
 # client -> worker  results   [(number, succeeded, plain value or payload)] of nested calls
 # worker -> client  forget    [numbers of nested calls]                    -
 #
 # Kind `share` is answered by the method `on_share` of the class that owns the receiver's state.
+
+class Why:
+    """Why a slot ended: plain text, so that it travels in a message.
+
+    Whatever the word, a call that had begun is charged with a try, and one that had not starts again elsewhere (but see
+    MAX_SPARED)."""
+    # said by the server
+    DIED = "died"                      # the worker ended, and nobody here wanted it to: a crash, os._exit, too little memory
+    TIMEOUT = "timeout"                # the call that ran was over its time; it is not tried again
+    CANCELLED = "cancelled"            # the call that ran was cancelled
+    CLOSED = "closed"                  # its client asked for that
+    CLIENT_GONE = "client gone"        # the control connection ended: nobody is left to hear of it
+    RELIEVED = "relieved"              # it was idle, its client has been silent for SILENT_CLIENT, and others want slots
+    NOT_NEEDED = "not needed"          # a worker that never had a slot: others are wanted in its place
+    MAX_NESTED = "max_nested"          # it never had a worker: too many slots of its client are nested ones
+    SERVER_CLOSED = "server closed"    # the server ends, drained or not
+    # told to itself by the client, where no `ended` came
+    LOST = "lost"                      # the server, or the way to it: whatever was sent may have begun
+
 
 MAGIC, VERSION = b"clupy", 1
 TO_MASTER, CONTROL, SLOT = b"M", b"C", b"S"
@@ -573,15 +616,21 @@ FRAME_HEAD = struct.Struct(">QI")                                      # body le
 
 
 def preamble(role):
-    return MAGIC + bytes((VERSION,)) + role + b"\0"
+    """What a connection begins with, by this process."""
+    return MAGIC + bytes((VERSION,)) + role + bytes((PYTHON,))
 
 
 def read_preamble(data):
-    """The role that a preamble names. Raises ProtocolError."""
+    """The role that a peer's preamble names.
+
+    Raises ProtocolError or VersionMismatch, which speak of the peer as "it": who dials or listens says who that is."""
     if data[:5] != MAGIC:
         raise ProtocolError(f"not CluPy: it began with {bytes(data)!r}")
     if data[5] != VERSION:
         raise VersionMismatch(f"it speaks protocol version {data[5]}, this is {VERSION}; install the same CluPy on both")
+    if data[7] != PYTHON:
+        raise VersionMismatch(f"it runs Python 3.{data[7]}, this process runs Python 3.{PYTHON}; they must be the same, "
+                              "since bytecode travels")
     if data[6:7] not in (TO_MASTER, CONTROL, SLOT):
         raise ProtocolError(f"unknown role {data[6:7]!r}")
     return bytes(data[6:7])
@@ -677,29 +726,13 @@ class Frames:
     received into memory of their own, allocated once.  `proof`: bytes that must come first."""
 
     def __init__(self, proof=b"", limit=MAX_FRAME):
-        self._proof, self._limit = proof, limit
         self._chunk = memoryview(bytearray(CHUNK))
         self._messages = []
-        self._parts = self._parse()
+        self._parts = _parse(proof, limit, self._messages)
         self._want(next(self._parts))
 
     def _want(self, size):
         self._part, self._have = memory(size), 0
-
-    def _parse(self):
-        """Yields the size of the next part, is sent the part."""
-        if self._proof and not hmac.compare_digest((yield len(self._proof)), self._proof):
-            raise ProtocolError("the peer does not know the slot's key")
-        while True:
-            size, count = frame_sizes((yield FRAME_HEAD.size), self._limit)
-            lengths = struct.unpack(f">{count}Q", (yield 8 * count)) if count else ()
-            if sum(lengths) > self._limit:
-                raise ProtocolError(f"buffers of {sum(lengths)} bytes are over the limit of {self._limit}")
-            body = yield size
-            buffers = []
-            for length in lengths:
-                buffers.append((yield length))
-            self._messages.append(decode(body, buffers))
 
     def space(self):
         """Where the next bytes are to be written."""
@@ -719,12 +752,44 @@ class Frames:
                 self._have += take
                 start += take
             if self._have < len(self._part):
-                messages, self._messages = self._messages, []
+                messages = self._messages.copy()
+                self._messages.clear()
                 return messages
             self._want(self._parts.send(self._part))
 
 
+def _parse(proof, limit, messages):
+    """Yields the size of the next part, is sent the part, and appends each message that is complete.
+
+    No method of Frames: a generator that knew it would keep it, and its chunk, until the next collection of garbage."""
+    if proof and not hmac.compare_digest((yield len(proof)), proof):
+        raise ProtocolError("the peer does not know the slot's key")
+    while True:
+        size, count = frame_sizes((yield FRAME_HEAD.size), limit)
+        lengths = struct.unpack(f">{count}Q", (yield 8 * count)) if count else ()
+        if sum(lengths) > limit:
+            raise ProtocolError(f"buffers of {sum(lengths)} bytes are over the limit of {limit}")
+        body = yield size
+        buffers = []
+        for length in lengths:
+            buffers.append((yield length))
+        messages.append(decode(body, buffers))
+
+
 # ---- Connections over asyncio streams: to masters, and for control
+
+@functools.cache
+def raise_descriptor_limit():
+    """Let this process have as many files and connections as the system allows; the soft limit that it had before.
+
+    Each slot and each worker takes some, and many systems give a process 1024 until it asks for more.  Processes that
+    it starts are given the old limit: some programs use select(), or close every number that there may be."""
+    old, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = min(most, 10240) if sys.platform == "darwin" else most        # macOS says "unlimited", and refuses that
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(old, wanted), most))
+    return old
+
 
 def tune(sock, user_timeout=True):
     """A peer is alive while its kernel answers: keepalive finds a dead one in 10 s, also under unanswered data.
@@ -734,7 +799,7 @@ def tune(sock, user_timeout=True):
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (("TCP_KEEPIDLE", 4), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3),
                         ("TCP_USER_TIMEOUT", 10000 if user_timeout else 0)):
-        if hasattr(socket, name):
+        with contextlib.suppress(AttributeError, OSError):         # each for itself: not every system has them all
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
@@ -795,12 +860,6 @@ class Connection:
         finally:
             self.close()
 
-    def refuse(self, error):
-        """Tell the peer why, as an error it raises, and close."""
-        log.warning("refused %s: %s", self.peer, error)
-        self.send("refused", type(error).__name__, str(error))
-        self.close()
-
     def close(self):
         """Send what is under way, then end."""
         self._writer.close()
@@ -810,76 +869,102 @@ class Connection:
         self._writer.transport.abort()
 
 
+def descriptors_left():
+    """How many more files this process may open."""
+    import resource
+    try:
+        return resource.getrlimit(resource.RLIMIT_NOFILE)[0] - len(os.listdir("/dev/fd"))
+    except OSError:                               # not even that one; or there is no such folder
+        return 0 if os.path.exists("/dev/fd") else math.inf
+async def read_exactly(sock, count):
+    """`count` bytes of a non-blocking socket and not one more, so that the rest is there for another reader."""
+    data = b""
+    while len(data) < count:
+        part = await asyncio.get_running_loop().sock_recv(sock, count - len(data))
+        if not part:
+            raise EOFError(f"it closed the connection after {len(data)} of {count} bytes", len(data))
+        data += part
+    return data
+
+
 async def connect_socket(host, port):
-    """A connected, non-blocking socket; tries each address of the host in turn. Raises OSError."""
+    """A connected, non-blocking socket; tries each address of the host in turn. Raises OSError, with words."""
     loop = asyncio.get_running_loop()
-    error = OSError(f"{host} has no address")
-    for family, kind, protocol, _, address in await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+    try:
+        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except ValueError as error:                    # "a..b" cannot even be asked for
+        raise OSError(f"{host!r} is no name of a host: {error}") from None
+    failure = OSError(f"{host} has no address")
+    for family, kind, protocol, _, address in found:
         sock = socket.socket(family, kind, protocol)
         sock.setblocking(False)
         try:
             async with asyncio.timeout(HANDSHAKE_TIME):
                 await loop.sock_connect(sock, address)
             return sock
-        except BaseException as caught:
+        except BaseException as error:
             sock.close()
-            if not isinstance(caught, OSError):
+            if not isinstance(error, OSError):
                 raise
-            error = caught
-    raise error
+            number = error.errno                   # asyncio's own text is "Connect call failed"
+            failure = OSError(number, os.strerror(number)) if number else OSError(f"no answer within {HANDSHAKE_TIME:g} s")
+    raise failure
 
 
 async def dial(address, role, secret, settings):
     """A Connection to a master or server at (host, port), after the handshake.
 
-    Raises OSError if nobody answers there, SecretError, VersionMismatch or ProtocolError if the peer is not one of
-    ours."""
+    Raises OSError if nobody answers there, SecretError, VersionMismatch or ProtocolError if who answers is not one of
+    ours.  Each has words, which do not name the address: the caller tries several."""
     host, port = address
     sock = await connect_socket(host, port)
     try:
-        tune(sock)
-        async with asyncio.timeout(HANDSHAKE_TIME):
-            await asyncio.get_running_loop().sock_sendall(sock, preamble(role))
-            context = tls_context(settings, "dial")
-            reader, writer = await asyncio.open_connection(sock=sock, ssl=context, server_hostname=host if context else None)
-    except BaseException:
-        sock.close()
-        raise
-    try:
-        async with asyncio.timeout(HANDSHAKE_TIME):
-            return await _prove(reader, writer, f"{host}:{port}", preamble(role), secret)
-    except BaseException as error:
-        writer.transport.abort()
-        if isinstance(error, asyncio.IncompleteReadError):
-            raise ProtocolError(f"{host}:{port} closed the connection during the handshake; "
-                                "is it CluPy's port, and the secret the same?") from None
-        raise
+        with contextlib.ExitStack() as undo:
+            undo.callback(sock.close)
+            tune(sock)
+            async with asyncio.timeout(HANDSHAKE_TIME):
+                await asyncio.get_running_loop().sock_sendall(sock, preamble(role))
+                read_preamble(await read_exactly(sock, PREAMBLE_SIZE))
+                context = tls_context(settings, "dial")
+                reader, writer = await asyncio.open_connection(sock=sock, ssl=context, server_hostname=context and host)
+                undo.callback(writer.transport.abort)
+                connection = await _prove(reader, writer, f"{host}:{port}", preamble(role), secret)
+            undo.pop_all()
+            return connection
+    except EOFError:
+        raise ProtocolError("it closed the connection during the handshake; is it CluPy's port, and TLS the same on both "
+                            "sides?") from None
+    except TimeoutError:
+        raise TimeoutError(f"it did not finish the handshake within {HANDSHAKE_TIME:g} s; is it CluPy's port?") from None
+    except ssl.SSLCertVerificationError as error:
+        raise SecretError(f"its certificate is not accepted: {error.verify_message}; tls_ca names whose signature is") from None
 
 
 async def _prove(reader, writer, peer, mine, secret):
     """The dialing side of the handshake."""
     nonce = os.urandom(NONCE_SIZE)
     writer.write(nonce)
-    read_preamble(await reader.readexactly(PREAMBLE_SIZE))
     bound = mine, nonce, await reader.readexactly(NONCE_SIZE)
     if not hmac.compare_digest(await reader.readexactly(PROOF_SIZE), proof(secret, b"admit", *bound)):
-        raise SecretError(f"{peer} has another secret than this process; copy its ~/.clupy/secret here")
+        raise SecretError("it has another secret than this process; copy its ~/.clupy/secret here")
     writer.write(proof(secret, b"dial", *bound))
     return Connection(reader, writer, peer, proof(secret, b"key", *bound))
 
 
 class MasterLink:
-    """A connection to the leading master, kept for ever: each address in turn, back-off with jitter between rounds.
+    """A connection to the leading master, kept for ever: each address in turn, and after each round a pause with jitter.
 
-    The owner answers messages, and hears of the connection by master_joined(connection) and master_lost()."""
+    An address that is of no use is passed over, whatever is wrong with it.  The owner answers messages, and hears by
+    master_joined(connection), by master_lost() when that has ended or a round was in vain, and by master_refused(error)
+    when a whole round gave the same answer, one that no patience mends: another secret, another version."""
 
     def __init__(self, addresses, secret, settings):
         self.addresses, self.secret, self.settings = addresses, secret, settings
         self.connection = None         # Connection, while there is one
         self.host = None               # how the master was reached; servers on its machine are there, too
         self.lost_at = time.monotonic()
-        self.why_lost = "not tried yet"
-        self.leader = None             # (host, port) to which a standby sent us
+        self.why_lost = "no answer yet"            # every address of the last round, and what it said
+        self._onward = None            # [address to which a standby sent us], [] if it knows none; None: it is no standby
         self._looked = time.monotonic()
 
     def __repr__(self):
@@ -887,26 +972,39 @@ class MasterLink:
 
     async def run(self, owner):
         delay = 0.1
-        for address in itertools.cycle(self.addresses):
-            address, self.leader, began = self.leader or address, None, time.monotonic()
-            try:
-                connection = await dial(address, TO_MASTER, self.secret, self.settings)
-            except (OSError, ClupyError) as error:
-                self.why_lost = f"{address[0]}:{address[1]}: {error or 'no answer'}"
-                if isinstance(error, (SecretError, VersionMismatch)):
-                    owner.on_refused(None, type(error).__name__, str(error))
-            else:
-                self.connection, self.host = connection, address[0]
-                owner.master_joined(connection)
-                await connection.serve(owner)
-                self.connection, self.lost_at = None, time.monotonic()
-                self.why_lost = f"{address[0]}:{address[1]} closed the connection"
+        while True:
+            began, said, waiting = time.monotonic(), {}, collections.deque(self.addresses)
+            while waiting:
+                address = waiting.popleft()
+                if address not in said:            # else two standbys that name each other would keep us running about
+                    said[address] = await self._visit(address, owner)
+                    waiting.extendleft(self._onward or ())
+            self.why_lost = "; ".join(f"{host}:{port}: {why}" for (host, port), why in said.items())
+            kinds = {type(why) for why in said.values()}
+            if kinds <= {SecretError} or kinds <= {VersionMismatch}:
+                owner.master_refused(kinds.pop()(self.why_lost))
             owner.master_lost()
             if time.monotonic() - began > 1.0:
                 delay = 0.1
-            if self.leader is None:
-                await asyncio.sleep(delay * random.uniform(0.5, 1))
-                delay = min(1.0, delay * 1.5)
+            await asyncio.sleep(delay * random.uniform(0.5, 1))
+            delay = min(1.0, delay * 1.5)
+
+    async def _visit(self, address, owner):
+        """Be connected to the master at this address, for as long as it leads; why that is over, as an error or a text."""
+        self._onward = None
+        try:
+            connection = await dial(address, TO_MASTER, self.secret, self.settings)
+        except (OSError, ClupyError) as error:
+            return error
+        self.connection, self.host = connection, address[0]
+        owner.master_joined(connection)
+        await connection.serve(owner)
+        self.connection = None
+        if self._onward is not None:
+            return "it stands by; " + ("{}:{} leads".format(*self._onward[0]) if self._onward else "no master leads yet")
+        self.lost_at, self.why_lost = time.monotonic(), f"{address[0]}:{address[1]}: it closed the connection"
+        owner.master_lost()
+        return "it closed the connection"
 
     def look(self, now):
         """To be called every STATEMENT_TIME: a master that answers no statement is left, if there are others; where it is
@@ -918,8 +1016,8 @@ class MasterLink:
             self.connection.close()
 
     def follow(self, address):
-        """A standby said who leads, or that it does not know: go there, or to the next."""
-        self.leader = address and tuple(address)
+        """A standby said who leads, or None if it does not know: go there, or to the next."""
+        self._onward = [tuple(address)] if address else []
         self.connection.close()
 
     def close(self):
@@ -953,6 +1051,27 @@ _MAINS = ("__main__", "__mp_main__")      # the second is the first's name in a 
 _MAIN = b"_main__"                # in a pickle that names either
 _RAW = {bytes, bytearray}         # what travels as a _Raw, if it is large
 _ABSENT = type("absent", (), {"__repr__": lambda self: "<absent>"})()     # the value of a name that has none
+UNRESOLVED = {}                   # {Ref: what makes one that arrives as a Ref, wherever it is}
+
+
+class Pickling(threading.local):
+    """What this thread pickles or unpickles just now."""
+    refs = None         # the Refs that were met so far, where somebody wants to know
+    resolve = False     # the arguments of a call: a Ref among them arrives as its value
+    of_client = False   # in a worker: what its client sent, so that the classes in it are the client's
+
+
+pickling = Pickling()
+
+
+def noting_refs(pack, *args, resolve=False):
+    """(what pack(*args) returns, the Refs that it met): while they live, their values can be had."""
+    before = pickling.refs, pickling.resolve
+    pickling.refs, pickling.resolve = refs, _ = [], resolve
+    try:
+        return pack(*args), refs
+    finally:
+        pickling.refs, pickling.resolve = before
 
 
 def pack(obj, by_value=None, snapshot=True):
@@ -1013,8 +1132,8 @@ def payload_size(payload):
 
 
 def pack_arguments(function_name, args, kwargs, func=None):
-    """The payload of (args, kwargs).  Raises PicklingError that names the argument at fault and its type; with func also
-    the parameter's name.  Any thread may call."""
+    """(the payload of (args, kwargs), the Refs among them, which arrive as their values). Raises PicklingError that
+    names the argument at fault and its type; with func also the parameter's name. Any thread may call."""
     for value in args:
         if type(value) in _RAW:
             args = tuple([_raw(value) for value in args])
@@ -1022,8 +1141,8 @@ def pack_arguments(function_name, args, kwargs, func=None):
     if kwargs:
         kwargs = {name: _raw(value) for name, value in kwargs.items()}
     try:
-        return _pack((args, kwargs), _by_value)
-    except Exception as error:                    # whatever a class of the user's raises while it is pickled
+        return noting_refs(_pack, (args, kwargs), _by_value, resolve=True)
+    except Exception as error:      # whatever a class of the user's raises while it is pickled
         named = [*_numbered(args, func), *((f"argument {name!r}", kwargs[name]) for name in kwargs)]
         raise pickle.PicklingError(f"{function_name} cannot be called: {_culprit(named, 'its arguments')} "
                                    f"cannot be pickled: {error}") from error
@@ -1073,8 +1192,23 @@ def _by_value_pickler():
             reduced = super().reducer_override(obj)
             if reduced is not NotImplemented and isinstance(obj, type):
                 _keep(obj)
+            if reduced is not NotImplemented and type(obj) is types.FunctionType and pickling.resolve:
+                _leave_refs(reduced[2][1])
             return reduced
     return Pickler
+
+
+def _leave_refs(state):
+    """In what cloudpickle makes of a function that is an argument: Refs that its code names stay Refs, as in a function
+    that is called, since the code asks them for their values."""
+    for name, value in state["__globals__"].items():
+        if type(value) in UNRESOLVED:
+            state["__globals__"][name] = UNRESOLVED[type(value)](value)
+    cells = list(state["__closure__"] or ())
+    for index, value in enumerate(_contents(cell, None) for cell in cells):
+        if type(value) in UNRESOLVED:
+            cells[index] = types.CellType(UNRESOLVED[type(value)](value))
+    state["__closure__"] = tuple(cells) or None
 
 
 @functools.lru_cache(MAX_CLASSES)
@@ -1235,7 +1369,7 @@ def _result_pickler():
 class Function:
     """One version of a function: what workers are sent once and then know by its id."""
 
-    __slots__ = "id", "payload", "name", "setup", "size", "mean", "limits", "__weakref__"
+    __slots__ = "id", "payload", "name", "setup", "size", "mean", "refs", "__weakref__"
 
     def __init__(self, id, payload, name, setup):
         self.id = id                              # 16 bytes: what function_of says of payload and setup
@@ -1243,16 +1377,10 @@ class Function:
         self.setup = setup                        # payload of a function that a worker must have called first, or None
         self.size = payload_size(payload) + payload_size(setup)     # bytes that it takes at either end of a slot
         self.mean = None                          # seconds that a call takes, as far as the engine knows
-        self.limits = {}                          # {max: Limit}
+        self.refs = ()                            # the Refs in it, which live as long
 
     def __repr__(self):
         return f"<Function {self.id.hex()[:8]} {self.name}, {self.size:,} bytes>"
-
-    def limit(self, most):
-        """The Limit that the calls of this function with this `max` share."""
-        if most not in self.limits:
-            self.limits.setdefault(most, Limit(most))
-        return self.limits[most]
 
 
 class Known:
@@ -1333,7 +1461,7 @@ def _capture(func):
     reads = _reads(func)                          # first: what changes while it is pickled is seen by the next capture
     buffers = _Buffers(snapshot=False)
     try:
-        data = _by_value(func, buffers)
+        data, refs = noting_refs(_by_value, func, buffers)
     except Exception as error:                    # whatever a class of the user's raises while it is pickled
         raise pickle.PicklingError(f"{name} cannot be sent to a worker: {_culprit(_used(func), 'it')} cannot "
                                    f"be pickled: {error}") from error
@@ -1344,6 +1472,7 @@ def _capture(func):
     else:
         copies = [pickle.PickleBuffer(bytearray(view)) for view in views]
         function = function_of((data, copies) if copies else data, name)
+    function.refs = refs
     if function.size <= MAX_CAPTURED_BYTES and (reads is not None or function.size >= LARGE):
         _remember(func, function, reads or _NEVER)
     return function
@@ -1830,6 +1959,7 @@ def _distribution(name):
 
 
 FETCHES = {"module": module_source}               # what a worker may ask its client for; called in a thread that may block
+served = {}                                       # {name: buffers} of the Refs that this process shared without Redis
 
 
 # ==== Future =================================================================
@@ -1884,6 +2014,7 @@ class Future(concurrent.futures.Future):
     _number = _cost = _tries = 0  # its number, seconds it counts as in its slot, starts that were charged to it
     _spared = 0                   # workers that died before they began it, though it was the next
     _counted = False              # whether it is among the engine's unfinished calls
+    _refs = ()                    # the Refs among its arguments: they live until its outcome
 
     def __init__(self, engine=None, function=None, arguments=(), timeout=None, retries=0, limit=None):
         self._state = PENDING
@@ -2093,7 +2224,7 @@ def conclude(outcomes):
             else:
                 call._packed = succeeded, value
             call._state = CANCELLED if type(value) is CancelledError else FINISHED
-            call._arguments = None
+            call._arguments, call._refs = None, ()
             for waiter in call._waiting or ():
                 if call._handlers and type(waiter) is _Waiter and waiter.handlers:
                     continue
@@ -2155,73 +2286,444 @@ threads = Threads()
 
 
 # ==== Engine =================================================================
-# The client: one thread, one event loop, one owner for every call from `submit` to its outcome.
+# The client: one thread, one event loop, one owner for every call from `submit` to its outcome.  Its rooms, in their order:
 #
-#   submit -> inbox -> queue -> Slot.calls -> conclude
-#               any      |  ^        |
-#             thread     v  |        +-- recalled, or its worker died: back to the front of the queue
-#                  Limit.waiting          (`tries` counts only starts that the server's board has seen)
+#   Backlog      which waiting call is next for a slot, how many slots could be used, `max`        decides, no I/O
+#   verdicts     what becomes of the unanswered calls of a slot that ended                         a function
+#   Slot         what is under way in one worker                                                   one connection
+#   ServerLink   one server: closes and kills there, hears of deaths and of output                 one connection
+#   Output       what calls print                                                                  a thread
+#   Children     which calls wait for calls that they made
+#   Feeder       moves calls: from the Backlog into slots, back from them, out with their outcome
+#   Pool         which slots are open where, as the share says
+#   Libraries    this client's own list, and how its versions differ from the cluster's
+#   MasterSide   what this client wants, and what becomes of it without a master                   one connection
+#   Engine       thread and loop; what any thread may call; fork and end
 #
-# The methods on_<kind> answer messages; those of ServerLink and Slot that concern calls are the Engine's.
+#   submit -> inbox -> Backlog --Feeder--> Slot.calls --Feeder--> conclude
+#               any       ^                    |
+#             thread      +--------------------+  recalled, or its worker died
+#
+# Only the loop moves a call between PENDING and RUNNING; any thread may conclude it (cancel), so every room meets calls that
+# have their outcome already, and passes over them.
+
+class BaseEngine:
+    """What runs calls: the client of a cluster (Engine), another executor (ExecutorEngine), or the client of a worker in
+    which a call makes calls (NestedCalls).  Any thread may call its methods."""
+
+    closed = False                                # it takes no more calls
+    settings = None                               # Settings of its own; None: it has none
+    said = None                                   # {key: value} that a master said of Redis and ZooKeeper last
+
+    def submit(self, call):
+        """Run the call: sooner or later it gets its one outcome."""
+        raise NotImplementedError
+
+    def cancel(self, call):
+        """The call was concluded as cancelled: end what runs of it."""
+        raise NotImplementedError
+
+    def calls(self):
+        """The calls without an outcome."""
+        raise NotImplementedError
+
+    def cancel_all(self):
+        for call in self.calls():
+            call.cancel()
+
+    def cancel_limit(self, limit):
+        """Cancel the calls of this limit that were not sent to a worker."""
+        for call in self.calls():
+            if call._limit == limit and call._state == PENDING:
+                call.cancel()
+
+    def settle(self, limit):
+        """Wait until no call of this limit is unfinished."""
+        concurrent.futures.wait([call for call in self.calls() if call._limit == limit])
+
+    def services(self, patience):
+        """What a master says of Redis and ZooKeeper, waited for `patience` seconds; {}: there is none that could."""
+        return {}
+
+    def grow(self, slots):
+        """At least so many slots, if that is for the engine to decide."""
+
+    def release(self, names):
+        """These shared values are used no more: let their copies go, on every machine."""
+
+    def abandon(self):
+        """In a forked child: nothing of this engine is the child's."""
+
+    def close(self):
+        self.cancel_all()
+
+
+# ---- which call is next
 
 class Limit:
-    """At most `most` slots work on the calls that share it; most=None: as many as there are."""
+    """The calls that share one `max`, or have none: those that wait, and the slots that work on the others."""
 
-    def __init__(self, most=None):
-        self.most = most
+    def __init__(self, most):
+        self.most = most                          # slots that may work on them at once; None: as many as there are
         self.pending = 0                          # calls without an outcome
+        self.suspended = 0                        # of these, calls that wait for nested ones
         self.slots = collections.Counter()        # {Slot: calls under way there}
-        self.waiting = collections.deque()        # calls put aside while `most` slots are at work
-        self.idle = threading.Event()             # set while pending == 0
-        self.idle.set()
+        self.listed = None                        # rank under which the Backlog lists it; None: it does not
+        self._fresh = collections.deque()         # calls that were never sent, in the order made
+        self._urgent = []                         # heap of (rank, tie, call): nested calls, and calls that came back
 
-    def allows(self, slot):
-        """Whether a call may be sent there; calls that wait for nested ones do not count."""
-        return (self.most is None or slot in self.slots or len(self.slots) < self.most
-                or sum(not other.suspended for other in self.slots) < self.most)
+    def __repr__(self):
+        return f"<Limit {self.most} {self.pending} calls, {len(self.slots)} slots>"
+
+    @property
+    def wants(self):
+        """How many slots its calls could use."""
+        wants = self.pending - self.suspended
+        return wants if self.most is None else max(0, min(wants, self.most))
+
+    def add(self, call):
+        if call._parent:
+            self.put_back(call)
+        else:
+            self._fresh.append(call)
+
+    def put_back(self, call):
+        heapq.heappush(self._urgent, (rank(call), next(_ties), call))
+
+    def first(self):
+        """The call that is next, or None."""
+        while self._urgent:
+            if is_waiting(self._urgent[0][-1]):
+                return self._urgent[0][-1]
+            heapq.heappop(self._urgent)
+        while self._fresh:
+            if is_waiting(self._fresh[0]):
+                return self._fresh[0]
+            self._fresh.popleft()
+        return None
+
+    def pop_first(self):
+        """Take out the call that `first` gave."""
+        if self._urgent:
+            heapq.heappop(self._urgent)
+        else:
+            self._fresh.popleft()
+
+    def waiting(self):
+        return [call for call in [*(entry[-1] for entry in self._urgent), *self._fresh] if is_waiting(call)]
+
+    def allows(self, slot, call):
+        """Whether the slot may work on this call, too.
+
+        A call that waits for nested ones counts for the calls of others, since it will go on, but not for nested calls:
+        it may be one of these that it waits for."""
+        if self.most is None or slot in self.slots or len(self.slots) < self.most:
+            return True
+        return bool(call._parent) and sum(not other.suspended for other in self.slots) < self.most
+
+
+_ties = itertools.count()       # so that a heap never compares two calls
+
+
+def rank(call):
+    """Calls begin in the order of it: nested ones first, the newest of them before the others; then the order made."""
+    return -call._number if call._parent else call._number
+
+
+def is_waiting(call):
+    return call._slot is None and call._state not in _DONE
+
+
+def is_last_try(call):
+    """Whether it may be started just once more: then it goes alone to an idle slot, so that it is known whether it began."""
+    return call._tries >= call._retries
+
+
+class Backlog:
+    """The calls without an outcome: which of those that wait is next for a slot, and how many slots they could use.
+
+    Knows no connection, clock or thread; slots are asked for `calls`, `limits` and `suspended` alone."""
+
+    def __init__(self):
+        self.limits = {}                          # {(key, max) or None: Limit} with calls without an outcome, or under way
+        self.wanted = 0                           # slots that these could use
+        self.queued = 0                           # calls that wait for a slot
+        self._heads = []                          # heap of (rank, tie, Limit): each by its first waiting call, unless full
+
+    def __repr__(self):
+        return f"<Backlog {self.wanted} slots wanted, {len(self.limits)} limits>"
+
+    @property
+    def pending(self):
+        """How many calls have no outcome."""
+        return sum(limit.pending for limit in list(self.limits.values()))
+
+    def waiting(self):
+        """The calls that wait for a slot."""
+        return [call for limit in self.limits.values() for call in limit.waiting()]
+
+    def add(self, call):
+        """A new call, which has its number."""
+        limit = self.limits.get(call._limit)
+        if limit is None:
+            limit = self.limits[call._limit] = Limit(call._limit and call._limit[1])
+        call._counted = True
+        self.queued += 1
+        self._count(limit, pending=1)
+        limit.add(call)
+        self._list(limit)
+
+    def put_back(self, calls):
+        """Calls that were sent and came back: before all that were made after them."""
+        for call in calls:
+            call._slot = None
+            self.queued += 1
+            limit = self.limits[call._limit]
+            limit.put_back(call)
+            self._list(limit)
+
+    def finish(self, call):
+        """The call has its outcome; whether it was among the unfinished ones until now."""
+        if not call._counted:
+            return False
+        call._counted = False
+        self.queued -= call._slot is None
+        limit = self.limits[call._limit]
+        self._count(limit, pending=-1)
+        self._forget(call._limit, limit)
+        return True
+
+    def next_for(self, slot):
+        """The waiting call that the slot is to do next, taken out; None if there is none for it."""
+        best = self._first_listed(slot)
+        first = best and best.first()
+        for limit in slot.limits:                 # full, but this slot works on it already
+            call = limit.first() if limit.listed is None else None
+            if call and (first is None or rank(call) < rank(first)):
+                best, first = limit, call
+        if first is None or slot.calls and is_last_try(first):
+            return None
+        best.pop_first()
+        self.queued -= 1
+        if best.listed is not None and (then := best.first()):
+            best.listed = rank(then)
+            heapq.heapreplace(self._heads, (best.listed, next(_ties), best))
+        return first
+
+    def take(self, slot, call):
+        """Take out this waiting call, wherever it stands, if the slot may work on it; whether it may."""
+        if not self.limits[call._limit].allows(slot, call):
+            return False
+        self.queued -= 1                          # it is passed over by `first` from now on, as it has a slot
+        return True
+
+    def sent(self, slot, call):
+        """The slot works on the call now."""
+        limit = self.limits[call._limit]
+        limit.slots[slot] += 1
+        slot.limits[limit] = limit.slots[slot]
+
+    def unsent(self, slot, call):
+        """The slot works on it no more."""
+        limit = self.limits[call._limit]
+        limit.slots[slot] -= 1
+        slot.limits[limit] = limit.slots[slot]
+        if not limit.slots[slot]:
+            del limit.slots[slot], slot.limits[limit]
+            self._list(limit)
+            self._forget(call._limit, limit)
+
+    def suspend(self, slot, call, change):
+        """The call of the slot begins (1) or ends (-1) to wait for nested calls."""
+        if limit := self.limits.get(call._limit):
+            self._count(limit, suspended=change)
+        for limit in slot.limits:
+            self._list(limit)
+
+    def _count(self, limit, pending=0, suspended=0):
+        if limit.most is None:
+            limit.pending += pending
+            limit.suspended += suspended
+            self.wanted += pending - suspended
+        else:
+            self.wanted -= limit.wants
+            limit.pending += pending
+            limit.suspended += suspended
+            self.wanted += limit.wants
+
+    def _list(self, limit):
+        call = limit.first()
+        if call is not None and (limit.listed is None or rank(call) < limit.listed):
+            limit.listed = rank(call)
+            heapq.heappush(self._heads, (limit.listed, next(_ties), limit))
+
+    def _first_listed(self, slot):
+        """The limit whose first call comes first of those that the slot may do."""
+        heads = self._heads
+        while heads:
+            listed, _, limit = heads[0]
+            call = limit.first() if listed == limit.listed else None       # else it was listed anew since
+            if call is None or not limit.allows(slot, call):
+                heapq.heappop(heads)
+                if listed == limit.listed:
+                    limit.listed = None           # nothing waits, or it is full: `unsent` lists it again
+            elif rank(call) != listed:            # the one before was cancelled
+                limit.listed = rank(call)
+                heapq.heapreplace(heads, (limit.listed, next(_ties), limit))
+            else:
+                return limit
+        return None
+
+    def _forget(self, key, limit):
+        if not limit.pending and not limit.slots:
+            self.limits.pop(key, None)
+
+
+# ---- what becomes of the calls of a slot that ended
+
+def had_begun(numbers, begun):
+    """For each unanswered call of a slot, in the order sent: whether it had begun when the slot ended.
+
+    begun: the number of the last call that the worker noted on its board; None: not known, so all may have.
+    Those before it in the order had begun as well, and their results were lost."""
+    if begun is None:
+        return [True] * len(numbers)
+    last = numbers.index(begun) if begun in numbers else -1
+    return [index <= last for index in range(len(numbers))]
+
+
+def verdicts(calls, how):
+    """[(verdict, charged, spared)] for the unanswered calls of a slot, in the order sent.  Pure.
+
+    how: what the server said of the slot's end.  charged: whether this start counts as one of 1 + `retries`.  spared: the
+    worker died before it could begin this one, which was the next: it may be its arguments that no worker can receive, so
+    that happens MAX_SPARED times only.  verdict: "done" (it has its outcome), "timeout", "died" (it has no try left), "again"."""
+    found, charged = [], had_begun([call._number for call in calls], how["begun"])
+    spared = bool(calls) and how["why"] == Why.DIED and not any(charged)
+    if spared:
+        charged[0] = calls[0]._spared >= MAX_SPARED
+    for index, call in enumerate(calls):
+        if call._state in _DONE:
+            verdict = "done"
+        elif how["why"] == Why.TIMEOUT and call._number == how["begun"]:
+            verdict = "timeout"
+        else:
+            verdict = "died" if call._tries + charged[index] > call._retries else "again"
+        found.append((verdict, charged[index], spared and index == 0))
+    return found
+
+
+def died(call, slot, how):
+    """The WorkerDied of a call on its last try; `how` is what the server said of the slot's end."""
+    server, pid = slot.link.name, how.get("pid") or slot.pid
+    if how["why"] == Why.LOST:
+        return WorkerDied(f"server {server} was lost while worker {pid} had {call._function.name}, try {call._tries} of "
+                          f"{call._retries + 1}; why is not known: is the machine up, and what does the server's log say?")
+    what = how.get("reason", how["why"]) if how["why"] == Why.DIED else f"was ended ({how['why']})"
+    verb = {"signal": "got ", "exit": "ended with "}.get(what.split()[0], "")
+    text = (f"worker {pid} on {server} {verb}{what} while running "
+            f"{call._function.name}, try {call._tries} of {call._retries + 1}")
+    if how.get("peak"):
+        of = f" of {how['limit'] / 2**30:.2f}" if how.get("limit") else ""
+        text += f"; peak memory {how['peak'] / 2**30:.2f}{of} GB"
+    if how.get("code") == -9 and how["why"] == Why.DIED:
+        text += "; nobody here sent it, so the system may have been out of memory"
+    for title, lines in (("its last lines of standard error", how.get("lines")),
+                         ("it was at", [line for line in how.get("stack", "").splitlines() if "clupy" not in line])):
+        if lines:
+            text += f"; {title}:\n  " + "\n  ".join(lines)
+    return WorkerDied(text)
+
+
+def timed_out(call, slot, how):
+    """The CallTimeout of a call; names the place at which it was."""
+    text = (f"{call._function.name} ran longer than its timeout of {call._timeout:g} s; worker {how['pid']} on "
+            f"{slot.link.name} was killed")
+    stack = [line for line in how.get("stack", "").splitlines() if "clupy_server" not in line]
+    return CallTimeout(text + ("; it was at:\n  " + "\n  ".join(stack) if len(stack) > 1 else ""))
+
+
+# ---- one worker, one server
+
+OPENING, OPEN, LEAVING, ENDING, OVER = range(5)
 
 
 class Slot:
-    """One connection to one worker; an asyncio.BufferedProtocol through `_as_protocol`."""
+    """What is under way in one worker, and the connection to it: an asyncio.BufferedProtocol through `as_protocol`.
 
-    KNOWN = 500                                   # functions that a worker keeps
+    Its states, which it goes through from left to right, each once at most:
+
+        opening   the connection is made, and waits for a free worker        Pool.open
+        open      the worker answered: calls may be sent                     on_opened
+        leaving   no more calls are sent; it ends when it has none left      Pool.leave
+        ending    `close` was sent, or one of the two ends was heard of:     Pool.end, connection_lost, on_ended
+                  the connection's (`gone`) or the worker's (`ended`)
+        over      both were, or 1 s passed: its calls were seen to           Pool.settle"""
 
     def __init__(self, link, number, nested):
-        self.link, self.number, self.nested = link, number, nested
+        self.link, self.number = link, number
+        self.nested = nested                      # beyond the share: while a call there waits for nested calls
         self.engine = link.engine
-        self.calls = {}                           # {number: call}
+        self.state = OPENING
+        self.calls = {}                           # {number: call} in the order sent, which is that in which they begin
         self.load = 0.0                           # seconds of work under way, as estimated
         self.limits = {}                          # {Limit: calls under way}
-        self.functions = collections.OrderedDict()   # {id: None} known to the worker, least recently used first
-        self.children = collections.defaultdict(dict)   # {number of a call here: {number there: nested call}}
-        self.nested_functions = {}                # {id at the worker: Function}
-        self.nested_limits = {}                   # {id at the worker: Limit} of Executors made in calls
-        self.pid = None                           # of the worker, once the slot is open
+        self.known = Known()                      # the functions that the worker has
+        self.children = {}                        # {number of a call here: {number there: nested call}}, all unfinished
+        self.children_sent = 0                    # of these, how many are in slots
+        self.functions = {}                       # {id: Function} of nested calls, as long as the worker knows them
+        self.pid = None                           # of the worker, once it is open
         self.transport = None
-        self._outgoing = collections.deque()      # pieces of frames that the transport has not been given yet
-        self._full = False                        # it wants no more for now
-        self.alone = False                        # runs a call on its last try, and nothing else
-        self.stalled = False                      # was asked for what had not begun; no more until a result arrives
-        self.recalling = False                    # was asked, and has not answered; what is sent meanwhile is not in the answer
-        self.leaving = False                      # to be closed when `calls` is empty
-        self.asked_to_close = False
+        self.recalled = None                      # "asked" for what it has not begun; "answered", and no result since
+        self.closing = False                      # `close` was sent
         self.ended = None                         # what the server said of its end
         self.gone = False                         # the connection has been read to its end
-        self.over = False                         # its calls were seen to
         self.heard = time.monotonic()             # when anything arrived, or a call was sent to the idle slot
+        self._outgoing = collections.deque()      # pieces of frames that the transport has not been given yet
+        self._full = False                        # it wants no more for now
         self._frames = Frames(proof(slot_key(link.key, number), b"opened"))
 
     def __repr__(self):
         return f"{self.link.name} {self.pid or 'opening'}"
 
     @property
-    def open(self):
-        return self.pid is not None and not self.gone and self.ended is None and self.link.connection is not None
-
-    @property
     def suspended(self):
         """Whether the call that runs here has nested calls to wait for, and so does not use its slot."""
         return bool(self.children)
+
+    @property
+    def takes_calls(self):
+        """Whether it may be sent more calls now."""
+        return (self.state == OPEN and not self.recalled and self.link.connection is not None
+                and (not self.calls or self.load <= WORK_AHEAD / 2 and not self._has_last_try))
+
+    @property
+    def has_room(self):
+        """Whether one more call may be added to what is about to be sent."""
+        return not self.calls or self.load < WORK_AHEAD and len(self.calls) < MAX_AHEAD and not self._has_last_try
+
+    @property
+    def _has_last_try(self):
+        """Whether its call is one that must be alone."""
+        return len(self.calls) == 1 and is_last_try(next(iter(self.calls.values())))
+
+    def add(self, call, now):
+        """The call is about to be sent here."""
+        self.calls[call._number] = call
+        call._slot, call._sent_at = self, now
+        call._cost = WORK_AHEAD if call._function.mean is None else call._function.mean
+        self.load += call._cost
+
+    def remove(self, call):
+        """The call is under way here no more, whatever became of it."""
+        del self.calls[call._number]
+        self.load = self.load - call._cost if self.calls else 0.0
+
+    def recall(self):
+        """Ask the worker for what it has not begun, unless it is asked already."""
+        if self.recalled != "asked":
+            self.recalled = "asked"
+            self.send("recall")
 
     def send(self, *message):
         if self.transport is not None and not self.transport.is_closing():
@@ -2232,12 +2734,6 @@ class Slot:
     def _write(self):
         while self._outgoing and not self._full:
             self.transport.write(self._outgoing.popleft())
-
-    def recall(self):
-        """Ask the worker for what it has not begun, unless it is asked already."""
-        if not self.recalling:
-            self.recalling = True
-            self.send("recall")
 
     # -- what asyncio calls
 
@@ -2268,33 +2764,55 @@ class Slot:
 
     def connection_lost(self, _):
         self.gone, self._frames = True, None      # a future may keep the slot, but not this memory
-        self.engine.slot_ending(self)
+        self._outgoing.clear()
+        self.engine.pool.ending(self)
 
     # -- messages from the worker
 
     def on_opened(self, _, pid):
         self.pid = pid
-        self.engine.broken.pop(self.link.id, None)
-        self.engine.clear_progress()
-        self.engine.fill(self)
+        self.engine.pool.opened(self)
 
     def on_results(self, _, results, seconds):
-        self.engine.take_results(self, results, seconds)
+        self.engine.feeder.take_results(self, results, seconds)
 
     def on_returned(self, _, numbers):
-        self.engine.take_back(self, numbers)
+        self.engine.feeder.take_back(self, numbers)
 
     def on_nested(self, _, calls, functions):
-        self.engine.take_nested(self, calls, functions)
+        self.engine.children.take(self, calls, functions)
 
     def on_forget(self, _, numbers):
-        self.engine.forget_nested(self, numbers)
+        self.engine.children.forget(self, numbers)
 
     def on_serve(self, _, name, buffers):
-        _serve(name, [bytes(buffer) for buffer in buffers])
+        served[name] = [bytes(buffer) for buffer in buffers]
 
     def on_fetch(self, _, request, what, *fields):
-        threads.run(self.engine.answer_fetch, self, request, what, fields)
+        threads.run(self._answer, request, what, fields)
+
+    def _answer(self, request, what, fields):
+        """In a thread that may block: the source of a module, or a value that was shared."""
+        try:
+            answer = FETCHES[what](*fields)
+        except Exception as error:                # the asking worker must hear of it, whatever it is
+            log.exception("cannot answer a worker that asked for %s %s", what, fields)
+            answer = error.__class__.__name__ + ": " + str(error)
+        self.engine.soon(self.send, "fetched", request, answer)
+
+
+def as_protocol(slot):
+    """The slot as asyncio wants it: an object of its own base class, which is not there when this module is imported."""
+    protocol = _protocol_class()()
+    for name in ("connection_made", "connection_lost", "pause_writing", "resume_writing", "get_buffer", "buffer_updated",
+                 "eof_received"):
+        setattr(protocol, name, getattr(slot, name))
+    return protocol
+
+
+@functools.cache
+def _protocol_class():
+    return type("SlotProtocol", (asyncio.BufferedProtocol,), {})
 
 
 class ServerLink:
@@ -2304,10 +2822,12 @@ class ServerLink:
         self.engine, self.id, self.address = engine, id, address
         self.name = f"{address[0]}:{address[1]}"
         self.connection = self.key = self.session = None
-        self.slots = {}                           # {number: Slot}, until their calls are seen to
+        self.slots = {}                           # {number: Slot}, until they are over
+        self.max_nested = 0                       # slots there beyond the share at most
         self.draining = False                     # takes no new slots
-        self.failed_at = None                     # when it could not be reached
-        self.refused_at = -math.inf               # when it had no room for a nested slot
+        self.lost_at = None                       # when it could not be reached, or ended
+        self.failures = 0                         # slots in a row that could not be opened
+        self.retry_at = 0.0                       # no slot is opened before
         self.heard = time.monotonic()
         self.task = asyncio.create_task(self._run())
 
@@ -2319,7 +2839,7 @@ class ServerLink:
             connection = await dial(self.address, CONTROL, self.engine.secret, self.engine.settings)
         except Exception as error:                # whatever dialing raises, a host's name that is none included
             log.warning("server %s cannot be reached: %s", self.name, error or type(error).__name__)
-            self.engine.link_lost(self)
+            self.engine.pool.link_lost(self)
             return
         self.connection, self.key = connection, connection.key
         self.greet()
@@ -2327,102 +2847,861 @@ class ServerLink:
             await connection.serve(self)
         finally:
             self.connection = None
-            self.engine.link_lost(self)
+            self.engine.pool.link_lost(self)
 
     def greet(self):
-        libraries = self.engine.libraries
-        self.send("hello", self.engine.id, PYTHON, libraries and libraries.plain, self.engine.settings.output)
+        resolution = self.engine.libraries.resolution
+        self.send("hello", self.engine.id, resolution and resolution.plain, self.engine.settings.output)
 
     def send(self, *message):
         if self.connection:
             self.connection.send(*message)
 
-    def on_welcome(self, _, session, name, versions):
-        self.session, self.name = session, name
+    def kill(self, slot, number):
+        """End the call, and the worker with it, if it runs there."""
+        if number in slot.calls and slot.state < OVER:
+            self.send("kill", slot.number, number)
+
+    # -- messages from the server
+
+    def on_welcome(self, _, session, name, versions, max_nested):
+        self.session, self.name, self.max_nested = session, name, max_nested
         if versions["python"] != "%d.%d.%d" % sys.version_info[:3]:
             log.info("server %s runs Python %s, this client %s", name, versions["python"], sys.version.split()[0])
-        self.engine.check_server(versions)
-        self.engine.balance()
-
-    def on_refused(self, _, kind, text):
-        self.engine.fail_all(refusal(kind, text))
+        self.engine.libraries.check_server(versions)
+        self.engine.pool.balance()
 
     def on_ended(self, _, number, how):
         self.heard = time.monotonic()
-        slot = self.slots.get(number)
-        if slot:
+        if slot := self.slots.get(number):
             slot.ended = how
-            self.engine.slot_ending(slot)
+            self.engine.pool.ending(slot)
 
     def on_late(self, _, number, call):
         slot = self.slots.get(number)
         if slot and call in slot.calls:           # it had not begun yet, or its result is on its way: ask again
-            asyncio.get_running_loop().call_later(0.05, self.engine.kill, slot, call)
+            asyncio.get_running_loop().call_later(0.05, self.kill, slot, call)
 
     def on_output(self, connection, pid, stream, text, dropped):
         self.heard = time.monotonic()
-        self.engine.show(connection, self.name, pid, stream, text, dropped)
+        self.engine.output.show(connection, self.name, pid, stream, text, dropped)
 
     def on_notice(self, _, what, text):
         self.heard = time.monotonic()
         if what == "draining":
             self.draining = True
-            self.engine.balance()
+            self.engine.pool.balance()
         elif what == "renew":
-            self.engine.renew(self)
+            self.engine.pool.renew(self)
         elif what == "building":
-            self.engine.show_building(self, text)
+            self.engine.libraries.show_progress(f"{self.name}: {text}")
         elif what == "broken":
-            self.engine.libraries_broken(self, text)
+            self.engine.libraries.cannot_be_built(self, text)
 
 
-def refusal(kind, text):
-    """The error that a peer's `refused` stands for."""
-    known = {cls.__name__: cls for cls in (VersionMismatch, SecretError, ProtocolError, ConfigurationError)}
-    return known.get(kind, ClupyError)(text)
+class Output:
+    """What calls print, in the client's own output, by a thread that may block.
+
+    The thread is there before the first slot: when the interpreter ends, and the last lines come, none can be started."""
+
+    def __init__(self, engine):
+        self._engine, self._entries, self._thread = engine, SimpleQueue(), None
+
+    def start(self):
+        if self._thread is None and self._engine.settings.output:
+            self._thread = threading.Thread(target=self._print, name="clupy-output", daemon=True)
+            self._thread.start()
+
+    def show(self, connection, server, pid, stream, text, dropped):
+        self._entries.put((connection, server, pid, stream, text, dropped))
+
+    def end(self):
+        """No more will come."""
+        self._entries.put(None)
+
+    def join(self):
+        """Wait until all is shown, for CLOSE_TIME at most."""
+        if self._thread:
+            self._thread.join(CLOSE_TIME)
+
+    def _print(self):
+        while (entry := self._entries.get()) is not None:
+            connection, server, pid, stream, text, dropped = entry
+            target = sys.stderr if stream == "err" else sys.stdout
+            lines = text.removesuffix("\n").split("\n") if text else []
+            if dropped:
+                lines.append(f"... {dropped} lines were not shown: more than {UNSEEN_OUTPUT >> 10} KiB were waiting")
+            if target is not None:
+                try:
+                    write_text(target, "".join(f"[{server} {pid}] {line}\n" for line in lines))
+                except (OSError, ValueError) as error:      # a closed pipe or stream: output ends, calls do not
+                    log.debug("output of %s cannot be shown: %s", server, error)
+            self._engine.soon(connection.send, "seen", len(text))
 
 
-class Engine:
-    """One client. `submit`, `cancel`, `cancel_all` and `close` may be called by any thread, all else by its loop."""
+def write_text(stream, text):
+    """Write whole lines at one stroke, so that what other threads print does not come in between.
+
+    Below the text layer where there is one below: up to 3.12.3 a write that finds its buffer full loses what another
+    thread writes meanwhile (python/cpython#119506)."""
+    stream.flush()
+    if buffer := getattr(stream, "buffer", None):
+        buffer.write(text.encode(stream.encoding, "backslashreplace"))
+    else:
+        stream.write(text)
+    stream.flush()
+
+
+# ---- calls inside calls: made by a call that runs in a slot, queued here like any other, newest first
+
+class Children:
+    """Which calls wait for calls that they made.  Each Slot has the table of its own call; only this changes it."""
+
+    def __init__(self, engine):
+        self._engine = engine
+
+    def take(self, slot, calls, functions):
+        """A worker's message `nested`: calls that the call there made."""
+        for id, function in functions.items():
+            if function is None:
+                slot.functions.pop(id, None)
+            else:
+                payload, name, setup = function
+                slot.functions[id] = function_of(forwarded(payload), name, forwarded(setup))
+        for number, parent, function, arguments, timeout, retries, limit in calls:
+            call = Future(self._engine, slot.functions[function], forwarded(arguments), timeout, retries, limit)
+            call._parent, call._outer = (slot, number), parent
+            if parent not in slot.calls:          # made by a thread that its call left behind
+                slot.send("results", [(number, False, pack_exception(CancelledError()))])
+                continue
+            if parent not in slot.children:
+                slot.children[parent] = {}
+                self._engine.backlog.suspend(slot, slot.calls[parent], 1)
+            slot.children[parent][number] = call
+            self._engine.enqueue(call)
+        self._engine.master_side.update_wanted()
+        self._engine.pool.balance()
+
+    def ended(self, call):
+        """A nested call has its outcome."""
+        slot, number = call._parent
+        children = slot.children.get(call._outer, {})
+        if children.pop(number, None) and not children:
+            self._resume(slot, call._outer)
+
+    def cancel_of(self, slot, parent):
+        """The call ended, for whatever cause: nobody waits for its children."""
+        for call in list(slot.children.get(parent, {}).values()):
+            call.cancel()
+        if parent in slot.children:
+            self._resume(slot, parent)
+
+    def forget(self, slot, numbers):
+        """A worker's message `forget`: these nested calls were cancelled there."""
+        for children in list(slot.children.values()):
+            for number in numbers:
+                if number in children:
+                    children[number].cancel()
+
+    def _resume(self, slot, parent):
+        del slot.children[parent]
+        if call := slot.calls.get(parent):
+            self._engine.backlog.suspend(slot, call, -1)
+
+    def starving(self, slots):
+        """A nested call that must run, however many others do, or None: its parent, in one of these slots, has no child in any
+        slot.  So a call that waits always goes on some day, whatever the others wait for: a lock that it holds, perhaps."""
+        for slot in slots:
+            if slot.suspended and not slot.children_sent:
+                waiting = [call for children in slot.children.values() for call in children.values() if is_waiting(call)]
+                if waiting:
+                    return min(waiting, key=rank)
+        return None
+
+
+# ---- calls on their way
+
+class Feeder:
+    """Moves calls: from the Backlog into slots, back when their slot cannot run them soon, out when they have an outcome."""
+
+    def __init__(self, engine):
+        self._engine, self._backlog = engine, engine.backlog
+        self._watching = False                    # `_recall_stalled` is about to look
+
+    def feed(self):
+        """Give the slots that run out of work their next calls."""
+        if not self._backlog.queued:
+            return
+        slots = [slot for slot in self._engine.pool.slots() if slot.takes_calls]
+        slots.sort(key=lambda slot: (slot.load, -slot.heard))             # of the idle ones that which is still warm
+        quota = self._quota(len(slots))
+        for slot in slots:
+            self.fill(slot, quota)
+
+    def _quota(self, slots):
+        """How many calls one slot may take, so that others get their part of few."""
+        return max(1, -(-self._backlog.queued // max(1, slots)))
+
+    def fill(self, slot, quota=None):
+        """Send the slot its next calls, if it runs out of work soon."""
+        if not slot.takes_calls or not self._backlog.queued:
+            return
+        batch, items, now = [], [], time.monotonic()
+        if not slot.calls and self._engine.pool.is_crowded(slot.link):
+            call = self._engine.children.starving(self._engine.pool.slots())
+            if call is not None and self._backlog.take(slot, call):
+                self._add(slot, call, now, batch, items)
+        else:
+            if quota is None:
+                quota = self._quota(len(slot.link.slots))
+            while (len(batch) < quota and slot.has_room
+                   and (call := self._backlog.next_for(slot)) is not None):
+                self._add(slot, call, now, batch, items)
+        if not items:
+            return
+        with Future._condition:
+            for call in batch:
+                if call._state == PENDING:
+                    call._state = RUNNING
+        if len(batch) == len(slot.calls):
+            slot.heard = now
+        slot.send("calls", items)
+        if len(slot.calls) > 1:
+            self._watch()
+
+    def _add(self, slot, call, now, batch, items):
+        """One more call for the message `calls`, with its function if the worker does not know that."""
+        arguments, call._slot = call._arguments, slot
+        if arguments is None:                     # it was cancelled just now
+            return
+        function = call._function
+        new, dropped = slot.known.learn(function)
+        if new:
+            items += [(0, id, None, None) for id in dropped]
+            items.append((0, function.id, function.payload, (function.name, function.setup)))
+        items.append((call._number, function.id, arguments, call._timeout))
+        slot.add(call, now)
+        self._backlog.sent(slot, call)
+        if call._parent:
+            call._parent[0].children_sent += 1
+        batch.append(call)
+
+    def _remove(self, slot, call):
+        """Undo `_add`: the call is under way there no more."""
+        slot.remove(call)
+        self._backlog.unsent(slot, call)
+        if call._parent:
+            call._parent[0].children_sent -= 1
+
+    # -- back
+
+    def _watch(self):
+        """Look after STALL_TIME whether calls wait behind a long one, or behind many while another slot idles."""
+        if not self._watching:
+            self._watching = True
+            self._engine.loop.call_later(STALL_TIME, self._recall_stalled)
+
+    def _recall_stalled(self):
+        self._watching = False
+        now, slots = time.monotonic(), self._engine.pool.slots()
+        idle = not self._backlog.queued and any(slot.state == OPEN and not slot.calls for slot in slots)
+        for slot in slots:
+            if len(slot.calls) > 1:
+                if slot.recalled is None and (idle or now - slot.heard >= STALL_TIME):
+                    slot.recall()
+                self._watch()
+
+    def take_back(self, slot, numbers):
+        """A worker's message `returned`: it has not begun these, and will not."""
+        calls = [slot.calls[number] for number in numbers if number in slot.calls]
+        for call in calls:
+            self._remove(slot, call)
+        slot.recalled = "answered" if slot.calls else None
+        self.put_back([call for call in calls if call._state not in _DONE])
+        for call in list(slot.calls.values()):
+            if call._state in _DONE:              # cancelled while others waited behind it
+                slot.link.kill(slot, call._number)
+        self._engine.pool.end_if_empty(slot)
+        self._engine.pool.balance()               # a nested call may want a slot of its own
+
+    def put_back(self, calls):
+        """To the others that wait, as if they had never been sent."""
+        with Future._condition:
+            for call in calls:
+                if call._state == RUNNING:
+                    call._state = PENDING
+        self._backlog.put_back(calls)
+
+    # -- out
+
+    def take_results(self, slot, results, seconds):
+        """A worker's message `results`; seconds: what all of them took."""
+        mean, outcomes, last = seconds / len(results), [], None
+        for number, succeeded, value in results:
+            call = slot.calls.get(number)
+            if call is None:
+                continue
+            if slot.children:
+                self._engine.children.cancel_of(slot, number)
+            self._remove(slot, call)
+            if call._function is not last:
+                last = call._function
+                last.mean = mean if last.mean is None else 0.7 * last.mean + 0.3 * mean
+            call._took = slot.heard - call._sent_at
+            outcomes.append((call, succeeded, value))
+        if slot.recalled == "answered":
+            slot.recalled = None
+        self.finish(outcomes)
+        self._engine.pool.end_if_empty(slot)
+        self.fill(slot)
+        if self._backlog.queued and any(not other.calls for other in self._engine.pool.slots() if other is not slot):
+            self.feed()
+
+    def slot_over(self, slot, how):
+        """The unanswered calls of a slot that ended get what `verdicts` says."""
+        outcomes, again, calls = [], [], list(slot.calls.values())
+        for call, (verdict, charged, spared) in zip(calls, verdicts(calls, how)):
+            self._engine.children.cancel_of(slot, call._number)
+            self._remove(slot, call)
+            call._tries += charged
+            call._spared += spared
+            if verdict == "again":
+                again.append(call)
+            else:
+                make = {"done": lambda *_: CancelledError(), "timeout": timed_out, "died": died}[verdict]
+                outcomes.append((call, False, make(call, slot, how)))
+        self.put_back(again)
+        self.finish(outcomes)
+
+    def finish(self, outcomes):
+        """Every call ends here, exactly once: [(call, succeeded, value)]."""
+        conclude(outcomes)
+        answers = collections.defaultdict(list)
+        for call, succeeded, value in outcomes:
+            if self._backlog.finish(call) and call._parent:
+                slot, number = call._parent
+                self._engine.children.ended(call)
+                if isinstance(value, BaseException):
+                    value = pack_exception(value)
+                answers[slot].append((number, succeeded, forwarded(value)))
+        for slot, results in answers.items():
+            slot.send("results", results)
+
+    def cancelled(self, call):
+        """A call was cancelled by its caller: it has its outcome, the rest of it must go."""
+        self.finish([(call, False, CancelledError())])
+        slot = call._slot
+        if slot is None or call._number not in slot.calls:
+            return
+        if len(slot.calls) > 1:
+            slot.recall()                         # `take_back` kills it if it is not among what comes back
+        else:
+            slot.link.kill(slot, call._number)
+
+    def fail_waiting(self, error):
+        """The outcome of all calls that wait for a slot."""
+        waiting = self._backlog.waiting()
+        if waiting and not self._engine.closed:
+            log.warning("calls cannot run (%s): %s", len(waiting), error)
+        self.finish([(call, False, error) for call in waiting])
+
+
+# ---- slots: as many as the share says, where it says
+
+def slot_changes(slots, granted, draining, starving, now):
+    """(slots to leave, how many to open, how many to open beyond the share) on one server.  Pure.
+
+    granted: what the share allows there.  A call that waits for nested ones does not use its slot: as long as it waits there
+    may be one more, a nested slot.  starving: a nested call there must run, whatever else does."""
+    staying = [slot for slot in slots if slot.state <= OPEN or slot.state == LEAVING and slot.suspended]
+    active = [slot for slot in staying if not slot.suspended]
+    idle = [slot for slot in active if not slot.calls]
+    if draining:
+        granted = int(len(active) < len(staying))              # nothing new, but children must run
+    missing = granted - len(active)
+    plain = max(0, min(missing, granted - sum(not slot.nested for slot in staying)))
+    leaving = []
+    if missing < 0:
+        least = sorted(active, key=lambda slot: (len(slot.calls), slot.load))[:-missing]
+        leaving = [slot for slot in least if slot.calls or not starving and not (
+            slot.nested and granted and now - slot.heard < LINGER_TIME)]
+    return leaving, plain, max(missing - plain, int(starving and not idle), 0)
+
+
+class Pool:
+    """Which slots are open where, as the share says."""
+
+    def __init__(self, engine):
+        self._engine = engine
+        self.links = {}                           # {server id: ServerLink}
+        self.share = {}                           # {server id: ((host, port), slots)}; the last one from the master
+        self._failures = 0                        # slots in a row that failed here, not at a server
+        self._numbers = itertools.count(1)        # of slots
+        self._short = False                       # it was said that there are too few descriptors
+
+    def __repr__(self):
+        return f"<Pool {len(self.links)} servers, {len(self.slots())} slots>"
+
+    def slots(self):
+        return [slot for link in self.links.values() for slot in link.slots.values()]
+
+    def is_crowded(self, link):
+        """Whether the calls that run there, less those that wait for nested ones, are all that the share allows."""
+        granted = self._granted(link)
+        return granted is not None and sum(bool(slot.calls) and not slot.suspended
+                                           for slot in link.slots.values()) >= max(granted, 1)
+
+    def _granted(self, link):
+        """Slots there by the share; None: it does not name the server, so what is open stays."""
+        return self.share[link.id][1] if link.id in self.share else None
+
+    def balance(self):
+        """Open and leave slots until they are what the share says, and feed them."""
+        if self._engine.closed:
+            return
+        for id, (address, count) in self.share.items():
+            if count and id not in self.links:
+                self.links[id] = ServerLink(self._engine, id, address)
+        for link in list(self.links.values()):
+            if link.session is not None and link.connection:
+                self._balance_link(link)
+        self._fail_stuck()
+        self._engine.feeder.feed()
+
+    def _balance_link(self, link):
+        granted, now, backlog = self._granted(link), time.monotonic(), self._engine.backlog
+        if granted is None and not link.draining:
+            return
+        slots = list(link.slots.values())
+        starving = self._engine.children.starving(slots) is not None
+        leaving, plain, nested = slot_changes(slots, granted, link.draining, starving, now)
+        for slot in leaving:
+            self.leave(slot)
+        if not self._engine.master_side.count_wanted() or now < link.retry_at:
+            return
+        for _ in range(plain):
+            self._open(link, nested=False)
+        for _ in range(min(nested, backlog.queued, link.max_nested - sum(slot.nested for slot in link.slots.values()))):
+            self._open(link, nested=True)
+
+    def _fail_stuck(self):
+        """Calls inside calls that wait for each other in all workers that there may be: the newest of them fails."""
+        slots = self.slots()
+        if not slots or not all(slot.suspended for slot in slots) or self._engine.children.starving(slots) is None:
+            return
+        links = {slot.link for slot in slots}
+        if all(sum(slot.nested for slot in link.slots.values()) >= link.max_nested for link in links):
+            call = self._engine.children.starving(slots)
+            self._engine.feeder.finish([(call, False, ClupyError(
+                f"calls inside calls wait for each other in all workers of {', '.join(link.name for link in links)} (max_nested "
+                f"is {max(link.max_nested for link in links)}); a module that makes calls when it is imported does so in every "
+                "worker: put them under if __name__ == '__main__'"))])
+
+    # -- from opening to over
+
+    def _open(self, link, nested):
+        if descriptors_left() - sum(slot.transport is None for slot in self.slots()) <= FREE_DESCRIPTORS:
+            if not self._short:
+                self._short = True                # once; with the slots that there are it goes on
+                log.warning("no more slots than these %s: nearly all files that this process may open are open, and a slot is "
+                            "one; raise the limit (ulimit -n)", len(self.slots()))
+            return
+        self._engine.output.start()
+        slot = Slot(link, next(self._numbers), nested)
+        link.slots[slot.number] = slot
+        slot.task = asyncio.create_task(self._connect(slot))
+
+    async def _connect(self, slot):
+        """Make the slot's connection; what goes wrong concerns this slot alone."""
+        link, settings = slot.link, self._engine.settings
+        try:
+            sock = await connect_socket(*link.address)
+            try:
+                tune(sock, user_timeout=False)
+                async with asyncio.timeout(HANDSHAKE_TIME):
+                    head = preamble(SLOT) + slot_head(link.key, link.session, slot.number, slot.nested)
+                    await self._engine.loop.sock_sendall(sock, head)
+                context = tls_context(settings, "dial")
+                tls = {"server_hostname": link.address[0], "ssl_handshake_timeout": NO_LIMIT} if context else {}
+                await self._engine.loop.create_connection(lambda: as_protocol(slot), sock=sock, ssl=context, **tls)
+            except BaseException:
+                sock.close()
+                raise
+            slot.send("opening", own_modules())
+        except Exception as error:                # whatever it is, the calls must not wait for this slot
+            self._not_opened(slot, error)
+
+    def _not_opened(self, slot, error):
+        link, engine = slot.link, self._engine
+        slot.gone = True
+        if slot.transport:
+            slot.transport.abort()
+        self.end(slot)
+        self.ending(slot)
+        link.failures += 1
+        link.retry_at = time.monotonic() + min(RETRY_TIME, 0.5 * 2 ** min(link.failures, 10))
+        if not isinstance(error, OSError):
+            self._failures += 1
+            log.error("a slot at %s cannot be opened", link.name, exc_info=error)
+            if self._failures >= MAX_FAILURES:
+                engine.feeder.fail_waiting(ClupyError(f"no slot can be opened, the last time because of {error!r}"))
+        elif link.failures == 1:
+            log.warning("no slot at %s: %s", link.name, error or type(error).__name__)
+        elif link.failures >= MAX_FAILURES and link.connection and not any(s.state == OPEN for s in link.slots.values()):
+            log.warning("giving up server %s: %s slots in a row could not be opened, the last one because of: %s", link.name,
+                        link.failures, error or type(error).__name__)
+            link.connection.close()               # as a server that cannot be reached: again after RETRY_TIME
+
+    def opened(self, slot):
+        """Its worker is there."""
+        if slot.state == OPENING:
+            slot.state = OPEN
+        slot.link.failures = self._failures = 0
+        self._engine.libraries.opened(slot.link)
+        self._engine.feeder.fill(slot)
+
+    def renew(self, link):
+        """The libraries changed: slots with the old ones go back after the calls under way."""
+        for slot in list(link.slots.values()):
+            self.leave(slot)
+        self.balance()
+
+    def leave(self, slot):
+        """Give the slot back after the call that runs in it."""
+        if slot.state <= OPEN:
+            slot.state = LEAVING
+        if len(slot.calls) > 1:
+            slot.recall()
+        self.end_if_empty(slot)
+
+    def end_if_empty(self, slot):
+        if slot.state == LEAVING and not slot.calls:
+            self.end(slot)
+
+    def end(self, slot):
+        """Ask the server to end the slot, now."""
+        if not slot.closing:
+            slot.closing, slot.state = True, max(slot.state, ENDING)
+            slot.link.send("close", slot.number)
+
+    def ending(self, slot):
+        """Its connection was read to its end, or its worker has ended: wait for the other, or for 1 s of silence."""
+        if slot.state == OVER:
+            return
+        slot.state = ENDING
+        if slot.gone and slot.ended is not None:
+            self._settle(slot)
+        else:
+            self._engine.loop.call_later(1.0, self._settle_late, slot, slot.heard)
+
+    def _settle_late(self, slot, heard):
+        if slot.state < OVER and slot.heard != heard and not slot.gone:
+            self._engine.loop.call_later(1.0, self._settle_late, slot, slot.heard)      # results are still arriving
+        elif slot.state < OVER:
+            self._settle(slot)
+
+    def _settle(self, slot):
+        """See to the calls that got no answer."""
+        slot.state = OVER
+        slot.link.slots.pop(slot.number, None)
+        if slot.ended is None:
+            self.end(slot)                        # its worker may not know yet
+        if slot.transport:
+            slot.transport.abort()
+        how = slot.ended or {"why": Why.LOST, "begun": None}
+        if how["why"] == Why.MAX_NESTED:
+            slot.link.retry_at = time.monotonic() + LINGER_TIME
+        self._engine.feeder.slot_over(slot, how)
+        self._engine.libraries.slot_over(slot.link)
+        self.balance()
+
+    # -- servers that are gone
+
+    def link_lost(self, link):
+        """The control connection could not be made, or ended, and with it, soon, every slot there."""
+        link.lost_at = time.monotonic()
+        self.share.pop(link.id, None)
+        for slot in list(link.slots.values()):
+            self.ending(slot)
+        self._engine.master_side.state()
+
+    def judge(self, now):
+        """Forget servers that were lost long enough ago to be tried again, and give up those that are silent."""
+        for link in list(self.links.values()):
+            if link.lost_at is not None and now - link.lost_at > RETRY_TIME and not link.slots:
+                del self.links[link.id]
+                self._engine.libraries.forget(link)
+            heard = max([link.heard] + [slot.heard for slot in link.slots.values()])
+            if link.connection and now - heard > SILENCE_TIME and any(slot.calls for slot in link.slots.values()):
+                log.warning("server %s has been silent for %g s; it is lost", link.name, SILENCE_TIME)
+                link.connection.close()
+
+    def restart_clocks(self, now):
+        """We slept, not the others."""
+        for link in self.links.values():
+            for one in (link, *link.slots.values()):
+                one.heard = now
+
+
+# ---- this client's libraries
+
+class OwnLibraries:
+    """This client's own list of libraries, and how its versions differ from the cluster's."""
+
+    def __init__(self, engine, dependencies):
+        self._engine = engine
+        self.dependencies = dependencies          # Dependencies: its list; None: it has none
+        self.resolution = None                    # Resolution of it and the master's; None: the cluster's
+        self.resolving = bool(dependencies and dependencies.libraries)    # no slots are wanted until the list is resolved
+        self.checking = engine.settings.library_check == "error"          # nor until versions were compared, if that matters
+        self.broken = {}                          # {server id: why our libraries cannot be built there}
+        self._shown = False                       # a line of pip's stands on the terminal
+
+    @property
+    def awaited(self):
+        """Whether calls must not start yet."""
+        return self.resolving or self.checking
+
+    def master_joined(self, connection):
+        if self.dependencies and self.dependencies.libraries:
+            task = self._engine.loop.create_task(self._send_list(connection))
+            task.add_done_callback(self._list_sent)
+        elif self._engine.settings.library_check != "off" and not self._engine.embedded:
+            connection.send("libraries", None)
+        if self._engine.embedded:
+            self.checking = False                 # workers run this very Python
+
+    async def _send_list(self, connection):
+        own, wheels = await clupy_master.packed(self.dependencies, self.show_progress)
+        connection.send("resolve", own.libraries, own.pip_options, wheels)
+
+    def _list_sent(self, task):
+        if not task.cancelled() and task.exception():
+            self._engine.fail_all(task.exception())
+
+    def resolved(self, found, error):
+        """The master's answer."""
+        self.clear_progress()
+        if error and self.resolution is None:
+            self._engine.fail_all(DependencyError(*error))
+        elif error:
+            log.warning("our libraries stay as they were: %s", DependencyError(*error))
+        else:
+            self.resolution, self.resolving = clupy_master.Resolution.of(found), False
+            self.check(self.resolution)
+            for link in self._engine.pool.links.values():
+                link.greet()                      # the server asks for the slots back once it has the new ones
+            self._engine.master_side.update_wanted()
+            self._engine.master_side.state()
+
+    def check(self, resolution):
+        """Compare the libraries of its workers with this client's, in a thread, since it reads files."""
+        if self._engine.settings.library_check != "off" and not self._engine.embedded:
+            threads.run(self._check, resolution.pins)
+
+    def _check(self, pins):
+        try:
+            clupy_master.check_libraries(pins, self._engine.settings.library_check)
+        except LibraryMismatch as error:
+            self._engine.soon(self._engine.fail_all, error)
+        self._engine.soon(self._checked)
+
+    def _checked(self):
+        self.checking = False
+        self._engine.master_side.update_wanted()
+
+    def check_server(self, versions):
+        """cloudpickle is in no list as a rule, but everything travels by it."""
+        if not self._engine.embedded and versions.get("cloudpickle"):      # before a slot is opened
+            try:
+                pins = [clupy_master.Pin("cloudpickle", versions["cloudpickle"])]
+                clupy_master.check_libraries(pins, self._engine.settings.library_check)
+            except LibraryMismatch as error:
+                self._engine.fail_all(error)
+
+    def show_progress(self, line):
+        self._shown = True
+        clupy_master.show_progress(f"clupy: {line}")
+
+    def clear_progress(self):
+        if self._shown:
+            self._shown = False
+            clupy_master.show_progress("")
+
+    # -- servers that cannot have them
+
+    def cannot_be_built(self, link, why):
+        """Use other servers; if the next share names none, the calls hear of it."""
+        self.broken[link.id] = why
+        link.draining = True                      # what runs there, in the environment before, goes on
+        self._engine.pool.balance()
+        self.slot_over(link)
+
+    def slot_over(self, link):
+        """Leave a server for good on which our libraries cannot be had, and nothing runs any more."""
+        if link.id in self.broken and not link.slots and link.connection:
+            link.connection.close()
+
+    def opened(self, link):
+        """A slot is open there, so they can be had."""
+        self.broken.pop(link.id, None)
+        self.clear_progress()
+
+    def forget(self, link):
+        self.broken.pop(link.id, None)
+
+    def judge(self, share):
+        """The outcome of the calls where no server is left that might have our libraries."""
+        if self.broken and not any(slots or id not in self.broken for id, (_, slots) in share.items()):
+            why = next(iter(self.broken.values()))
+            self._engine.feeder.fail_waiting(DependencyError(why.partition("\n")[0], why.split("\n")[1:]))
+
+
+# ---- what the master is told, and says
+
+class MasterSide:
+    """What this client wants of its master, and what becomes of its calls without one."""
+
+    def __init__(self, engine):
+        self._engine = engine
+        self.link = None                          # MasterLink, once the masters' addresses are known
+        self._wanted = (0, 0.0)                   # most slots wanted, and when
+        self._stated = 0.0                        # when the last statement was sent
+        self._stating = False                     # one is about to be sent
+        self._unserved = None                     # since when calls wait without any slot; inf: it was said
+
+    def __repr__(self):
+        return f"<MasterSide {self.link} {self._wanted[0]} wanted>"
+
+    def master_joined(self, connection):
+        self._engine.libraries.master_joined(connection)
+        self.state()
+
+    def master_lost(self):
+        """Calls that have slots go on; `judge` looks after the others."""
+
+    def state(self):
+        """Say to the master what this client wants."""
+        self._stating, now = False, time.monotonic()
+        if now - self._wanted[1] > 1.0:
+            self._wanted = self.count_wanted(), now
+        self._stated = now
+        if self.link and self.link.connection:
+            unreachable = [link.id for link in self._engine.pool.links.values() if link.lost_at is not None]
+            resolution = self._engine.libraries.resolution
+            self.link.connection.send("client", self._engine.id, self._wanted[0], unreachable,
+                                      resolution and resolution.hash)
+
+    def count_wanted(self):
+        """How many slots the unfinished calls could use now."""
+        return 0 if self._engine.libraries.awaited else self._engine.backlog.wanted
+
+    def update_wanted(self):
+        """After a change of the unfinished calls: a larger wish is stated at once, or after GATHER_TIME."""
+        wanted = self.count_wanted()
+        if wanted > self._wanted[0]:
+            self._wanted = wanted, time.monotonic()
+            if not self._stating:
+                self._stating = True
+                self._engine.loop.call_later(max(0.0, self._stated + GATHER_TIME - time.monotonic()), self.state)
+
+    def judge(self, now):
+        """State what is due, and look after calls that wait without any slot."""
+        if now - self._stated >= STATEMENT_TIME * 0.9:
+            self.state()
+        if self.link:
+            self.link.look(now)
+        if self._engine.pool.slots() or not self._engine.backlog.queued or not self.count_wanted():
+            self._unserved = None
+            return
+        if self._unserved is None:
+            self._unserved = now
+        elif now - self._unserved > UNSERVED_TIME and self.link:
+            self._unserved = math.inf             # said once
+            self._say_unserved()
+        if self.masterless(now) > self._engine.settings.patience:
+            self._engine.feeder.fail_waiting(self.unreachable())
+
+    def _say_unserved(self):
+        calls = self._engine.backlog.queued
+        if self.link.connection:
+            log.warning("calls wait (%s): the master at %s has no server with a slot for them; start one with: "
+                        "python -m clupy serve", calls, self.link.connection.peer)
+        else:
+            log.warning("calls wait (%s), for %g s at most: %s", calls, self._engine.settings.patience, self.unreachable())
+
+    def restart_clocks(self, now):
+        """We slept, not the others."""
+        if self.link:
+            self.link.lost_at = now
+
+    def masterless(self, now):
+        """Seconds without a master."""
+        return 0.0 if self.link is None or self.link.connection else now - self.link.lost_at
+
+    def unreachable(self):
+        why = self.link.why_lost if self.link else "none was found yet"
+        return MasterUnreachable(f"no master for {self.masterless(time.monotonic()):.1f} s ({why}); "
+                                 "is `python -m clupy master` running there?")
+
+    # -- messages from the master
+
+    def on_share(self, _, share, services):
+        engine = self._engine
+        engine.pool.share = {id: ((host or self.link.host, port), slots) for id, ((host, port), slots) in share.items()}
+        if services != engine.said:
+            engine.said = services
+        engine.joined.set()
+        engine.pool.balance()
+        engine.libraries.judge(engine.pool.share)
+
+    def on_leader(self, _, address):
+        self.link.follow(address)
+
+    def master_refused(self, error):
+        """No master can be ours, as all of them said."""
+        self._engine.fail_all(error)
+
+    def on_resolved(self, _, found, error):
+        self._engine.libraries.resolved(found, error)
+
+    def on_libraries(self, _, _hash, found):
+        self._engine.libraries.check(clupy_master.Resolution.of(found))
+
+    def on_notice(self, _, what, text):
+        self._engine.libraries.show_progress(text)
+
+
+# ---- the client
+
+class Engine(BaseEngine):
+    """One client: its thread, its loop, its rooms.  Any thread may call the methods of BaseEngine; all else is the loop's."""
 
     def __init__(self, settings, secret=None, dependencies=None):
         self.id = os.urandom(8).hex()
         self.settings = settings
         self.secret = secret                      # None: an embedded cluster makes its own
-        self.dependencies = dependencies          # this client's own list
-        self.libraries = None                     # Resolution of it and the master's; None: the cluster's
-        self.resolving = bool(dependencies and dependencies.libraries)   # no slots are wanted until the list is resolved
-        self.checking = settings.library_check == "error"          # nor until the libraries were compared, if that matters
-        self.broken = {}                          # {server name: why our libraries cannot be built there}
+        self.embedded = None                      # (Master, Server) of the embedded cluster
+        self.fatal = None                         # an error that every call gets from now on
+        self.joined = threading.Event()           # a first share, or a fatal error, is there
         self.pid = os.getpid()
+        self.backlog = Backlog()
+        self.output = Output(self)
+        self.children = Children(self)
+        self.feeder = Feeder(self)
+        self.pool = Pool(self)
+        self.libraries = OwnLibraries(self, dependencies)
+        self.master_side = MasterSide(self)
         self._inbox = collections.deque()         # calls from any thread, not yet seen by the loop
         self._awake = False                       # the loop will look at the inbox
-        self._queue = collections.deque()         # calls that wait for a slot, next one first
-        self._numbers = itertools.count(1)
-        self._unlimited = Limit()                 # the calls without a limit of their own
-        self._limits = set()                      # limits with unfinished calls
-        self._links = {}                          # {server id: ServerLink}
-        self._share = {}                          # {server id: ((host, port), slots)}; the last one from the master
-        self.said = {}                       # what the master says of Redis and ZooKeeper
-        self._master = None                       # MasterLink
-        self._wanted = (0, 0.0)                   # most slots wanted, and when
-        self._stated = 0.0                        # when the last statement was sent
-        self.fatal = None                        # an error that every call gets from now on
-        self._closing = False
-        self._watching = self._stating = False
-        self._unserved = None                     # since when calls wait without any slot; inf: it was said
-        self._progress = False                    # a line of pip's stands on the terminal
-        self._printer = self._printing = None     # queue and thread that show what calls print
-        self.joined = threading.Event()           # a first share, or a fatal error, is there
-        self.embedded = None                      # (Master, Server) of the embedded cluster
+        self._numbers = itertools.count(1)        # of calls
         self._selector = selectors.DefaultSelector()
         self.loop = asyncio.SelectorEventLoop(self._selector)
         self._thread = threading.Thread(target=self._main, name="clupy-engine", daemon=True)
         self._thread.start()
 
     def __repr__(self):
-        slots = sum(len(link.slots) for link in self._links.values())
-        return f"<Engine {self.id[:6]} {len(self._queue)} calls waiting, {slots} slots{' closing' if self._closing else ''}>"
+        return f"<Engine {self.id[:6]} {self.backlog} {self.pool}{' closed' if self.closed else ''}>"
 
     # -- for any thread
 
@@ -2430,69 +3709,61 @@ class Engine:
         self._inbox.append(call)
         if not self._awake:
             self._awake = True
-            self._soon(self._pump)
+            self.soon(self._pump)
 
     def cancel(self, call):
-        self._soon(self._cancelled, call)
+        self.soon(self._cancelled, call)
+
+    def soon(self, function, *args):
+        """Call the function in the loop."""
+        try:
+            self.loop.call_soon_threadsafe(function, *args)
+        except RuntimeError:                      # the loop is closed
+            self._lose()
+
+    def calls(self):
+        if self.closed:
+            return []
+        return asyncio.run_coroutine_threadsafe(self._calls(), self.loop).result()
 
     def cancel_all(self):
         """Cancel every unfinished call of this client; those made after it returned are not among them."""
         done = threading.Event()
-        self._soon(self._cancel_all)
-        self._soon(done.set)
-        if not self._closing:
+        self.soon(self._cancel_all)
+        self.soon(done.set)
+        if not self.closed:
             done.wait(CLOSE_TIME)
 
     def close(self):
         """End all calls and slots; returns when the last output was shown, after CLOSE_TIME at most."""
-        if self._closing or self.pid != os.getpid():
+        if self.closed or self.pid != os.getpid():
             return
-        self._closing = True
+        self.closed = True
         try:
             asyncio.run_coroutine_threadsafe(self._close(), self.loop).result(CLOSE_TIME + 2)
         except TimeoutError:
             log.error("closing took more than %g s; leaving the rest to the servers", CLOSE_TIME + 2)
-        if self._printing:
-            self._printing.join(CLOSE_TIME)       # the last lines are read, but may not be shown yet
-        self._soon(self.loop.stop)
+        self.output.join()                        # the last lines are read, but may not be shown yet
+        self.soon(self.loop.stop)
         self._thread.join(CLOSE_TIME)
-        _engines.discard(self)
         self._lose()
 
     def unfinished(self):
         """About how many calls have no outcome yet."""
-        return 0 if self._closing else len(self._inbox) + self._unlimited.pending + sum(
-            limit.pending for limit in list(self._limits))
+        return 0 if self.closed else len(self._inbox) + self.backlog.pending
 
     def grow(self, slots):
-        """At least so many slots, if this is an embedded cluster."""
-        self._soon(self._grow, slots)
+        self.soon(self._grow, slots)
 
     def services(self, patience):
-        """What the master says of Redis and ZooKeeper; {} if this cluster is embedded, or nothing is heard in time."""
         if not self.joined.wait(patience):
-            raise self.unreachable()
+            raise self.master_side.unreachable()
         if self.fatal and not self.said:
             raise self.fatal
-        return {} if self.embedded else self.said
+        return {} if self.embedded else self.said or {}
 
-    def settle(self, limit):
-        """Wait until no call of this limit is unfinished."""
-        if self._closing:
-            return
-        asyncio.run_coroutine_threadsafe(self._pumped(), self.loop).result()
-        limit.idle.wait()
-
-    def cancel_limit(self, limit):
-        """Cancel the calls of this limit that have not been sent to a worker."""
-        if self._closing:
-            return
-        asyncio.run_coroutine_threadsafe(self._pumped(), self.loop).result()
-        for call in [call for call in [*self._queue, *limit.waiting] if call._limit is limit]:
-            call.cancel()
-
-    async def _pumped(self):
-        self._pump()
+    def release(self, names):
+        self.soon(lambda: [link.send("release", names) for link in self.pool.links.values()])
 
     def abandon(self):
         """In a forked child: close every descriptor by number, and tell the child's copies of calls that they are lost.
@@ -2501,17 +3772,9 @@ class Engine:
         for number in () if self.loop.is_closed() else self.descriptors():
             with contextlib.suppress(OSError):    # closed by the parent's loop in this very moment
                 os.close(number)
-        self._inbox.extend([*self._waiting(), *(call for slot in self._slots() for call in slot.calls.values())])
-        for limit in self._limits:                # they outlive the engine, with the functions that have them
-            limit.__init__(limit.most)
-        self._soon = self._lose
+        self._inbox.extend(self.backlog.waiting() + [call for slot in self.pool.slots() for call in slot.calls.values()])
+        self.closed, self.soon = True, self._lose
         self._lose()
-
-    def _soon(self, function, *args):
-        try:
-            self.loop.call_soon_threadsafe(function, *args)
-        except RuntimeError:                      # the loop is closed
-            self._lose()
 
     def _lose(self, *_):
         """No loop will look at the inbox any more."""
@@ -2520,14 +3783,10 @@ class Engine:
         why = "the client was closed" if self.pid == os.getpid() else "the call is one of the process that forked this one off"
         conclude([(call, False, Closed(why)) for call in calls])
 
-    def _waiting(self):
-        """The calls that wait for a slot."""
-        return [*self._queue, *(call for limit in self._limits for call in limit.waiting)]
-
     def descriptors(self):
         """The numbers of the engine's open files: a forked child closes them, and nothing else of the engine."""
         numbers = {key.fd for key in list(self._selector.get_map().values())} | {self._selector.fileno()}
-        for link in list(self._links.values()):
+        for link in list(self.pool.links.values()):
             for slot in list(link.slots.values()):
                 if slot.transport:
                     numbers.add(slot.transport.get_extra_info("socket").fileno())
@@ -2553,12 +3812,12 @@ class Engine:
 
     async def _live(self):
         try:
-            self._master = MasterLink(await self._find_masters(), self.secret, self.settings)
+            self.master_side.link = MasterLink(await self._find_masters(), self.secret, self.settings)
             async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._master.run(self))
+                tasks.create_task(self.master_side.link.run(self.master_side))
                 tasks.create_task(self._tick())
         except* Exception as group:               # the engine's edge: no call may wait for an engine that is no more
-            if not self._closing:                 # else the interpreter ends, and has begun to take things away
+            if not self.closed:                   # else the interpreter ends, and has begun to take things away
                 log.error("the engine failed", exc_info=group)
             self.fail_all(ClupyError(f"the engine failed: {group.exceptions[0]!r}"))
 
@@ -2580,114 +3839,15 @@ class Engine:
     async def _embed(self):
         """Start a master and a server in this loop, on loopback, with a secret of their own."""
         self.secret = os.urandom(32).hex().encode()
-        services = merged_services(self.settings, {})             # the workers' are this process's
+        services = merged_services(self.settings, {})              # the workers' are this process's
         own = {**vars(self.settings), **{key: getattr(services, key) for key in SERVICE_KEYS}}
         master = clupy_master.Master(default_settings("master", **own, listen=("127.0.0.1", 0)), self.secret)
         server = clupy_server.Server(default_settings("server", **{**own, "master": [master.address]}, listen=("127.0.0.1", 0)),
-                        self.secret)
+                                     self.secret)
         master.given = sorted(services.given)
         self.embedded = master, server
         await server.start()
         return master.address
-
-    def master_joined(self, connection):
-        if self.dependencies and self.dependencies.libraries:
-            task = self.loop.create_task(self._send_list(connection))
-            task.add_done_callback(self._list_sent)
-        elif self.settings.library_check != "off" and not self.embedded:
-            connection.send("libraries", None)
-        if self.embedded:
-            self.checking = False                 # workers run this very Python
-        self._state()
-
-    async def _send_list(self, connection):
-        own, wheels = await clupy_master.packed(self.dependencies, self._show_progress)
-        connection.send("resolve", own.libraries, own.pip_options, wheels)
-
-    def _list_sent(self, task):
-        if not task.cancelled() and task.exception():
-            self.fail_all(task.exception())
-
-    def on_resolved(self, _, found, error):
-        self.clear_progress()
-        if error and self.libraries is None:
-            self.fail_all(DependencyError(*error))
-        elif error:
-            log.warning("our libraries stay as they were: %s", DependencyError(*error))
-        else:
-            self.libraries, self.resolving = clupy_master.Resolution.of(found), False
-            self._check(self.libraries.pins)
-            for link in self._links.values():
-                link.greet()                      # the server asks for the slots back once it has the new ones
-            self._update_wanted()
-            self._state()
-
-    def on_libraries(self, _, _hash, found):
-        self._check(clupy_master.Resolution.of(found).pins)
-
-    def _check(self, pins):
-        """Compare the libraries of its workers with this client's, in a thread, since it reads files."""
-        if self.settings.library_check != "off" and not self.embedded:
-            threads.run(self._check_in_thread, pins)
-
-    def _check_in_thread(self, pins):
-        try:
-            clupy_master.check_libraries(pins, self.settings.library_check)
-        except LibraryMismatch as error:
-            self._soon(self.fail_all, error)
-        self._soon(self._checked)
-
-    def _checked(self):
-        self.checking = False
-        self._update_wanted()
-
-    def on_notice(self, _, what, text):
-        self._show_progress(text)
-
-    def _show_progress(self, line):
-        self._progress = True
-        clupy_master.show_progress(f"clupy: {line}")
-
-    def clear_progress(self):
-        if self._progress:
-            self._progress = False
-            clupy_master.show_progress("")
-
-    def master_lost(self):
-        """Calls that have slots go on; `_judge` looks after the others."""
-
-    def _state(self):
-        """Say to the master what this client wants."""
-        self._stating = False
-        now = time.monotonic()
-        most, at = self._wanted
-        if now - at > 1.0:
-            self._wanted = most, _ = self._count_wanted(), now
-        self._stated = now
-        if self._master and self._master.connection:
-            unreachable = [link.id for link in self._links.values() if link.failed_at is not None]
-            self._master.connection.send("client", self.id, PYTHON, most, unreachable,
-                                         self.libraries and self.libraries.hash)
-
-    def _count_wanted(self):
-        """How many slots the unfinished calls could use now."""
-        if self.resolving or self.checking:
-            return 0
-        suspended = collections.Counter(slot.calls[number]._limit for slot in self._slots() for number in slot.children
-                                        if number in slot.calls)
-        limited = sum(min(limit.pending - suspended[limit], limit.most or limit.pending) for limit in self._limits)
-        return self._unlimited.pending - suspended[None] + limited
-
-    def _update_wanted(self):
-        """After a change of the unfinished calls: a larger wish is stated at once, or after GATHER_TIME."""
-        if not self._limits and self._unlimited.pending <= self._wanted[0]:
-            return
-        wanted = self._count_wanted()
-        if wanted > self._wanted[0]:
-            self._wanted = wanted, time.monotonic()
-            if not self._stating:
-                self._stating = True
-                self.loop.call_later(max(0.0, self._stated + GATHER_TIME - time.monotonic()), self._state)
 
     async def _tick(self):
         """Every STATEMENT_TIME: state, and look for what ended without a word."""
@@ -2695,518 +3855,51 @@ class Engine:
         while True:
             await asyncio.sleep(STATEMENT_TIME / 2)
             now = time.monotonic()
-            if now - woke > STATEMENT_TIME / 2 + 1:       # we slept, not the others: start all clocks anew
-                for link in self._links.values():
-                    link.heard = now
-                    for slot in link.slots.values():
-                        slot.heard = now
-                if self._master:
-                    self._master.lost_at = now
+            if now - woke > STATEMENT_TIME / 2 + 1:
+                self.pool.restart_clocks(now)
+                self.master_side.restart_clocks(now)
             woke = now
-            if now - self._stated >= STATEMENT_TIME * 0.9:
-                self._state()
-            if self._master:
-                self._master.look(now)
-            self._judge(now)
-            self.balance()
-
-    def _judge(self, now):
-        for link in list(self._links.values()):
-            if link.failed_at is not None and now - link.failed_at > RETRY_TIME and not link.slots:
-                del self._links[link.id]
-                self.broken.pop(link.id, None)
-            heard = max([link.heard] + [slot.heard for slot in link.slots.values()])
-            if link.connection and now - heard > SILENCE_TIME and any(slot.calls for slot in link.slots.values()):
-                log.warning("server %s has been silent for %g s; it is lost", link.name, SILENCE_TIME)
-                link.connection.close()
-        if self._slots() or not self._waiting() or not self._count_wanted():
-            self._unserved = None
-        elif self._unserved is None:
-            self._unserved = now
-        elif now - self._unserved > UNSERVED_TIME and self._master:
-            self._unserved = math.inf             # said once
-            if self._master.connection:
-                log.warning("calls wait (%s): the master at %s has no server with a slot for them; start one with: "
-                            "python -m clupy serve", len(self._waiting()), self._master.connection.peer)
-            else:
-                log.warning("calls wait (%s), for %g s at most: %s", len(self._waiting()), self.settings.patience,
-                            self.unreachable())
-        if not self._slots() and self._waiting() and self.masterless(now) > self.settings.patience:
-            self._fail_waiting(self.unreachable())
-
-    def masterless(self, now):
-        """Seconds without a master."""
-        return 0.0 if self._master is None or self._master.connection else now - self._master.lost_at
-
-    def unreachable(self):
-        why = self._master.why_lost if self._master else "none was found yet"
-        return MasterUnreachable(f"no master for {self.masterless(time.monotonic()):.1f} s ({why}); "
-                                 "is `python -m clupy master` running there?")
-
-    def _slots(self):
-        return [slot for link in self._links.values() for slot in link.slots.values()]
-
-    # -- messages from the master
-
-    def on_share(self, _, share, services):
-        self._share = {id: ((host or self._master.host, port), slots) for id, ((host, port), slots) in share.items()}
-        if services != self.said:
-            self.said = services
-        self.joined.set()
-        self.balance()
-        if self.broken and not any(slots or id not in self.broken for id, (_, slots) in self._share.items()):
-            why = next(iter(self.broken.values()))             # no server is left that might have our libraries
-            self._fail_waiting(DependencyError(why.partition("\n")[0], why.split("\n")[1:]))
-
-    def on_leader(self, _, address):
-        self._master.follow(address)
-
-    def on_refused(self, _, kind, text):
-        self.fail_all(refusal(kind, text))
-
-    # -- slots: as many as the share says, where it says
-
-    def balance(self):
-        """Open and close slots until they are what the share says."""
-        if self._closing:
-            return
-        for id, (address, slots) in self._share.items():
-            if slots and id not in self._links:
-                self._links[id] = ServerLink(self, id, address)
-        wanted = self._count_wanted()
-        for link in list(self._links.values()):
-            if link.session is not None and link.connection:
-                self._balance_link(link, self._share[link.id][1] if link.id in self._share else None, wanted)
-        self._dispatch()
-
-    def _balance_link(self, link, granted, wanted):
-        """granted: slots there by the share; None: it does not name the server, so keep what is open."""
-        if granted is None and not link.draining:
-            return
-        staying = [slot for slot in link.slots.values()
-                   if (slot.suspended or not slot.leaving) and slot.ended is None and not slot.gone]
-        allowed = granted if not link.draining else int(any(slot.suspended for slot in staying))    # children must run
-        active = [slot for slot in staying if not slot.suspended]
-        if len(active) > allowed:
-            now = time.monotonic()
-            active.sort(key=lambda slot: (len(slot.calls), slot.load))
-            for slot in active[:len(active) - allowed]:
-                if not (slot.nested and allowed and not slot.calls and now - slot.heard < LINGER_TIME):
-                    self._leave(slot)
-        elif allowed and wanted > 0:
-            for _ in range(allowed - len(staying)):
-                self._open(link, nested=False)
-            if (not active and len(staying) >= allowed and time.monotonic() - link.refused_at > LINGER_TIME
-                    and any(call._parent for call in self._queue)):
-                self._open(link, nested=True)
-
-    def _open(self, link, nested):
-        self._start_printing()
-        number = next(self._numbers)
-        slot = link.slots[number] = Slot(link, number, nested)
-        slot.task = asyncio.create_task(self._connect(slot))
-
-    async def _connect(self, slot):
-        link = slot.link
-        try:
-            sock = await connect_socket(*link.address)
-        except OSError as error:
-            log.warning("no slot at %s: %s", link.name, error)
-            slot.gone = True
-            slot.ended = {"why": "unreachable", "begun": 0}
-            if link.connection:
-                link.connection.close()           # as a server that cannot be reached: again after RETRY_TIME
-            self.slot_ending(slot)
-            return
-        try:
-            tune(sock, user_timeout=False)
-            async with asyncio.timeout(HANDSHAKE_TIME):
-                head = preamble(SLOT) + slot_head(link.key, link.session, slot.number, slot.nested)
-                await self.loop.sock_sendall(sock, head)
-            context = tls_context(self.settings, "dial")
-            tls = {"server_hostname": link.address[0], "ssl_handshake_timeout": NO_LIMIT} if context else {}
-            await self.loop.create_connection(lambda: _as_protocol(slot), sock=sock, ssl=context, **tls)
-        except BaseException as error:
-            sock.close()
-            slot.gone = True
-            self.slot_ending(slot)                # turned away: the server's `ended` says why
-            if not isinstance(error, OSError):
-                raise
-            return
-        slot.send("opening", own_modules())
-
-    def check_server(self, versions):
-        """cloudpickle is in no list as a rule, but everything travels by it."""
-        if not self.embedded and versions.get("cloudpickle"):      # before a slot is opened
-            try:
-                pins = [clupy_master.Pin("cloudpickle", versions["cloudpickle"])]
-                clupy_master.check_libraries(pins, self.settings.library_check)
-            except LibraryMismatch as error:
-                self.fail_all(error)
-
-    def renew(self, link):
-        """The cluster's libraries changed: slots with the old ones go back after the calls under way."""
-        for slot in list(link.slots.values()):
-            self._leave(slot)
-        self.balance()
-
-    def show_building(self, link, line):
-        self._show_progress(f"{link.name}: {line}")
-
-    def libraries_broken(self, link, why):
-        """Our libraries cannot be built there: use other servers; if the next share names none, the calls hear of it."""
-        self.broken[link.id] = why
-        link.draining = True                      # what runs there, in the environment before, goes on
-        self.balance()
-        self._leave_broken(link)
-
-    def _leave_broken(self, link):
-        if link.id in self.broken and not link.slots and link.connection:
-            link.connection.close()
-
-    def _leave(self, slot):
-        """Give the slot back after the call that runs in it."""
-        slot.leaving = True
-        if len(slot.calls) > 1:
-            slot.recall()
-        elif not slot.calls:
-            self._end(slot)
-
-    def _end(self, slot):
-        """Ask the server to end the slot, now."""
-        if not slot.asked_to_close:
-            slot.asked_to_close = True
-            slot.link.send("close", slot.number)
-
-    def slot_ending(self, slot):
-        """The connection was read to its end, or the server said `ended`: wait for the other, or for 1 s of silence."""
-        if slot.over:
-            return
-        if slot.gone and slot.ended is not None:
-            self._slot_over(slot)
-        else:
-            self.loop.call_later(1.0, self._slot_settled, slot, slot.heard)
-
-    def _slot_settled(self, slot, heard):
-        if not slot.over and slot.heard != heard and not slot.gone:
-            self.loop.call_later(1.0, self._slot_settled, slot, slot.heard)     # results are still arriving
-        elif not slot.over:
-            self._slot_over(slot)
-
-    def _slot_over(self, slot):
-        """See to the calls that got no answer: who is charged with a try, who starts again, who has lost."""
-        slot.over = True
-        slot.link.slots.pop(slot.number, None)
-        if slot.ended is None:
-            self._end(slot)                       # its worker may not know yet
-        if slot.transport:
-            slot.transport.abort()
-        how = slot.ended or {"why": "lost", "begun": None}
-        for number in list(slot.children):
-            self._cancel_children(slot, number)
-        outcomes, again = [], []
-        left = list(slot.calls.values())
-        begun_ones = had_begun([call._number for call in left], how["begun"])
-        if left and how["why"] == "died" and not any(begun_ones):
-            left[0]._spared += 1                  # it may be its arguments that no worker can receive
-            begun_ones[0] = left[0]._spared > MAX_SPARED
-        for call, begun in zip(left, begun_ones):
-            call._tries += begun
-            self._unsend(slot, call)
-            if call._state in _DONE:
-                outcomes.append((call, False, CancelledError()))
-            elif how["why"] == "timeout" and call._number == how["begun"]:
-                outcomes.append((call, False, timed_out(call, slot, how)))
-            elif call._tries > call._retries:
-                outcomes.append((call, False, died(call, slot, how)))
-            else:
-                again.append(call)
-        slot.calls.clear()
-        if slot.nested and how["why"].startswith("max_nested"):
-            slot.link.refused_at = time.monotonic()
-            stuck = all(other.suspended for other in self._slots())
-            child = next((call for call in self._queue if call._parent), None) if stuck else None
-            if child:
-                self._queue.remove(child)
-                outcomes.append((child, False, ClupyError(
-                    f"calls inside calls wait for each other in all workers of {slot.link.name} ({how['why']}); a module that "
-                    "makes calls when it is imported does so in every worker: put them under if __name__ == '__main__'")))
-        self._requeue(again)
-        self._finish(outcomes)
-        self._leave_broken(slot.link)
-        self.balance()
-
-    def link_lost(self, link):
-        """The control connection could not be made, or ended, and with it, soon, every slot there."""
-        link.failed_at = time.monotonic()
-        self._share.pop(link.id, None)
-        for slot in list(link.slots.values()):
-            self.slot_ending(slot)
-        self._state()
-
-    # -- calls: from the queue into slots
+            if self._inbox:                       # Ctrl-C may have come between submit and the loop
+                self._pump()
+            self.pool.judge(now)
+            self.master_side.judge(now)
+            self.pool.balance()
 
     def _pump(self):
         """Take what is in the inbox."""
         self._awake = False
         inbox = self._inbox
         for _ in range(len(inbox)):
-            self._enqueue(inbox.popleft())
+            self.enqueue(inbox.popleft())
         if inbox and not self._awake:
             self._awake = True
             self.loop.call_soon(self._pump)
-        self._update_wanted()
-        if self._queue and not self._slots():
-            self.balance()                        # the last slot has ended, but not the share
+        self.master_side.update_wanted()
+        if self.backlog.queued and not self.pool.slots():
+            self.pool.balance()                   # the last slot has ended, but not the share
         else:
-            self._dispatch()
+            self.feeder.feed()
 
-    def _enqueue(self, call):
+    def enqueue(self, call):
+        """The call's first step in the loop."""
         if call._state in _DONE:
             return
         call._number = next(self._numbers)
-        limit = call._limit or self._unlimited
-        limit.pending += 1
-        if limit is not self._unlimited:
-            limit.idle.clear()
-            self._limits.add(limit)
-        call._counted = True
-        if self.fatal or self._closing:
-            self._finish([(call, False, self.fatal or Closed("the client was closed"))])
-        elif call._parent:
-            self._queue.appendleft(call)
-        else:
-            self._queue.append(call)
-
-    def _dispatch(self):
-        slots = [slot for slot in self._slots() if slot.open and not slot.leaving]
-        if not slots or not (self._queue or any(limit.waiting for limit in self._limits)):
-            return
-        slots.sort(key=lambda slot: (slot.load, -slot.heard))     # of the idle ones that which is still warm
-        quota = -(-len(self._queue) // len(slots)) or 1
-        for slot in slots:
-            self.fill(slot, quota)
-
-    def fill(self, slot, quota=None):
-        """Send the slot its next calls, if it runs out of work soon."""
-        calls = slot.calls
-        if (slot.leaving or slot.recalling or not slot.open
-                or calls and (slot.alone or slot.stalled or slot.load > WORK_AHEAD / 2)
-                or not calls and self._overdrawn(slot.link)):
-            return
-        if quota is None:
-            quota = -(-len(self._queue) // max(1, len(slot.link.slots))) or 1
-        batch, items, now = [], [], time.monotonic()
-        while (not calls or slot.load < WORK_AHEAD and len(calls) < MAX_AHEAD and not slot.alone) and quota:
-            call = self._next_for(slot)
-            if call is None:
-                break
-            self._learn(slot, call._function, items)
-            if call._arguments is not None:
-                items.append((call._number, call._function.id, call._arguments, call._timeout))
-                self._mark_sent(slot, call, now)
-                batch.append(call)
-                quota -= 1
-        if not items:                             # there may be a function alone, as its call was cancelled just now
-            return
-        with Future._condition:
-            for call in batch:
-                if call._state == PENDING:
-                    call._state = RUNNING
-        if len(batch) == len(calls):
-            slot.heard = now
-        slot.send("calls", items)
-        if len(calls) > 1:
-            self._watch()
-
-    def _overdrawn(self, link):
-        """Whether the slots at work there, less those that wait for nested calls, are all that the share allows."""
-        granted = self._share[link.id][1] if link.id in self._share else None
-        return granted is not None and sum(bool(s.calls) and not s.suspended for s in link.slots.values()) >= max(granted, 1)
-
-    def _next_for(self, slot):
-        """The next call that may be sent to this slot, or None."""
-        for limit in slot.limits:
-            while limit.waiting:
-                if self._must_be_alone(limit.waiting[0]) and slot.calls:
-                    return None
-                call = limit.waiting.popleft()
-                if call._state not in _DONE:
-                    return call
-        queue = self._queue
-        while queue:
-            if self._must_be_alone(queue[0]) and slot.calls:
-                return None
-            call = queue.popleft()
-            if call._state in _DONE:
-                self._unpark(call._limit)         # it was here for all of its limit that are put aside
-            elif call._limit and not call._limit.allows(slot):
-                call._limit.waiting.append(call)
-            else:
-                return call
-        return None
-
-    @staticmethod
-    def _must_be_alone(call):
-        """A call on its last try goes to an idle slot, so that it is known whether it began."""
-        return call._tries >= call._retries and call._state not in _DONE
-
-    def _learn(self, slot, function, items):
-        """Send the function along if the worker does not know it; let it drop what was not used for long."""
-        if function.id in slot.functions:
-            slot.functions.move_to_end(function.id)
-            return
-        slot.functions[function.id] = None
-        if len(slot.functions) > slot.KNOWN:
-            items.append((0, slot.functions.popitem(last=False)[0], None, None))
-        items.append((0, function.id, function.payload, (function.name, function.setup)))
-
-    def _mark_sent(self, slot, call, now):
-        slot.calls[call._number] = call
-        slot.alone = call._tries >= call._retries
-        call._slot, call._sent_at = slot, now
-        call._cost = WORK_AHEAD if call._function.mean is None else call._function.mean
-        slot.load += call._cost
-        limit = call._limit
-        if limit:
-            limit.slots[slot] += 1
-            slot.limits[limit] = limit.slots[slot]
-
-    def _unsend(self, slot, call):
-        """Undo `_mark_sent`, but for slot.calls."""
-        slot.load -= call._cost
-        limit = call._limit
-        if limit:
-            limit.slots[slot] -= 1
-            if not limit.slots[slot]:
-                del limit.slots[slot], slot.limits[limit]
-                self._unpark(limit)
-
-    def _unpark(self, limit):
-        """Another slot may work on the calls of this limit: one of those put aside goes back to the front."""
-        while limit and limit.waiting:
-            call = limit.waiting.popleft()
-            if call._state not in _DONE:
-                self._queue.appendleft(call)
-                return
-
-    def _requeue(self, calls):
-        """Back to the front of the queue, in their order; they may be cancelled as waiting calls again."""
-        with Future._condition:
-            for call in calls:
-                call._slot = None
-                if call._state == RUNNING:
-                    call._state = PENDING
-        self._queue.extendleft(reversed(calls))
-
-    def _watch(self):
-        """Look after STALL_TIME whether calls wait behind a long one, or behind many while another slot idles."""
-        if not self._watching:
-            self._watching = True
-            self.loop.call_later(STALL_TIME, self._recall_stalled)
-
-    def _recall_stalled(self):
-        self._watching = False
-        now, slots = time.monotonic(), self._slots()
-        idle = not self._queue and any(slot.open and not slot.leaving and not slot.calls for slot in slots)
-        for slot in slots:
-            if len(slot.calls) > 1:
-                if not slot.stalled and (idle or now - slot.heard >= STALL_TIME):
-                    slot.stalled = True
-                    slot.recall()
-                self._watch()
-
-    # -- calls: their answers
-
-    def take_results(self, slot, results, seconds):
-        mean = seconds / len(results)
-        outcomes, calls, last = [], slot.calls, None
-        for number, succeeded, value in results:
-            call = calls.pop(number, None)
-            if call is None:
-                continue
-            self._unsend(slot, call)
-            if call._function is not last:
-                last = call._function
-                last.mean = mean if last.mean is None else 0.7 * last.mean + 0.3 * mean
-            call._took = slot.heard - call._sent_at
-            if slot.children:
-                self._cancel_children(slot, number)
-            outcomes.append((call, succeeded, value))
-        slot.alone = slot.stalled = False
-        if not calls:
-            slot.load = 0.0
-        self._finish(outcomes)
-        if slot.leaving:
-            if not calls:
-                self._end(slot)
-        else:
-            self.fill(slot)
-        if self._queue and self._idle_elsewhere(slot):
-            self._dispatch()
-
-    def _idle_elsewhere(self, slot):
-        return any(not other.calls for other in self._slots() if other is not slot)
-
-    def take_back(self, slot, numbers):
-        slot.recalling = False
-        calls = [slot.calls.pop(number) for number in numbers if number in slot.calls]
-        for call in calls:
-            self._unsend(slot, call)
-        self._requeue([call for call in calls if call._state not in _DONE])
-        for call in list(slot.calls.values()):
-            if call._state in _DONE:              # cancelled while others waited behind it
-                self.kill(slot, call._number)
-        if slot.leaving and not slot.calls:
-            self._end(slot)
-        self._dispatch()
-
-    def _finish(self, outcomes):
-        """Every call ends here, exactly once: [(call, succeeded, value)]."""
-        answers = collections.defaultdict(list)
-        for call, succeeded, value in outcomes:
-            if self._uncount(call) and call._parent:
-                slot, number = call._parent
-                self._end_child(slot, call)
-                if isinstance(value, BaseException):
-                    value = pack_exception(value)
-                answers[slot].append((number, succeeded, forwarded(value)))
-        conclude(outcomes)
-        for slot, results in answers.items():
-            slot.send("results", results)
-
-    def _uncount(self, call):
-        """Whether it was among the unfinished calls until now."""
-        if not call._counted:
-            return False
-        call._counted = False
-        limit = call._limit or self._unlimited
-        limit.pending -= 1
-        if not limit.pending and limit is not self._unlimited:
-            limit.idle.set()
-            self._limits.discard(limit)
-        return True
+        self.backlog.add(call)
+        if self.fatal or self.closed:
+            self.feeder.finish([(call, False, self.fatal or Closed("the client was closed"))])
 
     def _cancelled(self, call):
-        """A call was cancelled by its caller: it has its outcome, the rest of it must go."""
         self._pump()
-        self._finish([(call, False, CancelledError())])
-        slot = call._slot
-        if slot is None or call._number not in slot.calls:
-            return
-        if len(slot.calls) > 1:
-            slot.recall()                         # `take_back` kills it if it is not among what comes back
-        else:
-            self.kill(slot, call._number)
+        self.feeder.cancelled(call)
 
-    def kill(self, slot, number):
-        if number in slot.calls and not slot.over:
-            slot.link.send("kill", slot.number, number)
+    async def _calls(self):
+        self._pump()
+        return self.backlog.waiting() + [call for slot in self.pool.slots() for call in slot.calls.values()]
 
     def _cancel_all(self):
         self._pump()
-        sent = [call for slot in self._slots() for call in slot.calls.values()]
-        for call in [*self._waiting(), *sent]:
+        for call in self.backlog.waiting() + [call for slot in self.pool.slots() for call in slot.calls.values()]:
             if not call._parent:
                 call.cancel()
 
@@ -3215,123 +3908,7 @@ class Engine:
         self.fatal = error
         self.joined.set()
         self._pump()
-        self._fail_waiting(error)
-
-    def _fail_waiting(self, error):
-        waiting = self._waiting()
-        if waiting and not self._closing:
-            log.warning("calls cannot run (%s): %s", len(waiting), error)
-        self._queue.clear()
-        for limit in self._limits:
-            limit.waiting.clear()
-        self._finish([(call, False, error) for call in waiting])
-
-    # -- nested calls: made by a call that runs in a slot, queued here like any other, newest first
-
-    def take_nested(self, slot, calls, functions):
-        for id, function in functions.items():
-            if function is None:
-                slot.nested_functions.pop(id, None)
-            else:
-                payload, name, setup = function
-                slot.nested_functions[id] = function_of(forwarded(payload), name, forwarded(setup))
-        for number, parent, function, arguments, timeout, retries, limit in calls:
-            function = slot.nested_functions[function]
-            if limit:
-                executor, most = limit            # None: the limit is the function's
-                limit = function.limit(most) if executor is None else slot.nested_limits.setdefault(executor, Limit(most))
-            call = Future(self, function, forwarded(arguments), timeout, retries, limit)
-            call._parent = slot, number
-            call._outer = parent
-            if parent in slot.calls:
-                slot.children[parent][number] = call
-                self._enqueue(call)
-            else:                                 # made by a thread that its call left behind
-                slot.send("results", [(number, False, pack_exception(CancelledError()))])
-        for limit in slot.limits:                 # its call does not count any more: another may run
-            self._unpark(limit)
-        self._update_wanted()
-        self.balance()
-
-    def _end_child(self, slot, call):
-        children = slot.children.get(call._outer)
-        if children is not None:
-            children.pop(call._parent[1], None)
-            if not children:
-                del slot.children[call._outer]
-
-    def _cancel_children(self, slot, parent):
-        for call in list(slot.children.pop(parent, {}).values()):
-            call.cancel()
-
-    def forget_nested(self, slot, numbers):
-        for children in list(slot.children.values()):
-            for number in numbers:
-                if number in children:
-                    children[number].cancel()
-
-    # -- what workers ask and print
-
-    def answer_fetch(self, slot, request, what, fields):
-        """In a thread that may block: the source of a module, or a value that was shared."""
-        try:
-            answer = FETCHES[what](*fields)
-        except Exception as error:                # the asking worker must hear of it, whatever it is
-            log.exception("cannot answer a worker that asked for %s %s", what, fields)
-            answer = error.__class__.__name__ + ": " + str(error)
-        self._soon(slot.send, "fetched", request, answer)
-
-    def _start_printing(self):
-        """Before the first slot: when the interpreter ends, and the last lines come, no thread can be started."""
-        if self._printer is None and self.settings.output:
-            self._printer = SimpleQueue()
-            self._printing = threading.Thread(target=self._print, args=(self._printer,), name="clupy-output", daemon=True)
-            self._printing.start()
-
-    def show(self, connection, server, pid, stream, text, dropped):
-        self._printer.put((connection, server, pid, stream, text, dropped))
-
-    def _print(self, entries):
-        while (entry := entries.get()) is not None:
-            connection, server, pid, stream, text, dropped = entry
-            target = sys.stderr if stream == "err" else sys.stdout
-            lines = text.removesuffix("\n").split("\n") if text else []
-            if dropped:
-                lines.append(f"... {dropped} lines were not shown: more than {UNSEEN_OUTPUT >> 10} KiB were waiting")
-            if target is not None:
-                try:
-                    write_text(target, "".join(f"[{server} {pid}] {line}\n" for line in lines))
-                except (OSError, ValueError) as error:      # a closed pipe or stream: output ends, calls do not
-                    log.debug("output of %s cannot be shown: %s", server, error)
-            self._soon(connection.send, "seen", len(text))
-
-    # -- the end
-
-    async def _close(self):
-        """Cancel what is unfinished, end every slot, and wait for its last output."""
-        self._cancel_all()
-        deadline = self.loop.time() + CLOSE_TIME
-        for slot in self._slots():
-            self._end(slot)
-        while any(slot.pid for slot in self._slots()) and self.loop.time() < deadline:
-            await asyncio.sleep(0.005)
-        if self._printer:
-            self._printer.put(None)
-        for link in self._links.values():
-            if link.connection:
-                link.connection.abort()
-            link.task.cancel()
-            for slot in link.slots.values():
-                slot.task.cancel()
-                if slot.transport:
-                    slot.transport.abort()
-        if self._master:
-            self._master.close()
-        self._life.cancel()                       # it may be about to start the embedded cluster
-        await asyncio.wait([self._life])
-        for part in reversed(self.embedded or ()):
-            await part.close()
-        self._fail_waiting(Closed("the client was closed"))
+        self.feeder.fail_waiting(error)
 
     def _grow(self, slots):
         if self.embedded:
@@ -3339,73 +3916,32 @@ class Engine:
         elif not self.joined.is_set():
             self.loop.call_later(0.01, self._grow, slots)
 
+    # -- the end
 
-def write_text(stream, text):
-    """Write whole lines at one stroke, so that what other threads print does not come in between.
-
-    Below the text layer where there is one below: up to 3.12.3 a write that finds its buffer full loses what another
-    thread writes meanwhile (python/cpython#119506)."""
-    stream.flush()
-    if buffer := getattr(stream, "buffer", None):
-        buffer.write(text.encode(stream.encoding, "backslashreplace"))
-    else:
-        stream.write(text)
-    stream.flush()
-
-
-def _as_protocol(slot):
-    """The slot as asyncio wants it: asyncio asks for its own base class, which is not there at import."""
-    protocol = _protocol_class()()
-    for name in ("connection_made", "connection_lost", "pause_writing", "resume_writing", "get_buffer", "buffer_updated",
-                 "eof_received"):
-        setattr(protocol, name, getattr(slot, name))
-    return protocol
-
-
-@functools.cache
-def _protocol_class():
-    return type("SlotProtocol", (asyncio.BufferedProtocol,), {})
-
-
-def had_begun(numbers, begun):
-    """For each unanswered call of a slot, in the order sent: whether it had begun when the slot ended.
-
-    begun: the number of the last call that the worker noted on its board; None: not known, so all may have.
-    Those before it in the order had begun as well, and their results were lost."""
-    if begun is None:
-        return [True] * len(numbers)
-    last = numbers.index(begun) if begun in numbers else -1
-    return [index <= last for index in range(len(numbers))]
-
-
-def died(call, slot, how):
-    """The WorkerDied of a call on its last try; `how` is what the server said of the slot's end."""
-    server, pid = slot.link.name, how.get("pid") or slot.pid
-    if how["why"] == "lost":
-        return WorkerDied(f"server {server} was lost while worker {pid} had {call._function.name}, try {call._tries} of "
-                          f"{call._retries + 1}; why is not known: is the machine up, and what does the server's log say?")
-    what = how.get("reason", how["why"]) if how["why"] == "died" else f"was ended ({how['why']})"
-    verb = {"signal": "got ", "exit": "ended with "}.get(what.split()[0], "")
-    text = (f"worker {pid} on {server} {verb}{what} while running "
-            f"{call._function.name}, try {call._tries} of {call._retries + 1}")
-    if how.get("peak"):
-        of = f" of {how['limit'] / 2**30:.2f}" if how.get("limit") else ""
-        text += f"; peak memory {how['peak'] / 2**30:.2f}{of} GB"
-    if how.get("code") == -9 and how["why"] == "died":
-        text += "; nobody here sent it, so the system may have been out of memory"
-    for title, lines in (("its last lines of standard error", how.get("lines")),
-                         ("it was at", [line for line in how.get("stack", "").splitlines() if "clupy" not in line])):
-        if lines:
-            text += f"; {title}:\n  " + "\n  ".join(lines)
-    return WorkerDied(text)
-
-
-def timed_out(call, slot, how):
-    """The CallTimeout of a call; names the place at which it was."""
-    text = (f"{call._function.name} ran longer than its timeout of {call._timeout:g} s; worker {how['pid']} on "
-            f"{slot.link.name} was killed")
-    stack = [line for line in how.get("stack", "").splitlines() if "clupy_server" not in line]
-    return CallTimeout(text + ("; it was at:\n  " + "\n  ".join(stack) if len(stack) > 1 else ""))
+    async def _close(self):
+        """Cancel what is unfinished, end every slot, and wait for its last output."""
+        self._cancel_all()
+        deadline = self.loop.time() + CLOSE_TIME
+        for slot in self.pool.slots():
+            self.pool.end(slot)
+        while any(slot.pid for slot in self.pool.slots()) and self.loop.time() < deadline:
+            await asyncio.sleep(0.005)
+        self.output.end()
+        for link in self.pool.links.values():
+            if link.connection:
+                link.connection.abort()
+            link.task.cancel()
+            for slot in link.slots.values():
+                slot.task.cancel()
+                if slot.transport:
+                    slot.transport.abort()
+        if self.master_side.link:
+            self.master_side.link.close()
+        self._life.cancel()                       # it may be about to start the embedded cluster
+        await asyncio.wait([self._life])
+        for part in reversed(self.embedded or ()):
+            await part.close()
+        self.feeder.fail_waiting(Closed("the client was closed"))
 
 
 # ==== Calls ==================================================================
@@ -3438,12 +3974,12 @@ def connect(master=None, *, executor=None, config=None, **settings):
     patience = engine.settings.patience
     joined = engine.joined.wait(min(UNSERVED_TIME, patience))
     if not joined and patience > UNSERVED_TIME:
-        log.warning("still connecting, for %g s at most: %s", patience, engine.unreachable())
+        log.warning("still connecting, for %g s at most: %s", patience, engine.master_side.unreachable())
         joined = engine.joined.wait(patience - UNSERVED_TIME)
     if not joined or engine.fatal:
         _engine = None
         engine.close()
-        raise engine.fatal or engine.unreachable()
+        raise engine.fatal or engine.master_side.unreachable()
 
 
 def _make_engine(settings):
@@ -3481,13 +4017,13 @@ class Parallel(Wrapper):
         self._options = most, timeout, retries
         for name in ("__module__", "__name__", "__qualname__", "__doc__"):
             setattr(self, name, getattr(func, name, None))
+        self._limit = (limit_key(func), most) if most else None
         self._function = capture(func) if _is_complete(func) else None         # None: captured at each call
 
     def __call__(self, *args, **kwargs):
-        most, timeout, retries = self._options
+        _, timeout, retries = self._options
         function = self._function or capture(self.func)
-        engine = _engine or _current_engine()
-        return start(engine, self.func, function, args, kwargs, timeout, retries, function.limit(most) if most else None)
+        return start(_engine or _current_engine(), self.func, function, args, kwargs, timeout, retries, self._limit)
 
     def __repr__(self):
         return f"<parallel {self.__qualname__ or self.func!r}>"
@@ -3550,7 +4086,7 @@ def start(engine, func, function, args, kwargs, timeout, retries, limit):
             return call
     call = Future(engine, function, None, timeout, retries, limit)
     try:
-        call._arguments = pack_arguments(function.name, args, kwargs, func)
+        call._arguments, call._refs = pack_arguments(function.name, args, kwargs, func)
     except Exception as error:                    # one bad call among a hundred spoils one result
         conclude([(call, False, error)])
     else:
@@ -3668,7 +4204,7 @@ class Executor(concurrent.futures.Executor):
             raise TypeError(f"initializer must be a function, not {type(initializer).__name__}")
         self._own_engine = _make_engine(read_settings("client", master=master)) if master else None
         self._engine = self._own_engine or _current_engine()
-        self._limit = Limit(max_workers)
+        self._limit = ("executor", os.urandom(8).hex()), max_workers
         _executors.add(self)
         self._setup = None
         if initializer is not None:
@@ -3680,10 +4216,12 @@ class Executor(concurrent.futures.Executor):
     def submit(self, fn, /, *args, **kwargs):
         if self._shut:
             raise RuntimeError("cannot submit a call after shutdown()")
+        if self._engine is not None and self._engine.closed:
+            raise RuntimeError("cannot submit a call after its cluster was closed; make another Executor")
         if self._engine is None:                  # this process was forked off
             if self._own_engine:
                 raise RuntimeError("this Executor has a cluster of the process that made it; make one here")
-            self._engine, self._limit = _current_engine(), Limit(self._limit.most)
+            self._engine = _current_engine()
         function = capture(fn)
         if self._setup:
             function = function_of(function.payload, function.name, self._setup.payload)
@@ -3706,7 +4244,7 @@ class Executor(concurrent.futures.Executor):
             self._engine.close()
 
 
-class ExecutorEngine:
+class ExecutorEngine(BaseEngine):
     """Runs the calls on another concurrent.futures.Executor: threads to debug, or an engine that a site runs already.
 
     Functions, arguments and results are pickled all the same, so that what works here works on a cluster."""
@@ -3733,26 +4271,8 @@ class ExecutorEngine:
         if theirs := self._running.get(call):
             theirs.cancel()
 
-    def cancel_all(self):
-        for call in list(self._running):
-            call.cancel()
-
-    def grow(self, slots):
-        """The executor has the workers that it has."""
-
-    def abandon(self):
-        """What becomes of an executor in a forked child is its own affair."""
-
-    def cancel_limit(self, limit):
-        for call in list(self._running):
-            if call._limit is limit:
-                call.cancel()
-
-    def settle(self, limit):
-        concurrent.futures.wait([call for call in list(self._running) if call._limit is limit])
-
-    def close(self):
-        self.cancel_all()
+    def calls(self):
+        return list(self._running)
 
 
 _set_up = {}                    # {content id of an initializer: None, or the exception that it raised here}
@@ -3776,7 +4296,7 @@ def run_packed(function, setup, arguments):
     try:
         if setup is not None:
             set_up(setup)
-        args, kwargs = resolve(*unpack_arguments(arguments))
+        args, kwargs = unpack_arguments(arguments)
         value = unpack(function)(*args, **kwargs)
         if inspect.iscoroutine(value):
             value = asyncio.run(value)
@@ -3826,7 +4346,7 @@ def _settings():
     if _told is not None:
         return _told
     known, engine = _known, _engine
-    if (known is None or known[0] is not engine or known[1] is not getattr(engine, "said", None)
+    if (known is None or known[0] is not engine or known[1] is not (engine and engine.said)
             or known[2] is not _configured):
         known = _known = _find_services()
     return known[3]
@@ -3834,12 +4354,12 @@ def _settings():
 
 def _find_services():
     engine, configured, theirs = _engine, _configured, {}
-    own = engine.settings if isinstance(engine, Engine) else read_settings("client")
+    own = engine and engine.settings or read_settings("client")
     if engine is None and (own.master or _listens("127.0.0.1", own.port)):
         engine = _current_engine()
-    if isinstance(engine, Engine):
+    if engine is not None:
         theirs = engine.services(own.patience)
-    return engine, getattr(engine, "said", None), configured, merged_services(own, theirs)
+    return engine, engine and engine.said, configured, merged_services(own, theirs)
 
 
 def _listens(host, port):
@@ -4054,11 +4574,26 @@ WINDOW = 4              # pieces per command; more do not fit a processor's cach
 LONGEST_ITEM = 512 << 20   # bytes of a string of Redis: one item of a queue, one message
 
 _MISSING = object()
-_served = {}            # name -> buffers of a Ref that this process shared without Redis; kept until it ends
-_refs = weakref.WeakSet()   # this process's Refs, so that resolve() knows when there is none
-_serve = _served.__setitem__    # a worker sets these: a client serves what its calls share without Redis,
-_fetch = None                   # callable(name) -> the buffers of a Ref that the client serves, or None
-FETCHES["ref"] = lambda name: name in _served and [pickle.PickleBuffer(part) for part in _served[name]] or None
+_shared_here = weakref.WeakValueDictionary()    # name -> the Ref that share() gave: however it is unpickled here, it is this
+_client = None          # a worker's: the id of its client, whose copies of Refs it uses
+_own = None             # any other process's Copies, made when it first needs one
+_serve = served.__setitem__    # a worker sets these: a client serves what its calls share without Redis,
+_fetch = None                   # callable(what, name) -> what the client says of a Ref that it serves
+
+
+def _serve_ref(name):
+    """What a client says to a worker that asks for a Ref: its buffers, or None."""
+    parts = served.get(name)
+    return parts and [pickle.PickleBuffer(part) for part in parts]
+
+
+FETCHES["ref"] = _serve_ref
+
+
+def use_client(client, serve=served.__setitem__, fetch=None):
+    """In a worker: the id of its client, who serves what is shared here, and who is asked for what was shared elsewhere."""
+    global _client, _serve, _fetch
+    _client, _serve, _fetch = client, serve, fetch
 
 
 def put(name, value, ttl=None):
@@ -4066,7 +4601,7 @@ def put(name, value, ttl=None):
 
     value: anything pickle or cloudpickle takes, of any size. ttl: seconds since the last access after which
     it is gone; None: the setting `ttl`, 0: never. Raises Unavailable."""
-    _store(_key(name), "value", _parts_of(value), _ttl(ttl))
+    _store(_key(name), "value", _buffers_of(value), _ttl(ttl))
 
 
 def get(name, default=_MISSING):
@@ -4080,7 +4615,7 @@ def get(name, default=_MISSING):
             raise KeyError(name)
         return default
     kind, _, buffers = found
-    return b"".join(buffers) if kind == "file" else pickle.loads(buffers[0], buffers=buffers[1:])
+    return b"".join(buffers) if kind == "file" else unpack((buffers[0], buffers[1:]))
 
 
 def delete(*names):
@@ -4145,33 +4680,22 @@ def _ttl(ttl):
     return math.ceil(1000 * seconds)
 
 
-def _parts_of(value, inline=False):
-    """[pickle, buffer, ...]: by plain pickle where that will do, by cloudpickle where __main__ or a lambda is
-    in it."""
-    buffers = []
-
-    def aside(buffer):                  # True: keep it inside the pickle
-        raw = buffer.raw()
-        return raw.nbytes < LARGE or buffers.append(raw)
-
-    callback = None if inline else aside
-    try:
-        head = pickle.dumps(value, 5, buffer_callback=callback)
-        by_value = b"__main__" in head
-    except Exception:                   # of any type; cloudpickle can do it, or has the better error
-        by_value = True
-    if by_value:
-        buffers.clear()
-        head = cloudpickle.dumps(value, 5, buffer_callback=callback)
-    return [head, *buffers]
+def _buffers_of(value):
+    """[pickle, buffer, ...] of a value, pickled exactly as an argument is."""
+    payload = pack(value, snapshot=False)
+    return [payload[0], *(buffer.raw() for buffer in payload[1])] if type(payload) is tuple else [payload]
 
 
 def _item(value):
-    """value as one string of Redis, as queues and topics need it."""
-    [head] = _parts_of(value, inline=True)
-    if len(head) > LONGEST_ITEM:
-        raise ValueError(f"an item of {len(head):,} bytes, over 512 MB: put() the value and send its name")
-    return head
+    """The value as one string of Redis, as queues and topics need it: its payload, pickled once more, buffers inside."""
+    item = pickle.dumps(pack(value, snapshot=False), 5)
+    if len(item) > LONGEST_ITEM:
+        raise ValueError(f"an item of {len(item):,} bytes, over 512 MB: put() the value and send its name")
+    return item
+
+
+def _from_item(item):
+    return unpack(pickle.loads(item))
 
 
 def _pieces(buffers):
@@ -4330,13 +4854,13 @@ def _append(key, name, content):
 
 
 def forget_served():
-    """Ends what this process serves without Redis, and removes this machine's copies of it: nobody can ask again."""
-    names = list(_served)
-    _served.clear()
-    for folder in _ref_folders() if names else ():
-        for name in names:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(os.path.join(folder, name))
+    """Ends what this process serves without Redis, and its copies: nobody can ask again."""
+    global _own
+    served.clear()
+    with _clients_lock:
+        own, _own = _own, None
+    if own:
+        own.close()
 
 
 def share(value, ttl=None):
@@ -4344,178 +4868,261 @@ def share(value, ttl=None):
     call.
 
     With Redis configured it lives `ttl` seconds after its last use (None: the setting, 0: for ever), also without
-    this process; without, as long as the client. Later changes of `value` do not matter."""
-    name, buffers = uuid.uuid4().hex, _parts_of(value)
+    this process; without, as long as the client, or until the program drops the Ref and its last call is done. Later
+    changes of `value` do not matter."""
+    name, (buffers, refs) = uuid.uuid4().hex, noting_refs(_buffers_of, value)
     in_redis = "redis" in _settings().given and bool(_settings().redis)
+    ref = Ref(name, in_redis, _ttl(ttl))
     if in_redis:
-        _store(_key(name, "ref"), "ref", buffers, _ttl(ttl))
+        _store(_key(name, "ref"), "ref", buffers, ref.ttl)
     else:
         _serve(name, [bytes(buffer) for buffer in buffers])
-    return Ref(name, in_redis)
+        if _fetch is None:                      # else a call's result may still name it: its client keeps it to the end
+            _shared_here[name] = ref
+            weakref.finalize(ref, _release, name, [*_ref_folders()], refs).atexit = False
+    return ref
+
+
+def _release(name, folders, _refs=()):
+    """Give a Ref's value up: here, in this machine's copies, and on all servers.  Also called when the program has dropped
+    the Ref, and all calls that were given it are done: wherever the garbage collector likes, so it takes no lock; in a
+    forked child it finds no engine, and concerns that process alone.  _refs: those in the value, needed as long as it."""
+    served.pop(name, None)
+    for engine in list(_engines):
+        unlink_copies(folders, engine.id, [name])
+        if release := getattr(engine, "release", None):
+            release([name])
+    if _own:
+        unlink_copies(folders, _own.client, [name])
+
+
+FETCHES["release"] = lambda name: _release(name, _ref_folders())
 
 
 class Ref:
-    """A shared value's name. As an argument of a call, also in a list, tuple or dict there, the call gets the
-    value.
+    """A shared value's name. Among the arguments of a call, at any depth, it arrives as the value; a Ref that comes back
+    as a result, or that a function's code names, stays a Ref.
 
-    Arrays of it are read-only, as all processes of a machine have them from one piece of memory: copy() to
+    Arrays of the value are read-only, as all processes of a machine have them from one piece of memory: copy() to
     write."""
-    __slots__ = ("name", "in_redis", "__weakref__")
+    __slots__ = ("name", "in_redis", "ttl", "_original", "__weakref__")
 
-    def __init__(self, name, in_redis):
+    def __init__(self, name, in_redis, ttl=0):
         self.name, self.in_redis = name, in_redis       # in_redis: else its client serves it
-        _refs.add(self)
+        self.ttl = ttl                                  # milliseconds that it is kept in Redis when nobody uses it, 0: for ever
+        self._original = None                           # what unresolved() was called on
 
-    def __reduce__(self): return Ref, (self.name, self.in_redis)
-    def __repr__(self): return f"Ref({self.name!r})"
+    def __reduce__(self):
+        if pickling.refs is not None:
+            pickling.refs.append(self)
+        return (_value_of if pickling.resolve and self._original is None else _ref), (self.name, self.in_redis, self.ttl)
+
+    def __repr__(self):
+        return f"Ref({self.name!r})"
 
     def get(self):
         """The value. LookupError if it is gone; Unavailable. Any thread."""
-        head, *buffers = _served.get(self.name) or _machine_copy(self.name, self.in_redis)
-        return pickle.loads(head, buffers=[memoryview(buffer).toreadonly() for buffer in buffers])
+        head, *buffers = served.get(self.name) or _machine_copy(self)
+        before, pickling.of_client = pickling.of_client, False      # in the midst of a call's arguments, perhaps
+        try:
+            return pickle.loads(head, buffers=[memoryview(buffer).toreadonly() for buffer in buffers])
+        finally:
+            pickling.of_client = before
+
+    def close(self):
+        """Give the value up, wherever it is kept; who has it keeps what he has. Any process."""
+        if self.in_redis:
+            _retried(lambda client: client.unlink(_key(self.name, "ref")))
+        if _fetch:
+            _fetch("release", self.name)
+        else:
+            _release(self.name, _ref_folders())
+
+    def unresolved(self):
+        """A Ref to the same value, which arrives as a Ref where it is among the arguments of a call."""
+        other = Ref(self.name, self.in_redis, self.ttl)
+        other._original = self
+        return other
 
 
-def resolve(args, kwargs):
-    """args and kwargs with the values of all Refs among them, and in lists, tuples and dicts among them."""
-    if not _refs:
-        return args, kwargs
-    values = {}                         # name -> value: one that is passed twice arrives as one
-
-    def value_of(thing):
-        if thing.name not in values:
-            values[thing.name] = thing.get()
-        return values[thing.name]
-
-    def each(things):
-        return [value_of(thing) if type(thing) is Ref else thing for thing in things]
-
-    def within(thing):
-        kind = type(thing)
-        if kind is Ref:
-            return value_of(thing)
-        if kind in (list, tuple) and any(type(inner) is Ref for inner in thing):
-            return kind(each(thing))
-        if kind is dict and any(type(inner) is Ref for inner in thing.values()):
-            return dict(zip(thing, each(thing.values())))
-        return thing
-
-    return tuple([within(thing) for thing in args]), {key: within(thing) for key, thing in kwargs.items()}
+UNRESOLVED[Ref] = Ref.unresolved
 
 
-def _machine_copy(name, in_redis):
-    """The buffers of a Ref, from this machine's copy of it: a file in memory, which the first process to ask
-    fills while the others wait for its lock."""
+def _ref(name, *fields):
+    """What a Ref is unpickled as: where it was made, as what share() gave."""
+    return _shared_here.get(name) or Ref(name, *fields)
+
+
+def _value_of(*fields):
+    """What a Ref among the arguments of a call is unpickled as."""
+    return Ref(*fields).get()
+
+
+def _fetched(ref):
+    """The buffers of a Ref, from Redis or from the client that serves it."""
+    if ref.in_redis:
+        found = _load(_key(ref.name, "ref"), ref.name, _memory)
+        buffers = found and found[2]
+    else:
+        buffers = _fetch and _fetch("ref", ref.name)
+    if not buffers:
+        raise LookupError(f"the value of Ref {ref.name!r} is gone: its time to live ended, or who shared it did")
+    return buffers
+
+
+# ---- Copies of Refs on this machine
+#
+#     /dev/shm/clupy-1000/CLIENT/REF        pickle of the sizes | buffers, each at a multiple of 64 bytes
+#
+# A file in memory, which the first process to ask makes and all of them map.  It is whole where it exists, as it is
+# renamed into place.  Not a file for each buffer: every mapping takes a descriptor; numpy and arrow like the alignment.
+# The folder CLIENT is there while somebody holds it, by a shared flock, which ends with its process: what nobody
+# holds was left by who was killed.  Removing it does no harm to who has mapped a copy.
+
+class Copies:
+    """One client's copies of Refs on this machine, held by a server that has a session of it, or by the client itself."""
+
+    def __init__(self, client):
+        self.client, self.held = client, []     # held: descriptors of the folders
+        for folder in _ref_folders():
+            with contextlib.suppress(OSError), _locked(folder, os.O_DIRECTORY):        # no room: no copies there
+                path = os.path.join(folder, client)
+                os.makedirs(path, 0o700, exist_ok=True)
+                self.held.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+                fcntl.flock(self.held[-1], fcntl.LOCK_SH)
+
+    def __repr__(self):
+        return f"<Copies {self.client}>"
+
+    def release(self, names):
+        unlink_copies(_ref_folders(), self.client, names)
+
+    def close(self):
+        """Hold them no longer, and remove them if nobody else does."""
+        while self.held:
+            os.close(self.held.pop())
+        remove_copies(self.client)
+
+
+def unlink_copies(folders, client, names):
+    for path in [os.path.join(folder, client, name) for folder in folders for name in names]:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+
+
+def remove_copies(client=None):
+    """Remove the copies of this client, or of every one, that nobody holds."""
     for folder in _ref_folders():
-        with _locked(os.path.join(folder, name)) as file:
-            try:
-                ttl, spans = _read_table(file) or _write_copy(file, *_fetched(name, in_redis))
-            except OSError as error:
-                os.truncate(file, 0)
-                if error.errno != errno.ENOSPC:
-                    raise
-                continue                # Docker's /dev/shm has 64 MB: on disk, then
-            except LookupError:
-                os.unlink(os.path.join(folder, name))
-                raise
-            if in_redis:
-                _refresh(file, name, ttl)
-            content = memoryview(mmap.mmap(file, 0, access=mmap.ACCESS_READ))
-        return [content[start:end] for start, end in spans]
-    raise OSError(errno.ENOSPC, "no room for the value of a Ref", folder)
+        gone = []
+        with contextlib.suppress(OSError), _locked(folder, os.O_DIRECTORY):
+            for path in [os.path.join(folder, name) for name in ([client] if client else os.listdir(folder))]:
+                with contextlib.suppress(OSError), _locked(path, os.O_DIRECTORY, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                    os.rename(path, f"{path}.gone")        # a worker that is about to be killed makes no copy in it any more
+                    gone.append(f"{path}.gone")
+        for path in gone:
+            shutil.rmtree(path, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def _locked(path):
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield file
-    finally:
-        fcntl.flock(file, fcntl.LOCK_UN)     # closing would not: a mapping has a duplicate of the descriptor
+def _forget_copies():
+    """In a forked child: they are its parent's, and so is the lock that holds them."""
+    global _own
+    own, _own = _own, None
+    for file in own.held if own else ():
         os.close(file)
 
 
-def _fetched(name, in_redis):
-    """(ttl, buffers) of a Ref, from Redis or from the client that serves it."""
-    if in_redis:
-        if found := _load(_key(name, "ref"), name, _memory):
-            return found[1:]
-        buffers = None
-    else:
-        buffers = _fetch and _fetch(name)
-    if buffers is None:
-        raise LookupError(f"the value of Ref {name!r} is gone: its time to live ended, or who shared it did")
-    return 0, buffers
+def _whose_copies():
+    """The id of the client whose copies this process uses: a worker's client, or itself."""
+    global _own
+    if _client:
+        return _client
+    with _clients_lock:
+        if _own is None:
+            remove_copies()
+            _own = Copies(getattr(_engine, "id", None) or uuid.uuid4().hex)
+        return _own.client
 
 
-# A copy: length of its table, 8 bytes, 0 while incomplete | table: pickle of (ttl, [(start, end), ...]) |
-# buffers. Buffers start at multiples of 64 bytes, as numpy and arrow like them; 0.5 ms for every process
-# after the first.
-
-def _write_copy(file, ttl, buffers):
-    """The table of the copy it writes. An OSError, no room, leaves the copy incomplete."""
-    def table(start):
-        spans = []
-        for buffer in buffers:
-            start = -(-start // 64) * 64
-            spans.append((start, start + len(buffer)))
-            start += len(buffer)
-        return ttl, spans
-
-    room = len(pickle.dumps(table(1 << 40)))     # no start in the real one takes more
-    result = table(8 + room)
-    packed = pickle.dumps(result)
-    os.truncate(file, 0)
-    _write(file, 8, packed)
-    for (start, _), buffer in zip(result[1], buffers):
-        _write(file, start, buffer)
-    _write(file, 0, len(packed).to_bytes(8, "big"))
-    return result
+def _machine_copy(ref):
+    """The buffers of a Ref, from this machine's copy of it; where there is no room for one, this process's own."""
+    client, buffers = _whose_copies(), None
+    paths = [os.path.join(folder, client, ref.name) for folder in _ref_folders()]
+    found = _mapped(paths)
+    for path in () if found else paths:
+        try:
+            with _locked(os.path.join(os.path.dirname(path), f"{ref.name[:1]}.lock")):     # few files, and enough
+                if not _mapped(paths):
+                    buffers = buffers or _fetched(ref)
+                    _write_copy(path, buffers)
+            break
+        except ConnectionError:         # no file's, but that of who has the value
+            raise
+        except OSError as error:        # Docker's /dev/shm has 64 MB: on disk, then
+            log.debug("no copy of %r at %s: %s", ref, path, error)
+    found = found or _mapped(paths)
+    return _noting_use(ref, *found) if found else buffers or _fetched(ref)
 
 
-def _write(file, start, buffer):
-    view = memoryview(buffer)
-    while view:
-        written = os.pwrite(file, view, start)   # 2 GB at most
-        view, start = view[written:], start + written
+@contextlib.contextmanager
+def _locked(path, kind=os.O_CREAT, how=None):
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | kind, 0o600)
+    try:
+        fcntl.flock(file, how or fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(file)
 
 
-def _read_table(file):
-    """(ttl, [(start, end), ...]) of a complete copy, else None."""
-    length = int.from_bytes(os.pread(file, 8, 0), "big")
-    if not length:
-        return None
-    ttl, spans = pickle.loads(os.pread(file, length, 8))
-    return (ttl, spans) if os.fstat(file).st_size >= spans[-1][1] else None
+def _write_copy(path, buffers):
+    """Make the copy; by one process at a time.  OSError: there is no room."""
+    beside = f"{path}.new"
+    try:
+        with io.open(beside, "wb") as file:
+            pickle.dump([len(buffer) for buffer in buffers], file)
+            for buffer in buffers:
+                file.seek(-file.tell() % 64, os.SEEK_CUR)
+                file.write(buffer)
+        os.rename(beside, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(beside)
+        raise
 
 
-def _refresh(file, name, ttl):
-    """Tells Redis of a copy's use, once in a quarter of its time to live: else the original would expire."""
-    if ttl and time.time() - os.fstat(file).st_mtime > ttl / 4000:
-        os.utime(file)
-        _retried(lambda client: client.pexpire(_key(name, "ref"), ttl))
+def _mapped(paths):
+    """(path, buffers) of the first copy that is there, or None."""
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError), io.open(path, "rb") as file:
+            sizes, start, buffers = pickle.load(file), file.tell(), []
+            content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            for size in sizes:
+                start += -start % 64
+                buffers.append(content[start:start + size])
+                start += size
+            return path, buffers
+    return None
+
+
+def _noting_use(ref, path, buffers):
+    """The buffers; Redis is told of their use once in a quarter of their time to live: else the original would expire."""
+    with contextlib.suppress(FileNotFoundError):        # it was given up in this moment
+        if ref.in_redis and ref.ttl and time.time() - os.stat(path).st_mtime > ref.ttl / 4000:
+            os.utime(path)
+            _retried(lambda client: client.pexpire(_key(ref.name, "ref"), ref.ttl))
+    return buffers
 
 
 def _ref_folders():
-    """The folders for copies, best first: nobody else may write there, for a pickle is code."""
-    for parent in dict.fromkeys(filter(os.path.isdir, ("/dev/shm", tempfile.gettempdir()))):
+    """The folders for copies, best first: nobody else may write there, for a pickle is code.  One that somebody else made
+    first is passed over."""
+    for parent in filter(os.path.isdir, dict.fromkeys(("/dev/shm", tempfile.gettempdir()))):
         folder = os.path.join(parent, f"clupy-{os.getuid()}")
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(folder, 0o700)
-        status = os.lstat(folder)
-        if status.st_uid != os.getuid() or status.st_mode & 0o170077 != 0o040000:
-            raise ClupyError(f"{folder} keeps the values of Refs: only you may have access to it (0700)")
-        yield folder
-
-
-def remove_stale_refs(ttl):
-    """Removes this machine's copies that nobody used for `ttl` seconds; for the start of a server."""
-    oldest = time.time() - ttl
-    for folder in _ref_folders():
-        for entry in os.scandir(folder):
-            with contextlib.suppress(FileNotFoundError):   # another server was first
-                if entry.stat().st_mtime < oldest:
-                    os.unlink(entry.path)
+        with contextlib.suppress(OSError):
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(folder, 0o700)
+            status = os.lstat(folder)
+            if status.st_uid == os.getuid() and status.st_mode & 0o170077 == 0o040000:
+                yield folder
 
 
 def counter(name, ttl=None):
@@ -4593,7 +5200,7 @@ class Queue:
                 raise Empty
             wait = min(max(left, 0.01), 1)       # shorter than the socket's time-out; 0 would be for ever
             item = (_once(lambda client: client.blpop(self._key, wait), self.name) or (None, None))[1]
-        return pickle.loads(item)
+        return _from_item(item)
 
     def _pop(self, client):
         with client.pipeline() as pipe:
@@ -4653,7 +5260,7 @@ class Subscription:
                 reason = f"{error}; values of topic {self.topic!r} may have been missed"
                 raise _unavailable("redis", reason) from error
             if message and message["type"] == "message":
-                return pickle.loads(message["data"])
+                return _from_item(message["data"])
             if left <= 0:
                 self.close()
                 raise StopIteration
@@ -5082,6 +5689,7 @@ def _after_fork():
         executor._engine = None
     _engine, _engines = None, weakref.WeakSet()
     _forget_clients()
+    _forget_copies()
 
 
 os.register_at_fork(after_in_child=_after_fork)

@@ -42,9 +42,9 @@ from importlib import metadata
 from pathlib import Path
 
 import clupy
-from clupy import (HANDSHAKE_TIME, NONCE_SIZE, PORT, PREAMBLE_SIZE, PROOF_SIZE, PYTHON, SLOT, TO_MASTER, ClupyError,
-                   ConfigurationError, Connection, DependencyError, LibraryMismatch, MasterUnreachable, ProtocolError,
-                   SecretError, VersionMismatch, dial, find_secret, masters_of, preamble, proof, read_preamble, tls_context)
+from clupy import (HANDSHAKE_TIME, NONCE_SIZE, PORT, PREAMBLE_SIZE, PROOF_SIZE, TO_MASTER, ClupyError, ConfigurationError,
+                   Connection, DependencyError, LibraryMismatch, MasterUnreachable, ProtocolError, SecretError,
+                   VersionMismatch, dial, find_secret, masters_of, preamble, proof, read_exactly, read_preamble, tls_context)
 
 log = logging.getLogger("clupy.master")
 
@@ -56,19 +56,19 @@ FILE_TIME = 1.0            # the dependency file is looked at so often
 
 # ==== Listening ==============================================================
 
-async def admit(sock, peer, mine, secret, settings):
-    """The Connection of an accepted socket whose preamble `mine` was read: the mirror of `dial`.
+async def admit(sock, peer, theirs, secret, settings):
+    """The Connection of an accepted socket whose preamble `theirs` was read: the mirror of `dial`.
 
     Raises SecretError or OSError; the caller closes the socket then."""
+    await asyncio.get_running_loop().sock_sendall(sock, theirs)       # ours is the same, or it had been refused
     context = tls_context(settings, "admit")
     reader = asyncio.StreamReader()
     transport, protocol = await asyncio.get_running_loop().connect_accepted_socket(
         lambda: asyncio.StreamReaderProtocol(reader), sock, ssl=context)
     writer = asyncio.StreamWriter(transport, protocol, reader, asyncio.get_running_loop())
     try:
-        theirs, nonce = await reader.readexactly(NONCE_SIZE), os.urandom(NONCE_SIZE)
-        bound = mine, theirs, nonce
-        writer.write(mine + nonce + proof(secret, b"admit", *bound))
+        bound = theirs, await reader.readexactly(NONCE_SIZE), os.urandom(NONCE_SIZE)
+        writer.write(bound[-1] + proof(secret, b"admit", *bound))
         try:
             answer = await reader.readexactly(PROOF_SIZE)
         except asyncio.IncompleteReadError:
@@ -122,16 +122,17 @@ class Listener:
         try:
             async with asyncio.timeout(HANDSHAKE_TIME):
                 data = await read_exactly(sock, PREAMBLE_SIZE)
-                role = read_preamble(data)
+                try:
+                    role = read_preamble(data)
+                except VersionMismatch:            # by ours it learns that, too
+                    await asyncio.get_running_loop().sock_sendall(sock, preamble(data[6:7]))
+                    raise
                 life = await self._greet(sock, peer, role, data)
         except (ClupyError, OSError, EOFError) as error:
             silent = isinstance(error, EOFError) and error.args[1:] == (0,)        # somebody only looked who is here
             why = error.args[0] if isinstance(error, EOFError) else str(error)
             log.log(logging.DEBUG if silent else logging.WARNING, "refused %s: %s", peer,
                     why or f"no handshake within {HANDSHAKE_TIME:g} s")
-            if isinstance(error, VersionMismatch):
-                with contextlib.suppress(OSError):
-                    sock.send(preamble(SLOT))       # a few bytes always fit; it tells the peer which version this is
             sock.close()
             return
         except asyncio.CancelledError:
@@ -148,17 +149,6 @@ class Listener:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._socket.close()
-
-
-async def read_exactly(sock, count):
-    """`count` bytes of a non-blocking socket and not one more, so that the rest is there for another reader."""
-    data = b""
-    while len(data) < count:
-        part = await asyncio.get_running_loop().sock_recv(sock, count - len(data))
-        if not part:
-            raise EOFError(f"it closed the connection after {len(data)} of {count} bytes", len(data))
-        data += part
-    return data
 
 
 # ==== Tables =================================================================
@@ -360,124 +350,117 @@ _REFUSED_OPTIONS = {"-r", "--requirement", "-e", "--editable", "-t", "--target",
 
 
 def read_dependencies(path):
-    """The Dependencies that the file at path asks for, none if it is absent. Paths in it are relative to the
-    file, and absolute in what is returned. Raises ConfigurationError. What is read depends on the file alone:
-    one who changed a local library that it names touches the file."""
-    try:
-        text = Path(path).read_text("utf-8")
-        content = clupy.yaml.safe_load(text) or {}
-    except FileNotFoundError:
-        return Dependencies()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"{path} cannot be read: {error}") from error
-    except clupy.yaml.YAMLError as error:
-        raise ConfigurationError(f"{path} is not YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigurationError(f"{path}: expected libraries: and pip_options:, found {content!r:.60}")
-    for key in content:
-        if key not in Dependencies._fields:
-            nearest = difflib.get_close_matches(str(key), Dependencies._fields, 1, 0) or Dependencies._fields
-            raise ConfigurationError(f"{path}: unknown key {key!r}; did you mean {nearest[0]!r}?")
-    folder = Path(path).absolute().parent
-    lines = (re.sub(r"(^|\s+)#.*", "", line).strip() for line in _texts(path, content, "libraries"))
-    libraries = tuple(_absolute_line(path, line, folder) for line in lines if line)
-    return Dependencies(libraries, _absolute_options(path, _texts(path, content, "pip_options"), folder))
+    """The Dependencies that a file asks for, none if it is absent.
+
+    Paths in it are relative to the file, and absolute in what is returned.  What is read depends on the file alone: who
+    changed a local library that it names touches the file.  Raises ConfigurationError."""
+    found, folder = {}, Path(path).absolute().parent
+    readers = {"libraries": _absolute_lines, "pip_options": _absolute_options}
+    for key, value, line in clupy.read_yaml(path):
+        if key not in readers:
+            nearest, = difflib.get_close_matches(str(key), readers, 1, 0)
+            raise ConfigurationError(f"{path}, line {line}: unknown key {key!r}; did you mean {nearest!r}?")
+        try:
+            found[key] = tuple(readers[key](_texts(value), folder))
+        except ValueError as error:
+            raise ConfigurationError(f"{path}, line {line}: {key}: {error}") from None
+    return Dependencies(**found)
 
 
-def _texts(path, content, key):
-    texts = content.get(key) or []
-    if not isinstance(texts, list):
-        raise ConfigurationError(f"{path}: {key} must be a list, one entry a line, not {texts!r:.60}")
-    for text in texts:
+def _texts(value):
+    """The entries of a key, all of them texts."""
+    if not isinstance(value, list | None):
+        raise ValueError(f"must be a list, one entry a line, not {value!r:.60}")
+    for text in value or ():
         if not isinstance(text, str):
-            raise ConfigurationError(f"{path}: {key}: {text!r:.60} is not text; put it in quotes")
-    return texts
+            raise ValueError(f"{text!r:.60} is not text; put it in quotes")
+    return value or ()
 
 
-def _absolute_line(path, line, folder):
-    """line, in which a file or folder of this machine is in its one form: `/absolute/path[extras] ;
-    marker`."""
+def _absolute_lines(texts, folder):
+    """The lines, in which a file or folder of this machine is in its one form: `/absolute/path[extras] ; marker`."""
+    lines = (re.sub(r"(^|\s+)#.*", "", text).strip() for text in texts)
+    return [_absolute_line(line, folder) for line in lines if line]
+
+
+def _absolute_line(line, folder):
     if line.startswith("-"):
-        raise ConfigurationError(f"{path}: libraries: {line!r} is an option; those for pip go under "
-                                 "pip_options, and a local folder is named without -e")
+        raise ValueError(f"{line!r} is an option; those for pip go under pip_options, and a local folder is named without -e")
     match = _LINE.fullmatch(line)
-    where = match["where"] if match else ""
-    if where.startswith("file:"):
-        where = urllib.parse.unquote(urllib.parse.urlsplit(where).path)
-    elif "://" in where or not ("/" in where or where.endswith(_ARCHIVES)):
+    path = match["where"] if match else ""
+    if path.startswith("file:"):
+        path = urllib.parse.unquote(urllib.parse.urlsplit(path).path)
+    elif "://" in path or not ("/" in path or path.endswith(_ARCHIVES)):
         return line
-    where = Path(folder, Path(where).expanduser()).resolve()
-    if not where.exists():
-        raise ConfigurationError(f"{path}: libraries: {line!r}: there is no {where}")
-    return f"{where}{match['extras'] or match['more_extras'] or ''} {match['marker'] or ''}".strip()
+    path = Path(folder, Path(path).expanduser()).resolve()
+    if not path.exists():
+        raise ValueError(f"{line!r}: there is no {path}")
+    return f"{path}{match['extras'] or match['more_extras'] or ''} {match['marker'] or ''}".strip()
 
 
-def _absolute_options(path, texts, folder):
+def _absolute_options(texts, folder):
     """The options one by one ("--find-links wheels" is two), with paths made absolute."""
-    def absolute(value): return value if "://" in value else str(Path(folder, Path(value).expanduser()))
+    def absolute(value):
+        return value if "://" in value else str(Path(folder, Path(value).expanduser()))
 
     options = []
     for option in [word for text in texts for word in shlex.split(text)]:
         name, equals, value = option.partition("=")
         if name in _REFUSED_OPTIONS:
-            raise ConfigurationError(f"{path}: pip_options: {name} is CluPy's own to decide; leave it out")
+            raise ValueError(f"{name} is CluPy's own to decide; leave it out")
         if options and options[-1] in _PATH_OPTIONS:
             option = absolute(option)
         elif equals and name in _PATH_OPTIONS:
             option = f"{name}={absolute(value)}"
         options.append(option)
-    return tuple(options)
+    return options
 
 
 # ---- running pip
 
-class _Output:
-    """The protocol of a subprocess (duck-typed: naming asyncio's base class would import it): each line goes
-    to progress and the last ones are kept. `ended` is done when the process is, and all it wrote was read or
-    a second has passed since (something that it left behind may hold the pipe for ever)."""
-    def __init__(self, loop, progress):
-        self.loop, self.progress, self.ended = loop, progress, loop.create_future()
-        self.lines, self.rest = collections.deque(maxlen=PIP_LINES), b""
-
-    def connection_made(self, transport): self.transport = transport
-
-    def pipe_data_received(self, _, data):
-        *lines, self.rest = (self.rest[-65536:] + data).split(b"\n")     # bounded, should no newline come
-        for line in lines:
-            self.line(line.decode(errors="replace").rstrip())
-
-    def line(self, line):
-        if line:
-            self.lines.append(line)
-            self.progress(line)
-
-    def pipe_connection_lost(self, _, error): self.line(self.rest.decode(errors="replace").rstrip())
-
-    def process_exited(self): self.loop.call_later(1.0, self.transport.close)
-
-    def connection_lost(self, error): self.ended.done() or self.ended.set_result(None)
-
-
 async def run_command(command, what, progress=None, keep=()):
-    """Run command to its end. progress(line) is called in the loop for each line it prints, keep are
-    descriptors that it inherits. Raises DependencyError, `what` and the last lines, if it fails. Cancelling
-    kills it and all its children."""
-    loop = asyncio.get_running_loop()
-    transport, output = await loop.subprocess_exec(
-        lambda: _Output(loop, progress or (lambda line: None)), *command, stdin=asyncio.subprocess.DEVNULL,
-        stderr=asyncio.subprocess.STDOUT, env=pip_environ(os.environ), start_new_session=True, pass_fds=keep)
+    """Run a command to its end, and kill what it leaves behind.
+
+    progress(line) is called in the loop for each line that it prints; keep: descriptors that it inherits.  Raises
+    DependencyError, `what` and the last lines, if it fails.  Cancelling kills it and all its children."""
+    lines = collections.deque(maxlen=PIP_LINES)
+    ours, its = os.pipe()              # not asyncio's, or Process.wait() would wait for everybody who holds it, orphans too
+    output = asyncio.StreamReader()
+    transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(output), open(ours, "rb", 0))
+    reading = asyncio.create_task(_read_lines(output, lines, progress))
     try:
-        await asyncio.shield(output.ended)
-    except BaseException:
-        with contextlib.suppress(ProcessLookupError):       # it ended in this very moment
-            os.killpg(transport.get_pid(), signal.SIGKILL)
-        await output.ended
-        raise
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *command, stdin=asyncio.subprocess.DEVNULL, stdout=its, stderr=its, env=pip_environ(os.environ),
+                start_new_session=True, pass_fds=keep)
+        finally:
+            os.close(its)
+        try:
+            code = await process.wait()
+        finally:
+            with contextlib.suppress(ProcessLookupError):       # nobody is left
+                os.killpg(process.pid, signal.SIGKILL)
+            await process.wait()
+        await asyncio.wait([reading], timeout=1.0)     # who left its group may hold the pipe for ever
     finally:
-        transport.close()
-    if code := transport.get_returncode():
+        transport.close()              # the end of what is read, if it was not there yet
+        await reading
+    if code:
         end = f"exit code {code}" if code > 0 else f"killed by signal {-code}"
-        raise DependencyError(f"{what}: {end}", output.lines)
+        raise DependencyError(f"{what}: {end}", lines)
+
+
+async def _read_lines(output, lines, progress):
+    """Append each line to `lines`, and tell it to progress."""
+    rest, more = b"", True
+    while more:
+        more = await output.read(1 << 16)
+        *whole, rest = (rest[-65536:] + (more or b"\n")).split(b"\n")       # bounded, should no newline come
+        for line in filter(None, (line.decode(errors="replace").rstrip() for line in whole)):
+            lines.append(line)
+            if progress:
+                progress(line)
 
 
 async def pip(arguments, what, progress=None, keep=()):
@@ -870,8 +853,8 @@ class Master:
 
     # -- messages
 
-    def on_server(self, connection, id, address, python, slots, held, state):
-        if not self._leads(connection) or self._refuse_python(connection, python, "server"):
+    def on_server(self, connection, id, address, slots, held, state):
+        if not self._leads(connection):
             return
         host, port = address
         peer, own = connection.host
@@ -887,8 +870,8 @@ class Master:
         if known is None or (known.slots, known.usable) != (slots, self.servers[id].usable):
             self._change()
 
-    def on_client(self, connection, id, python, wanted, unreachable, environment):
-        if not self._leads(connection) or self._refuse_python(connection, python, "client"):
+    def on_client(self, connection, id, wanted, unreachable, environment):
+        if not self._leads(connection):
             return
         now = time.monotonic()
         row = self.clients.get(id)
@@ -959,14 +942,6 @@ class Master:
             "clients": {id: {"address": row.peer, "wanted": row.wanted, "share": sum(row.share.values()),
                              "silent": now - row.heard} for id, row in self.clients.items()},
         }
-
-    def _refuse_python(self, connection, python, kind):
-        if tuple(python) == PYTHON:
-            return False
-        connection.refuse(VersionMismatch(
-            f"the {kind} runs Python {python[0]}.{python[1]}, the master at {connection.host[1]} runs Python "
-            f"{PYTHON[0]}.{PYTHON[1]}; they must be the same, since bytecode travels"))
-        return True
 
     def _note_patch(self, connection, version):
         if version and version != platform.python_version():

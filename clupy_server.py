@@ -25,6 +25,7 @@ ZooKeeper session is there, too: the server ends it with the worker, so that a l
 import collections
 import concurrent.futures
 import contextlib
+import errno
 import faulthandler
 import fcntl
 import functools
@@ -42,12 +43,13 @@ import struct
 import sys
 import threading
 import time
+import traceback
 
 import clupy
-from clupy import (CONTROL, PYTHON, SLOT, ClupyError, DependencyError, ProtocolError, VersionMismatch, dispatch, encode, proof,
+from clupy import (CONTROL, SLOT, DependencyError, ProtocolError, Why, dispatch, encode, pickling, proof,
                    slot_head, slot_key, tune)
 # Imported at first use, and never in a worker:
-from clupy import asyncio, clupy_master, pathlib, platform, shutil, site, subprocess, sysconfig, tempfile
+from clupy import asyncio, clupy_master, pathlib, platform, resource, shutil, site, subprocess, sysconfig, tempfile
 
 log = logging.getLogger("clupy.server")
 
@@ -63,8 +65,12 @@ GRACE_TIME = 1.0                   # a worker whose slot was closed may end by i
 WATCH_TIME = 0.1                   # deadlines are looked at so often, while slots are open
 STACK_TIME = 0.1                   # a worker that is to be killed writes its Python stack for so long
 STACK_SIGNAL = signal.SIGRTMIN + 3 if hasattr(signal, "SIGRTMIN") else signal.SIGUSR2
+SWEEP_TIME = 3600.0                # copies of Refs that nobody holds any more are looked for so often
 UNKNOWN_EXIT = 1 << 16             # of a process for which somebody else has waited; no process ends so
 MAX_FAILURES = 3                   # workers that die in a row at their start; then there is a pause
+WORKER_FILES = 9                   # descriptors of a worker here: channel, lifeline, three pipes, board, pidfd, slot, environment
+RESERVED_FILES = 20                # descriptors that no worker takes: for clients, the master, and what a start needs shortly
+RETRY_START = 1.0, 30.0            # seconds until a worker that could not be started is tried again: at first, and at most
 LAST_LINES = 10                    # of standard error that an error message shows
 LINE_SIZE = 16 << 10               # bytes after which a line is passed on without its end
 
@@ -85,11 +91,11 @@ def work(arguments):
     given = json.loads(arguments)
     arm_lifeline(given["lifeline"])
     faulthandler.enable(given["stack"])
-    if hasattr(faulthandler, "register"):
+    try:
         faulthandler.register(STACK_SIGNAL, file=given["stack"], all_threads=False)
-    if given["memory_limit"]:
-        import resource
-        resource.setrlimit(resource.RLIMIT_DATA, (given["memory_limit"],) * 2)
+    except (OSError, RuntimeError):
+        signal.signal(STACK_SIGNAL, signal.SIG_IGN)    # it would end us; the error of a time-out has no stack then
+    limit_resources(given["files"], given["memory_limit"])
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)
@@ -99,21 +105,54 @@ def work(arguments):
     channel.send(b"r")
     slot = receive_slot(channel)
     if slot:
-        Worker(board, given["memory_limit"], *slot).run()
+        live_by(lambda: Worker(board, given["memory_limit"], *slot).run())
+        end = threading.Timer(GRACE_TIME, os._exit, (0,))      # Python waits for threads that calls left, and we no longer
+        end.daemon = True
+        end.start()
+
+
+def live_by(run):
+    """Run what this worker lives by.  What it raises ends the process at once, beside threads that calls have left, and
+    which Python would wait for: so the worker is known to be dead, and its calls go on elsewhere."""
+    try:
+        run()
+    except BaseException:                          # the process's edge: a user's signal handler may raise at any moment
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def limit_resources(files, memory):
+    """Let this process have so many files, and bytes of data (None: any number), where the system can count them."""
+    import resource
+    with contextlib.suppress(OSError, ValueError):         # the server's own limit stands, which is higher
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    if memory:
+        try:
+            resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
+        except (OSError, ValueError) as error:
+            print(f"clupy worker: a memory_limit of {memory} bytes cannot be kept here: {error}", file=sys.stderr)
 
 
 def arm_lifeline(lifeline):
-    """Let the kernel kill this worker and its children when the server is gone, whoever holds the GIL then.
+    """Let this worker and its children be killed when the server is gone: the pipe's other end is the server's alone.
 
-    The pipe's other end is the server's alone; its end raises SIGKILL for our process group (Linux).  Elsewhere the
-    end of the channel or of the slot's socket is what a worker notices."""
-    if not hasattr(fcntl, "F_SETSIG"):
-        return
-    fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpgrp())
-    fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
-    fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
-    if select.select([lifeline], [], [], 0)[0]:    # it was gone before we were armed
-        os.killpg(os.getpgrp(), signal.SIGKILL)
+    On Linux the kernel does it, whoever holds the GIL then: the pipe's end raises SIGKILL for our process group.
+    Elsewhere, and where that is refused, a thread reads the pipe."""
+    try:
+        fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpgrp())
+        fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
+    except (AttributeError, OSError):
+        threading.Thread(target=_await_server, args=(lifeline,), name="clupy-lifeline", daemon=True).start()
+    else:
+        if select.select([lifeline], [], [], 0)[0]:        # it was gone before we were armed
+            _await_server(lifeline)
+
+
+def _await_server(lifeline):
+    os.read(lifeline, 1)                           # nothing is ever written: the end, when the server is gone
+    os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
 def receive_slot(channel):
@@ -139,7 +178,21 @@ class Worker:
 
     The main thread runs calls in the order of `todo`, and reads the socket itself while there are none: so a short call
     costs one change of threads less.  The reader thread reads while user code runs, from SHORT_TIME after it began or
-    as soon as an answer is waited for.  Who reads has the lock `_reading`; any thread may write."""
+    as soon as an answer is waited for.  Any thread may write.  Of the two,
+
+      main thread      works                       while `todo` has something
+                       idle: reads                 it has `_reading`, until something came
+                       idle: waits                 for `_reading`, which the reader thread gives up once something came
+      reader thread    dozes                       while the main thread is idle, until the bell rings
+                       watches                     while it works, for SHORT_TIME or until the bell rings
+                       reads                       it has `_reading`, until the main thread is idle
+
+    So while the main thread is idle one of them reads.  No wake-up is lost, since each writes first and looks then:
+    - The main thread says `idle`, and looks at `todo` before it waits.  The reader thread puts work into `todo`, and looks
+      at `idle` before it reads on.  Whoever comes second sees the other: the work is taken, or `_reading` given up.
+    - The reader thread says `_dozing`, and looks at `idle` before it dozes.  The main thread ends `idle`, and looks at
+      `_dozing` before it works.  Whoever comes second sees the other: it does not doze, or the bell rings.
+    A bell that rings too early is heard at the next wait."""
 
     def __init__(self, board, memory_limit, sock, given):
         self.board, self.memory_limit = board, memory_limit
@@ -155,16 +208,18 @@ class Worker:
         self.ended = False                         # the slot is over
         self.nested = NestedCalls(self)
         self.requests = {}                         # {request: queue for its answer}
-        self.idle = False                          # the main thread has nothing to do: it reads, or waits for who does
+        self.idle = False                          # whether the main thread has nothing to do
         self._reading = threading.Lock()           # held by the thread that reads
-        self._main, self._reader = Bell(), Bell()  # what the two threads wait for
-        self._dozing = False                       # the reader thread sleeps until it is called
+        self._bell = Bell()                        # what the reader thread waits for
+        self._dozing = False                       # whether it waits without end
         self._writing = threading.Lock()
         self._frames = clupy.Frames()
         clupy.use_services(given["services"])
-        clupy._serve, clupy._fetch = functools.partial(self.send, "serve"), functools.partial(self.fetch, "ref")
+        self.client = given["client"]
+        clupy.use_client(self.client, functools.partial(self.send, "serve"), self.fetch)
         clupy._note_session = self._note_session
         clupy._engine = self.nested
+        follow_threads(self)
         if given["tls"]:
             self.sock = TlsSocket(sock, *given["tls"])
         self.sock.sendall(proof(bytes.fromhex(given["key"]), b"opened"))
@@ -172,13 +227,21 @@ class Worker:
     def __repr__(self):
         return f"<Worker {self.pid} {len(self.todo)} calls to do>"
 
+    def call_of_this_thread(self):
+        """The number of the call that this thread works for, which may be over; see `follow_threads`."""
+        return getattr(threading.current_thread(), "clupy_call", self.current)
+
     def _note_session(self, session):
         if os.getpid() == self.pid:                # a forked child has a session of its own
             SESSION.pack_into(self.board, SESSION_AT, *(session or (0, b"")))
 
     def run(self):
         """Run calls until the slot ends."""
-        threading.Thread(target=self._read_beside, name="clupy-reader", daemon=True).start()
+        threading.Thread(target=live_by, args=(self._read_beside,), name="clupy-reader", daemon=True).start()
+        self._work()
+
+    def _work(self):
+        """The main thread."""
         todo = self.todo
         while not self.ended:
             try:
@@ -195,16 +258,13 @@ class Worker:
 
     def _await_work(self):
         self.idle = True
-        if self.todo:
-            pass                                   # it came just before: the reader thread did not see us idle, nor will it
-        elif self._reading.acquire(blocking=False):
-            self._read()
-            self._reading.release()
-        else:
-            self._main.wait()
+        if not self.todo:
+            with self._reading:
+                if not self.todo and not self.ended:       # the reader thread may have left something
+                    self._read()
         self.idle = False
         if self._dozing:
-            self._reader.ring()
+            self._bell.ring()
 
     def _run_call(self, number, function, arguments, timeout):
         begin = time.perf_counter()
@@ -228,7 +288,7 @@ class Worker:
         """(succeeded, value or payload); raises nothing."""
         try:
             func = self._function(function)
-            args, kwargs = clupy.resolve(*unpack_arguments(arguments))
+            args, kwargs = unpack_arguments(arguments)
             value = func(*args, **kwargs)
             if type(value) in clupy.PLAIN:
                 return True, value
@@ -299,7 +359,7 @@ class Worker:
 
     def answer_expected(self):
         """Somebody here waits for what the client will say: the reader thread reads at once, whoever runs."""
-        self._reader.ring()
+        self._bell.ring()
 
     # -- reading: never runs user code, so that in the reader thread it answers whatever that does
 
@@ -313,38 +373,37 @@ class Worker:
                 return
         except OSError:
             pass                                   # the client is gone, as at the end
-        except (ClupyError, MemoryError) as error:
-            print(f"clupy worker: {error or 'no memory for what its client sends'}", file=sys.stderr)
+        except MemoryError as error:
+            raise MemoryError(str(error) or "no memory for what the client sends") from None
         self._end()
 
     def _read_beside(self):
         """The reader thread: read while a call takes long."""
-        seen = None
         while not self.ended:
-            if self.idle and seen == self.current:
-                self._dozing = True                # before it looks again, as the main thread looks after it went to work
-                self._reader.wait(None if self.idle else SHORT_TIME)
-                self._dozing = False
-            else:
-                seen = self.current
-                self._reader.wait(SHORT_TIME)
+            self._dozing = self.idle
+            self._bell.wait(None if self._dozing and self.idle else SHORT_TIME)
+            self._dozing = False
             if not self.idle and self._reading.acquire(blocking=False):
                 try:
                     self._read_while_busy()
                 finally:
                     self._reading.release()
-                    self._main.ring()              # it may have seen that we read
 
     def _read_while_busy(self):
-        poller = select.poll()
-        poller.register(self.sock, select.POLLIN)
-        pending = getattr(self.sock, "pending", lambda: 0)        # bytes that TLS has read already
         self.send_results()                        # a call that takes long began before they were old enough
         while not self.idle and not self.ended:
-            if (self.todo or self.results) and not pending() and not poller.poll(FLUSH_TICK):
+            if (self.todo or self.results) and not self._has_input(FLUSH_TICK):
                 self.send_results()
             else:
                 self._read()
+
+    def _has_input(self, milliseconds):
+        """Wait for something to read; whether there is."""
+        if type(self.sock) is TlsSocket and self.sock.pending():     # TLS has read it already
+            return True
+        poller = select.poll()
+        poller.register(self.sock, select.POLLIN)
+        return bool(poller.poll(milliseconds))
 
     def _end(self):
         self.ended = True
@@ -352,8 +411,7 @@ class Worker:
         for answer in list(self.requests.values()):
             answer.put(None)
         self.nested.lose_all()
-        self._main.ring()
-        self._reader.ring()
+        self._bell.ring()
 
     def on_opening(self, _, own_modules):
         Finder(functools.partial(self.fetch, "module"), own_modules, self.server).install()
@@ -380,6 +438,31 @@ class Worker:
 
     def on_results(self, _, results):
         self.nested.take_results(results)
+
+
+def follow_threads(worker):
+    """Have every thread, and what is given to a pool of threads, belong to the call that started or gave it.
+
+    So a thread that outlives its call makes no children for the call that runs then.  The main thread, and threads that
+    C code made, have no `clupy_call`: they belong to the call that runs."""
+    start, submit = threading.Thread.start, concurrent.futures.ThreadPoolExecutor.submit
+
+    def start_for_call(thread):
+        thread.clupy_call = worker.call_of_this_thread()
+        start(thread)
+
+    def submit_for_call(pool, function, /, *args, **kwargs):
+        return submit(pool, run_for_call, worker.call_of_this_thread(), function, *args, **kwargs)
+
+    def run_for_call(number, function, /, *args, **kwargs):
+        thread = threading.current_thread()
+        before, thread.clupy_call = getattr(thread, "clupy_call", number), number
+        try:
+            return function(*args, **kwargs)
+        finally:
+            thread.clupy_call = before
+
+    threading.Thread.start, concurrent.futures.ThreadPoolExecutor.submit = start_for_call, submit_for_call
 
 
 class Bell:
@@ -452,24 +535,21 @@ def flush_output():
             pass                                   # the call set it to None or closed it: its own affair
 
 
-class NestedCalls:
-    """The engine of calls inside calls: they go back over the slot to the client, which queues them newest first.
-
-    Does for a worker what clupy.Engine does for a client; any thread may call it."""
+class NestedCalls(clupy.BaseEngine):
+    """The engine of calls inside calls: they go back over the slot to the client, which queues them newest first."""
 
     def __init__(self, worker):
         self._worker = worker
         self._calls = {}                           # {number: call} without an outcome
         self._numbers = iter(range(1, 1 << 62))
-        self._functions = collections.OrderedDict()    # {id: None} that the client knows, least recently used first
+        self._known = clupy.Known()                # the functions that the client has
         self._sending = threading.Lock()               # so that no call overtakes its function
 
     def submit(self, call):
         worker, function = self._worker, call._function
         number = call._number = next(self._numbers)
-        limit = call._limit
-        most = limit and (None if limit is function.limits.get(limit.most) else id(limit), limit.most)
-        item = number, worker.current, function.id, call._arguments, call._timeout, call._retries, most
+        parent = worker.call_of_this_thread()
+        item = number, parent, function.id, call._arguments, call._timeout, call._retries, call._limit
         self._calls[number] = call
         try:
             if worker.ended:
@@ -484,12 +564,8 @@ class NestedCalls:
 
     def _news_of(self, function):
         """{id: (payload, name, setup), or None to drop it} of what the client has to learn to run this function."""
-        news = {} if function.id in self._functions else {function.id: (function.payload, function.name, function.setup)}
-        self._functions[function.id] = None
-        self._functions.move_to_end(function.id)
-        if len(self._functions) > clupy.Slot.KNOWN:
-            news[self._functions.popitem(last=False)[0]] = None
-        return news
+        new, dropped = self._known.learn(function)
+        return {**dict.fromkeys(dropped), function.id: (function.payload, function.name, function.setup)} if new else {}
 
     def take_results(self, results):
         clupy.conclude([(call, succeeded, value) for number, succeeded, value in results
@@ -503,35 +579,18 @@ class NestedCalls:
         if self._calls.pop(call._number, None) and not self._worker.ended:
             self._worker.send("forget", [call._number])
 
-    def cancel_all(self):
-        for call in list(self._calls.values()):
-            call.cancel()
-
-    def cancel_limit(self, limit):
-        for call in list(self._calls.values()):
-            if call._limit is limit:
-                call.cancel()
-
-    def settle(self, limit):
-        concurrent.futures.wait([call for call in list(self._calls.values()) if call._limit is limit])
-
-    def grow(self, slots):
-        """Slots are the client's affair."""
+    def calls(self):
+        return list(self._calls.values())
 
     def abandon(self):
         """In a forked child of a call: the slot's socket is the parent's alone."""
         os.close(self._worker.sock.detach())
-        clupy._fetch, clupy._serve = None, clupy._served.__setitem__
-
-    close = cancel_all
+        clupy.use_client(self._worker.client)
 
 
 # ==== Worker: the client's classes and modules ===============================
 # The client's classes are only named in results (clupy._client_class).  A class that was made here, or came with the
 # result of a nested call, is one that the client does not know: it goes by value.
-
-_unpacking = threading.local()                     # .call: whether this thread unpacks something of the client's
-
 
 def note_client_classes():
     """Note the classes that come from the client, from now on: wrap the function by which cloudpickle makes or finds them.
@@ -541,7 +600,7 @@ def note_client_classes():
 
     def noting(tracker_id, cls):
         cls = lookup(tracker_id, cls)
-        if getattr(_unpacking, "call", False):
+        if pickling.of_client:
             clupy._client_classes.add(cls)
         return cls
     tracker._lookup_class_or_track = noting
@@ -554,11 +613,11 @@ def unpack_arguments(arguments):
 
 def unpack_call(payload):
     """clupy.unpack for functions and arguments; nested calls' results are for clupy.unpack itself."""
-    before, _unpacking.call = getattr(_unpacking, "call", False), True
+    before, pickling.of_client = pickling.of_client, True
     try:
         return clupy.unpack(payload)
     finally:
-        _unpacking.call = before
+        pickling.of_client = before
 
 
 class Finder:
@@ -853,7 +912,7 @@ class Process:
         self.libraries = libraries                 # Libraries, the environment of which it runs in
         self.ready = False                         # warm, and waits for a slot
         self.slot = None                           # SlotRow it serves, or did
-        self.why = None                            # why the server ended it; None: it ended by itself
+        self.why = None                            # one of Why, if the server ended it; None: it ended by itself
         self.late = False                          # a call is over its time, and being looked at
         self.tail = {1: b"", 2: b""}               # output without a line's end yet
         self.last_lines = collections.deque(maxlen=LAST_LINES)     # of standard error, since this call began:
@@ -867,6 +926,7 @@ class Process:
         return f"<Process {self.pid} {self.slot or ('ready' if self.ready else 'starting')}>"
 
     def _start(self):
+        """Start the process. What fails on the way undoes it all: no process, descriptor or reader is left."""
         loop = asyncio.get_running_loop()
         with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:      # theirs are closed here in any case
             self.environment = self.libraries.hold()   # in use until this worker is dead; None: our own Python
@@ -879,28 +939,49 @@ class Process:
             board = make_board()
             theirs.callback(os.close, board)
             self.board = ours.enter_context(mmap.mmap(board, mmap.PAGESIZE))
+            keep_reserve(board, sum(not other.slot for other in self.server.processes.values()))
             given = {"channel": channel.fileno(), "lifeline": lifeline, "stack": stack, "board": board,
-                     "memory_limit": self.server.settings.memory_limit}
+                     "memory_limit": self.server.settings.memory_limit, "files": clupy.raise_descriptor_limit()}
             boot = BOOT.format(folder=os.path.dirname(os.path.abspath(__file__)), arguments=json.dumps(given))
             python, environ = worker_environment(self.environment and self.environment.path, self.server.worker_environ())
             self.popen = subprocess.Popen(
                 [python, "-P", "-c", boot], stdin=subprocess.DEVNULL, stdout=out, stderr=err,
                 pass_fds=[channel.fileno(), lifeline, stack, board], start_new_session=True, env=environ)
+            self.pid = self.popen.pid
+            ours.callback(self._undo)
+            self.channel.setblocking(False)
+            self.pipes = {out_here: 1, err_here: 2, stack_here: 0}     # {fd: stream; 0: the stack}
+            for fd in self.pipes:
+                os.set_blocking(fd, False)
+            self.pidfd = self._watch_end(loop, ours)
+            for fd, read in [(self.channel, self._channel_readable), *((fd, self._pipe_readable) for fd in self.pipes)]:
+                loop.add_reader(fd, read, fd)
+                ours.callback(loop.remove_reader, fd)
             ours.pop_all()
-        self.pid = self.popen.pid
-        self.channel.setblocking(False)
-        loop.add_reader(self.channel, self._channel_readable)
-        self.pipes = {out_here: 1, err_here: 2, stack_here: 0}     # {fd: stream; 0: the stack}
-        for fd in self.pipes:
-            os.set_blocking(fd, False)
-            loop.add_reader(fd, self._pipe_readable, fd)
-        self.pidfd = os.pidfd_open(self.pid) if hasattr(os, "pidfd_open") else None
-        if self.pidfd is not None:
-            loop.add_reader(self.pidfd, self._reap)
-        else:
-            threading.Thread(target=self._await_end, args=(loop,), daemon=True).start()
 
-    def _channel_readable(self):
+    def _undo(self):
+        """The start failed after the process was there."""
+        self._signal(signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):       # somebody else has waited for it
+            os.waitpid(self.pid, 0)
+        self.popen.returncode = -signal.SIGKILL
+
+    def _watch_end(self, loop, undo):
+        """Have `_reap` called when the process has ended: by a pidfd, or None and a thread where there is none."""
+        try:
+            pidfd = os.pidfd_open(self.pid)
+        except (AttributeError, OSError):          # macOS; an old kernel, or a sandbox that does not know it
+            try:
+                threading.Thread(target=self._await_end, args=(loop,), name="clupy-await", daemon=True).start()
+            except RuntimeError as error:
+                raise OSError(errno.EAGAIN, str(error)) from None
+            return None
+        undo.callback(os.close, pidfd)
+        loop.add_reader(pidfd, self._reap)
+        undo.callback(loop.remove_reader, pidfd)
+        return pidfd
+
+    def _channel_readable(self, _):
         asyncio.get_running_loop().remove_reader(self.channel)
         try:
             self.ready = self.channel.recv(1) == b"r"
@@ -991,14 +1072,15 @@ class Process:
             (os.killpg if group else os.kill)(self.pid, number)
         except ProcessLookupError:
             pass                                   # it has ended by itself
-        except PermissionError:
-            os.kill(self.pid, number)              # macOS says so of a group whose leader is a zombie
+        except PermissionError:                    # macOS says so of a group whose leader is a zombie
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
 
     async def kill_call(self, number, why):
         """Kill the worker if it runs this call, and no other; False if it does not.
 
         Its Python stack is taken first; it is stopped while the board is read, so that no call can begin between."""
-        if why == "timeout" and self.runs(number):
+        if why == Why.TIMEOUT and self.runs(number):
             self._signal(STACK_SIGNAL, group=False)
             await asyncio.sleep(STACK_TIME)
         async with self._stopping:
@@ -1027,19 +1109,22 @@ class Process:
         """Where there is no pidfd: wait in a thread."""
         with contextlib.suppress(ChildProcessError):
             os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
-        loop.call_soon_threadsafe(self._reap)
+        with contextlib.suppress(RuntimeError):    # the loop is closed: nobody waits for this worker any more
+            loop.call_soon_threadsafe(self._reap)
 
     def _reap(self):
         try:
-            pid, status, usage = os.wait4(self.pid, os.WNOHANG)
+            if os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+                return
+            self._signal(signal.SIGKILL)           # the children it left; while it is a zombie nobody else has its number
+            _, status, usage = os.wait4(self.pid, 0)
         except ChildProcessError:                  # the program ignores SIGCHLD, or has waited for all its children
+            self._signal(signal.SIGKILL)           # its number may be another's by now, but no other group's
             self._is_dead(UNKNOWN_EXIT, 0)
-            return
-        if pid:
+        else:
             self._is_dead(os.waitstatus_to_exitcode(status), usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024))
 
     def _is_dead(self, code, peak):
-        self._signal(signal.SIGKILL)               # the children it left
         self.popen.returncode = code
         loop = asyncio.get_running_loop()
         loop.remove_reader(self.channel)
@@ -1070,24 +1155,22 @@ class Process:
         return [fd for fd in own if fd is not None]
 
 
-async def end_session(hosts, id, password):
-    """End the ZooKeeper session of a worker that is dead, so that what it held is free at once.
+def end_session(hosts, session, ended):
+    """End the ZooKeeper session of a worker that is dead, so that what it held is free at once; in a thread of its own.
 
-    Four of ZooKeeper's own messages, since kazoo needs threads, and none can be started when a program ends."""
-    hello = struct.pack(">iqiqi16s?", 0, 0, 10_000, id, len(password), password, False)
-    for host, port in (clupy.parse_address(host, 2181) for host in hosts.split(",")):
-        with contextlib.suppress(OSError, EOFError):
-            async with asyncio.timeout(clupy.FIRST_CONTACT):
-                reader, writer = await asyncio.open_connection("127.0.0.1" if host == "localhost" else host, port)
-                with contextlib.closing(writer):
-                    writer.write(struct.pack(">i", len(hello)) + hello)
-                    size, = struct.unpack(">i", await reader.readexactly(4))
-                    _, time_out = struct.unpack_from(">ii", await reader.readexactly(size))
-                    if time_out > 0:               # else it has ended already
-                        writer.write(struct.pack(">iii", 8, 0, -11))
-                        await reader.readexactly(4)
-            return
-    log.debug("the ZooKeeper session of a dead worker ends by itself: no answer from %s", hosts)
+    session: (id, password); ended: a future that is done then, well or not: by itself it ends after `session` seconds."""
+    quiet = logging.getLogger("clupy.zookeeper")
+    quiet.setLevel(logging.ERROR)
+    try:
+        client = clupy.kazoo.KazooClient(hosts, client_id=session, logger=quiet)
+        with contextlib.suppress(client.handler.timeout_exception):
+            client.start(clupy.FIRST_CONTACT)          # takes the session over, or has a new one if it has ended already
+        client.stop()
+        client.close()
+    except Exception as error:                     # the thread's edge: the interpreter may be ending
+        log.debug("the ZooKeeper session of a dead worker ends by itself: %s", error)
+    finally:
+        ended.set_result(None)
 
 
 def make_pipe(reader, writer):
@@ -1098,14 +1181,36 @@ def make_pipe(reader, writer):
     return ends
 
 
+def keep_reserve(newest, spare):
+    """Raise EMFILE if too few descriptors are left, beyond the newest one, for connections and spare workers' slots."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if newest + RESERVED_FILES + spare >= limit:   # the system gives the lowest number that is free
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+
+def why_no_worker(error):
+    """What an OSError at the start of a worker means, and what to do."""
+    if error.errno == errno.EMFILE:
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        return (f"this process may have {limit} open files, and a worker takes {WORKER_FILES}; "
+                "more: `ulimit -Hn` of who starts it, or LimitNOFILE= of its unit")
+    if error.errno == errno.EAGAIN:
+        return f"{error}; the system lets us have no more processes: see `ulimit -u`, or TasksMax= of its unit"
+    return str(error)
+
+
 def make_board():
     """A descriptor of a page of memory that is shared and has no name."""
-    if hasattr(os, "memfd_create"):
+    try:
         fd = os.memfd_create("clupy-board")
-    else:
+    except (AttributeError, OSError):              # macOS; an old kernel, or a sandbox that does not know it
         with tempfile.TemporaryFile() as file:
             fd = os.dup(file.fileno())
-    os.ftruncate(fd, mmap.PAGESIZE)
+    try:
+        os.ftruncate(fd, mmap.PAGESIZE)
+    except BaseException:
+        os.close(fd)
+        raise
     return fd
 
 
@@ -1139,6 +1244,7 @@ class Session:
         self.id = os.urandom(clupy.SESSION_SIZE)
         self.client = "?"
         self.libraries = None                      # Libraries of its workers; None: the cluster's, whatever they are
+        self.copies = None                         # the client's clupy.Copies of Refs on this machine
         self.output = True                         # whether the client wants to see what its calls print
         self.slots = {}                            # {number: SlotRow} open or waiting
         self.numbers = set()                       # every number that was used: each opens one slot, once
@@ -1151,16 +1257,12 @@ class Session:
     def nested_slots(self, waiting=False):
         return sum(slot.nested for slot in self.slots.values() if slot.process or waiting)
 
-    def on_hello(self, connection, client, python, environment, output):
-        if tuple(python) != PYTHON:
-            connection.refuse(VersionMismatch(
-                f"the client runs Python {python[0]}.{python[1]}, the server {self.server.name} runs Python "
-                f"{PYTHON[0]}.{PYTHON[1]}; they must be the same, since bytecode travels"))
-            return
+    def on_hello(self, connection, client, environment, output):
         self.client, self.output = client, output
+        self.copies = clupy.Copies(client)
         if environment is not None:
             self.libraries = self.server.libraries_of(clupy_master.Resolution.of(environment))
-        connection.send("welcome", self.id, self.server.name, self.server.versions)
+        connection.send("welcome", self.id, self.server.name, self.server.versions, self.server.settings.max_nested)
         self.server.tell_libraries(self)
         if self.server.draining:
             connection.send("notice", "draining", "")
@@ -1169,9 +1271,9 @@ class Session:
         slot = self.slots.get(number)
         if slot is None:                           # it ended by itself, or was never opened
             self.numbers.add(number)
-            self.connection.send("ended", number, {"pid": None, "begun": 0, "why": "closed"})
+            self.connection.send("ended", number, {"pid": None, "begun": 0, "why": Why.CLOSED})
         elif slot.process:
-            slot.process.end("closed", GRACE_TIME)
+            slot.process.end(Why.CLOSED, GRACE_TIME)
         else:
             slot.waiter.cancel()
 
@@ -1181,8 +1283,11 @@ class Session:
             self.server.spawn(self._kill(slot, call))
 
     async def _kill(self, slot, call):
-        if not await slot.process.kill_call(call, "cancelled"):
+        if not await slot.process.kill_call(call, Why.CANCELLED):
             self.connection.send("late", slot.number, call)
+
+    def on_release(self, _, names):
+        self.copies.release(names)
 
     def on_seen(self, _, count):
         self._unseen -= count
@@ -1277,11 +1382,16 @@ class Server:
         self._questions = {}                       # {(kind, key): future of the master's answer}
         self.tls = settings.tls_cert and clupy.tls_files(settings)            # what a worker needs of it
         self._tasks = set()
-        self._endings = set()                      # tasks that end ZooKeeper sessions of dead workers
+        self._endings = set()                      # futures of threads that end ZooKeeper sessions of dead workers
         self._stating = None
         self._closing = False
-        self._said = ""                            # why there was no master, as the log says
+        self._said = ""                            # why there is no master, as the log says; None: there is one
         self._failures = 0                         # workers in a row that died before they were ready
+        self._pause = None                         # TimerHandle, while no worker is started because it would fail
+        self._retry_after = RETRY_START[0]         # seconds of the next pause
+        self._trouble = ""                         # why a worker could not be started, as the log says
+        self._most = None                          # workers that could be started, if not as many as are wanted
+        clupy.raise_descriptor_limit()
         self._listener = clupy_master.Listener(settings.listen or ("", 0), self._greet)
         self.address = self._listener.address
 
@@ -1289,7 +1399,7 @@ class Server:
         return f"<Server {self.address[1]} {self.open_slots()} of {self.slots} slots, {len(self.processes)} workers>"
 
     async def start(self):
-        clupy.remove_stale_refs(clupy.SETTINGS["ttl"][2])
+        self.spawn(self._sweep())
         self.replenish()
         self.spawn(self.link.run(self))
         self.spawn(self._watch())
@@ -1309,6 +1419,8 @@ class Server:
 
     def descriptors(self):
         own = self._listener.descriptors()
+        for session in list(self.sessions.values()):
+            own += session.copies.held if session.copies else ()
         for process in list(self.processes.values()):
             own += process.descriptors()
             if process.slot:
@@ -1335,12 +1447,14 @@ class Server:
             del self.sessions[session.id]
             for slot in list(session.slots.values()):
                 if slot.process:
-                    slot.process.end("client gone", GRACE_TIME)
+                    slot.process.end(Why.CLIENT_GONE, GRACE_TIME)
                 else:
                     slot.waiter.cancel()
+            if session.copies:
+                session.copies.close()
 
     async def _greet_slot(self, sock):
-        head = await clupy_master.read_exactly(sock, clupy.SLOT_HEAD.size + clupy.PROOF_SIZE)
+        head = await clupy.read_exactly(sock, clupy.SLOT_HEAD.size + clupy.PROOF_SIZE)
         id, number, nested = clupy.SLOT_HEAD.unpack(head[:clupy.SLOT_HEAD.size])
         session = self.sessions.get(id)
         key = session.connection.key if session else os.urandom(32)
@@ -1358,7 +1472,7 @@ class Server:
     async def _serve_slot(self, slot):
         """Wait for a free worker and hand the socket over."""
         if slot.nested and slot.session.nested_slots() >= self.settings.max_nested:    # nobody else's end would make room
-            self._turn_away(slot, f"max_nested is {self.settings.max_nested}")
+            self._turn_away(slot, Why.MAX_NESTED, f"max_nested is {self.settings.max_nested}")
             return
         self.waiting.append(slot)
         self.replenish()
@@ -1368,13 +1482,13 @@ class Server:
         except asyncio.CancelledError:             # closed by the client before a worker was free
             if slot in self.waiting:
                 self.waiting.remove(slot)
-            self._turn_away(slot, "closed")
+            self._turn_away(slot, Why.CLOSED)
 
-    def _turn_away(self, slot, why):
+    def _turn_away(self, slot, why, reason=""):
         """End a slot that no worker serves."""
         slot.session.slots.pop(slot.number, None)
         slot.sock.close()
-        slot.session.connection.send("ended", slot.number, {"pid": None, "begun": 0, "why": why})
+        slot.session.connection.send("ended", slot.number, {"pid": None, "begun": 0, "why": why, "reason": reason})
 
     # -- slots and workers
 
@@ -1400,18 +1514,20 @@ class Server:
             try:
                 process.hand_over(slot, {
                     "key": slot_key(slot.session.connection.key, slot.number).hex(), "server": self.name,
-                    "services": self.services, "tls": self.tls})
+                    "client": slot.session.client, "services": self.services, "tls": self.tls})
             except ConnectionError:
                 continue                           # it died just now; it will be replaced
             self.waiting.remove(slot)
             slot.waiter.set_result(None)
             self._failures = 0
+            if not self._pause:
+                self._retry_after, self._trouble = RETRY_START[0], ""
             self.state_soon()
 
     def replenish(self):
         """Have a worker for every slot, and for the nested ones that are open or waited for: first in the environments
         that are waited for, then, warm, in the cluster's."""
-        if self._closing or self._failures >= MAX_FAILURES:
+        if self._closing or self._pause:
             return
         target = self.slots + sum(min(session.nested_slots(waiting=True), self.settings.max_nested)
                                   for session in self.sessions.values())
@@ -1424,15 +1540,34 @@ class Server:
             if process.libraries in needed:
                 needed.remove(process.libraries)
             else:
-                process.end("not needed")
+                process.end(Why.NOT_NEEDED)
         for libraries in needed:
             try:
                 process = Process(self, libraries)
             except OSError as error:
-                log.error("cannot start a worker: %s", error)
-                asyncio.get_running_loop().call_later(1.0, self.replenish)
+                self._most = sum(1 for process in self.processes.values() if not process.dead.done() and not process.why)
+                self._start_later("cannot start a worker: " + why_no_worker(error))
+                self.state_soon()
                 return
             self.processes[process.pid] = process
+        self._most = None
+
+    def _start_later(self, why):
+        """Start no worker until a pause is over, which doubles while that does not help; say why, once."""
+        if why != self._trouble:
+            self._trouble = why
+            log.error("%s (%s workers run, for %s slots; trying again from time to time)", why, len(self.processes), self.slots)
+        self._pause = asyncio.get_running_loop().call_later(self._retry_after, self._start_again)
+        self._retry_after = min(2 * self._retry_after, RETRY_START[1])
+
+    def _start_again(self):
+        self._end_pause()
+        self.replenish()
+
+    def _end_pause(self):
+        if self._pause:
+            self._pause.cancel()
+            self._pause, self._failures = None, 0
 
     def grow(self, slots):
         """At least so many slots."""
@@ -1444,7 +1579,7 @@ class Server:
     def worker_environ(self):
         """The environment variables of a worker: without the secret, and with one node's cores divided by its slots."""
         environ = {name: value for name, value in os.environ.items() if name not in ("CLUPY_SECRET", "CLUPY_MASTER")}
-        threads = str(max(1, (os.cpu_count() or 1) // self.slots))
+        threads = str(max(1, clupy.cores() // self.slots))
         for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS",
                      "VECLIB_MAXIMUM_THREADS"):
             environ.setdefault(name, threads)
@@ -1457,14 +1592,8 @@ class Server:
             self._failures += 1
             code = process.popen.returncode
             log.error("worker %s died before it had a slot: %s", process.pid, describe_exit(code))
-        if self._failures < MAX_FAILURES:
-            self.replenish()
-        elif self._failures == MAX_FAILURES and not self._closing:
-            log.error("workers keep dying at their start; trying again every 10 s")
-            asyncio.get_running_loop().call_later(10.0, self._try_again)
-
-    def _try_again(self):
-        self._failures = 0
+        if self._failures >= MAX_FAILURES and not self._pause and not self._closing:
+            self._start_later("workers keep dying at their start")
         self.replenish()
 
     async def _bury(self, process):
@@ -1480,21 +1609,31 @@ class Server:
                 pass                               # the client closed it first
             begun, _ = process.begun()
             if self.services.get("zookeeper") and (session := process.zookeeper_session()):
-                ending = asyncio.create_task(end_session(self.services["zookeeper"], *session))
-                self._endings.add(ending)
-                ending.add_done_callback(self._endings.discard)
+                self._end_session(session)
             self._give_base(slot)
+            self._end_pause()                      # there may be room for another now
+        process.last_output()
         del self.processes[process.pid]
         self.replenish()
         self.assign()
         self.state_soon()
-        process.last_output()
         if slot:
             slot.session.connection.send("ended", slot.number, {
-                "pid": process.pid, "begun": begun, "why": process.why or "died", "reason": describe_exit(code),
+                "pid": process.pid, "begun": begun, "why": process.why or Why.DIED, "reason": describe_exit(code),
                 "code": code, "peak": peak, "limit": self.settings.memory_limit, "lines": list(process.last_lines),
                 "stack": process.stack.decode(errors="replace")})
             await self._drain_socket(slot.sock)
+
+    def _end_session(self, session):
+        ended = concurrent.futures.Future()
+        ended.set_running_or_notify_cancel()
+        try:
+            threading.Thread(target=end_session, args=(self.services["zookeeper"], session, ended), daemon=True).start()
+        except RuntimeError:
+            return                                 # the interpreter is ending: the session ends by itself
+        ending = asyncio.wrap_future(ended)
+        self._endings.add(ending)
+        ending.add_done_callback(self._endings.discard)
 
     def _give_base(self, slot):
         """A slot ended: if it was no nested one, a nested one of its client takes its place among the slots."""
@@ -1637,16 +1776,14 @@ class Server:
 
     async def _time_out(self, process, number):
         try:
-            await process.kill_call(number, "timeout")
+            await process.kill_call(number, Why.TIMEOUT)
         finally:
             process.late = False                   # it may be the next call that runs by now
 
     # -- the master
 
     def master_joined(self, connection):
-        log.info("connected to the master at %s", connection.peer)
-        self._said = ""
-        self._state()
+        self._state()                              # a standby answers with `leader`, the master with `cluster`
 
     def master_lost(self):
         for kind, key in list(self._questions):
@@ -1661,6 +1798,12 @@ class Server:
             self.link.look(time.monotonic())
             self._state()
 
+    async def _sweep(self):
+        """Remove copies that were left by clients and servers that were killed together."""
+        while True:
+            clupy.remove_copies()
+            await asyncio.sleep(SWEEP_TIME)
+
     def state_soon(self):
         """After a change: state it, gathered for GATHER_TIME."""
         if self._stating is None:
@@ -1673,14 +1816,18 @@ class Server:
         held = collections.Counter(process.slot.session.client for process in self.processes.values() if process.slot)
         host, port = self.address
         host = None if host in ("0.0.0.0", "::", "") else host
-        self.link.connection.send("server", self.id, (host, port), PYTHON, self.slots, dict(held), {
+        slots = self.slots if self._most is None else min(self.slots, self._most)
+        self.link.connection.send("server", self.id, (host, port), slots, dict(held), {
             "name": self.name, "load": os.getloadavg()[0], "draining": self.draining, **self.versions,
             "environment": self.default.resolution.hash if self.default.resolution.pins else None,
             "environments": [hash for hash, libraries in self.known.items() if libraries.environment],
             "building": any(libraries.building for libraries in self.known.values()),
             "faults": [libraries.fault for libraries in self.known.values() if libraries.fault]})
 
-    def on_cluster(self, _, services, silent, libraries):
+    def on_cluster(self, connection, services, silent, libraries):
+        if self._said is not None:
+            log.info("connected to the master at %s", connection.peer)
+            self._said = None
         self.services = services
         if libraries != self.wanted:
             if self.wanted in self.known:
@@ -1691,14 +1838,14 @@ class Server:
             if session.client in silent:           # it is stopped or hangs: its idle slots are of use to others
                 for slot in session.slots.values():
                     if slot.process and slot.process.begun()[1] == IDLE:
-                        slot.process.end("relieved", GRACE_TIME)
+                        slot.process.end(Why.RELIEVED, GRACE_TIME)
 
     def on_leader(self, _, address):
         self.link.follow(address)
 
-    def on_refused(self, _, kind, text):
+    def master_refused(self, error):
         if not self.failed.done():
-            self.failed.set_result(clupy.refusal(kind, text))
+            self.failed.set_result(error)
 
     # -- the end
 
@@ -1716,10 +1863,11 @@ class Server:
     async def close(self):
         """Kill the workers and close everything."""
         self._closing = True
+        self._end_pause()
         self.link.close()
         await self._listener.close()
         for process in list(self.processes.values()):
-            process.end("server closed")
+            process.end(Why.SERVER_CLOSED)
         if self.processes:
             await asyncio.wait([process.dead for process in self.processes.values()])
         while self.processes:
