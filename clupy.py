@@ -189,7 +189,7 @@ class ConfigurationError(ClupyError, ValueError):
 
 
 class SecretError(ClupyError, PermissionError):
-    """There is no secret, others can read it, or the peer has another one."""
+    """There is no secret, others can read it, or the peer has another one, or a certificate that is not accepted."""
 
 
 class VersionMismatch(ClupyError):
@@ -217,13 +217,14 @@ class Closed(ClupyError, RuntimeError):
 
 
 class DependencyError(ClupyError):
-    """Libraries could not be resolved or installed. The text ends with pip's own last lines; `lines` has them
-    alone."""
+    """Libraries could not be resolved or installed. The text ends with pip's last lines; `lines` has them alone."""
+
     def __init__(self, what, lines=()):
-        super().__init__(what, tuple(lines))            # its very arguments: so it survives a pickle
+        super().__init__(what, tuple(lines))       # what __init__ takes: a pickle makes an exception anew from its args
         self.lines = tuple(lines)
 
-    def __str__(self): return "\n  ".join((self.args[0], *self.lines))
+    def __str__(self):
+        return "\n  ".join((self.args[0], *self.lines))
 
 
 class LibraryMismatch(ClupyError, UserWarning):
@@ -236,11 +237,13 @@ class Unavailable(ClupyError, ConnectionError):
 
 class RemoteError(ClupyError):
     """What a call raised, if that cannot be rebuilt here. type_name, message, traceback: its texts."""
+
     def __init__(self, type_name, message, traceback=""):
         super().__init__(type_name, message, traceback)
         self.type_name, self.message, self.traceback = type_name, message, traceback
 
-    def __str__(self): return f"{self.type_name}: {self.message}"
+    def __str__(self):
+        return f"{self.type_name}: {self.message}"
 
 
 class LockLost(ClupyError, RuntimeError):
@@ -298,7 +301,7 @@ def _switch(value):
 
 
 def _level(value):
-    value = {False: "off"}.get(value, value)         # YAML reads a bare off as false
+    value = {False: "off"}.get(value, value)       # YAML reads a bare off as false
     if value not in ("warn", "error", "off"):
         raise ValueError("warn, error or off")
     return value
@@ -307,7 +310,7 @@ def _level(value):
 def parse_address(value, port=0):
     """(host, port) of "host", "host:port", "port" or "[v6]:port"."""
     if isinstance(value, int) or isinstance(value, str) and value.strip().isdigit():
-        value = f":{value}"                     # no host is named so
+        value = f":{value}"                        # digits alone are a port: no host has such a name
     match = re.fullmatch(r"\s*(?:\[([^\]]*)\]|([^:]*))(?::(\d+))?\s*", value) if isinstance(value, str) else None
     if not match or match[3] and int(match[3]) > 65535:
         raise ValueError("an address: HOST, HOST:PORT or PORT")
@@ -450,7 +453,10 @@ def read_yaml(path, must_exist=False):
         return []
     if not isinstance(value, dict):
         raise ConfigurationError(f"{path}: must hold lines of `key: value`, not a {type(value).__name__}")
-    return [(key, item, at.start_mark.line + 1) for (key, item), (at, _) in zip(value.items(), node.value, strict=True)]
+    lines = [at.start_mark.line + 1 for at, _ in node.value]
+    if len(lines) != len(value):
+        raise ConfigurationError(f"{path}: names a key twice, or merges keys; one line for each")
+    return [(key, item, line) for (key, item), line in zip(value.items(), lines, strict=True)]
 
 
 # ---- Redis and ZooKeeper: what this process was told (configure, arguments, CLUPY_* variables, clupy.client.yaml) wins,
@@ -464,7 +470,7 @@ _configured = {}        # what configure() was given; replaced, never changed
 def configure(**settings):
     """Set redis, zookeeper, prefix, ttl, session or patience for this process, over all other places.
 
-    Raises ConfigurationError. Any thread; clients that are in use already stay as they are."""
+    Any thread may call; clients that are in use already stay as they are.  Raises ConfigurationError."""
     global _configured
     for key in settings:
         if key not in SERVICE_KEYS:
@@ -474,7 +480,7 @@ def configure(**settings):
 
 
 def merged_services(own, theirs):
-    """Settings of a client's own, of configure() first, and of what the master says, {} where there is none that could."""
+    """The Settings of Redis and ZooKeeper of which `own` are a client's and `theirs` the master's; {}: no master says any."""
     own = Settings({**vars(own), **_configured}, {*own.given, *_configured})
     values = {key: getattr(own, key) for key in SERVICE_KEYS}
     values.update({key: value for key, value in theirs.items() if key not in own.given and key in SERVICE_KEYS})
@@ -542,17 +548,20 @@ def find_secret(settings, create=False):
 #
 # from -> to        kind      fields                                       answer      if it fails
 # server -> master  server    id, address, slots, held {client: n},        cluster     next master of the list
-#                             state {load, draining, ...}
+#                             facts {load, draining, ...}
 # client -> master  client    id, wanted slots, unreachable servers,       share       back-off; `patience` without slots
-#                             hash of its libraries
+#                             hash of its resolution
 # master -> client  share     {server: (address, n)}, services             -           stands until replaced
-# master -> server  cluster   services, silent clients, hash of libraries  -           the last one stands
+# master -> server  cluster   services, silent clients, hash of the        -           the last one stands
+#                             cluster's resolution
 # standby -> any    leader    (host, port) or None: not known              go there    next master of the list
-# any -> master     libraries hash, or None for the cluster's              libraries   again with the next statement
+# any -> master     libraries hash of a resolution, None: the cluster's    libraries   again with the next statement
 # server -> master  wheel     sha256                                       wheel       pip says that it is not there
-# client -> master  resolve   libraries, pip options, {sha256: wheel}      resolved    again after reconnecting
+# client -> master  resolve   its own list: libraries, pip options,        resolved    again after reconnecting
+#                             {sha256: wheel}
+# master -> client  resolved  resolution or None, pip's words or None      -
 # any -> master     status    -                                            tables      an error text
-# client -> server  hello     client, libraries (None: the cluster's),     welcome     told to the master, again later
+# client -> server  hello     client, resolution (None: the cluster's),    welcome     told to the master, again later
 #                             whether output is wanted
 # server -> client  welcome   session, name of the server, {its versions}, -
 #                             its max_nested
@@ -573,7 +582,7 @@ def find_secret(settings, create=False):
 # client -> worker  calls     in the order to be done:                     results     the slot's end and `ended`
 #                             (number, function id, arguments, time-out),
 #                             (0, function id, payload or None: drop it,
-#                             (name, payload to be called first or None))
+#                             (name, payload of an initializer or None))
 # worker -> client  results   [(number, succeeded, plain value or          -
 #                             payload)], seconds that they took
 # client -> worker  recall    -                                            returned    none: they stay sent
@@ -681,7 +690,7 @@ def decode(body, buffers=()):
         message = _PlainUnpickler(io.BytesIO(body), buffers=buffers).load()
     except ProtocolError:
         raise
-    except Exception as error:                     # whatever pickle says of rubbish
+    except Exception as error:                     # what pickle raises of rubbish can be anything
         raise ProtocolError(f"a frame that is no message: {error!r}") from None
     if not isinstance(message, tuple) or not message or not isinstance(message[0], str):
         raise ProtocolError(f"a frame without a kind: {type(message).__name__}")
@@ -714,13 +723,13 @@ def memory(size):
         pages = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError:
         raise MemoryError(f"no memory for {size} bytes") from None
-    with contextlib.suppress(OSError):            # a kernel without them
+    with contextlib.suppress(OSError):             # a kernel without huge pages
         pages.madvise(mmap.MADV_HUGEPAGE)
     return pages
 
 
 class Frames:
-    """Cuts a stream of bytes into messages; knows nothing of sockets.
+    """What cuts a stream of bytes into messages; it knows nothing of sockets.
 
     Write bytes to `space()`, say how many to `filled(n)`, and take the messages that are complete.  Large parts are
     received into memory of their own, allocated once.  `proof`: bytes that must come first."""
@@ -759,9 +768,9 @@ class Frames:
 
 
 def _parse(proof, limit, messages):
-    """Yields the size of the next part, is sent the part, and appends each message that is complete.
+    """A generator that yields the size of the next part, is sent the part, and appends each message that is complete.
 
-    No method of Frames: a generator that knew it would keep it, and its chunk, until the next collection of garbage."""
+    No method of Frames: if each knew the other, both and the chunk would stay until the next collection of garbage."""
     if proof and not hmac.compare_digest((yield len(proof)), proof):
         raise ProtocolError("the peer does not know the slot's key")
     while True:
@@ -832,22 +841,24 @@ class Connection:
         return f"<Connection {self.peer}{' closing' if self._writer.is_closing() else ''}>"
 
     @property
-    def host(self):
+    def hosts(self):
         """The peer's numeric address, and this end's."""
         return self._writer.get_extra_info("peername")[0], self._writer.get_extra_info("sockname")[0]
 
     def send(self, *message):
+        """Send a message, in order and without waiting; nothing, once the connection is about to end."""
         if not self._writer.is_closing():
             self._writer.writelines(encode(message))
 
     async def receive(self):
+        """The next message. Raises IncompleteReadError at the end, OSError, ProtocolError."""
         size, count = frame_sizes(await self._reader.readexactly(FRAME_HEAD.size), MAX_CONTROL)
         if count:
             raise ProtocolError("a frame with buffers on a connection that has none")
         return decode(await self._reader.readexactly(size))
 
     async def serve(self, owner):
-        """Hand every message to the owner until the connection ends; says why in the log if it was the peer's fault."""
+        """Hand every message to the owner until the connection ends; if that is the peer's fault, the log says why."""
         try:
             while True:
                 message = await self.receive()
@@ -856,7 +867,7 @@ class Connection:
         except ProtocolError as error:
             log.warning("closing the connection to %s: %s", self.peer, error)
         except (asyncio.IncompleteReadError, OSError):
-            pass                                    # it ended; the owner decides what that means
+            pass                                   # it ended; the owner decides what that means
         finally:
             self.close()
 
@@ -951,6 +962,24 @@ async def _prove(reader, writer, peer, mine, secret):
     return Connection(reader, writer, peer, proof(secret, b"key", *bound))
 
 
+# ---- Masters: several addresses are tried in turn, and what each said is kept: {(host, port): an error or a text}.
+
+def told(said):
+    """What each address said, as one text."""
+    return "; ".join(f"{host}:{port}: {why}" for (host, port), why in said.items())
+
+
+def hopeless(said):
+    """The error if all gave the same answer, one that no patience mends: another secret, another version. Else None."""
+    kinds = {type(why) for why in said.values()}
+    return kinds.pop()(told(said)) if kinds in ({SecretError}, {VersionMismatch}) else None
+
+
+def stands_by(leader):
+    """What a standby says with its `leader`, in words."""
+    return "it stands by; " + ("{}:{} leads".format(*leader) if leader else "no master leads yet")
+
+
 class MasterLink:
     """A connection to the leading master, kept for ever: each address in turn, and after each round a pause with jitter.
 
@@ -979,10 +1008,9 @@ class MasterLink:
                 if address not in said:            # else two standbys that name each other would keep us running about
                     said[address] = await self._visit(address, owner)
                     waiting.extendleft(self._onward or ())
-            self.why_lost = "; ".join(f"{host}:{port}: {why}" for (host, port), why in said.items())
-            kinds = {type(why) for why in said.values()}
-            if kinds <= {SecretError} or kinds <= {VersionMismatch}:
-                owner.master_refused(kinds.pop()(self.why_lost))
+            self.why_lost = told(said)
+            if error := hopeless(said):
+                owner.master_refused(error)
             owner.master_lost()
             if time.monotonic() - began > 1.0:
                 delay = 0.1
@@ -1001,14 +1029,16 @@ class MasterLink:
         await connection.serve(owner)
         self.connection = None
         if self._onward is not None:
-            return "it stands by; " + ("{}:{} leads".format(*self._onward[0]) if self._onward else "no master leads yet")
-        self.lost_at, self.why_lost = time.monotonic(), f"{address[0]}:{address[1]}: it closed the connection"
+            return stands_by(*self._onward or [None])
+        why = "it closed the connection"
+        self.lost_at, self.why_lost = time.monotonic(), told({address: why})
         owner.master_lost()
-        return "it closed the connection"
+        return why
 
     def look(self, now):
-        """To be called every STATEMENT_TIME: a master that answers no statement is left, if there are others; where it is
-        the only one, it is waited for."""
+        """Leave a master that answers no statement, if there are others; the only one is waited for.
+
+        To be called every STATEMENT_TIME."""
         late = now - self._looked > STATEMENT_TIME + 1           # it was us who slept
         self._looked = now
         if self.connection and len(self.addresses) > 1 and not late and now - self.connection.heard > MASTER_SILENCE:
@@ -1021,6 +1051,7 @@ class MasterLink:
         self.connection.close()
 
     def close(self):
+        """End the connection; `run` is cancelled by who runs it."""
         if self.connection:
             self.connection.abort()
 
@@ -1971,19 +2002,21 @@ served = {}                                       # {name: buffers} of the Refs 
 # 0.5 us instead of 4 us.  A result stays pickled until somebody asks for it, and is unpickled in that thread: it may
 # run user code, which may block, and must never do so in the engine's loop.
 
+def bounded(seconds):
+    """A time-out that a lock takes: not less than 0, and not more than there is."""
+    return max(0, min(seconds, threading.TIMEOUT_MAX))
+
+
 PENDING, RUNNING, FINISHED = "PENDING", "RUNNING", "FINISHED"
 CANCELLED = "CANCELLED_AND_NOTIFIED"
 _DONE = (FINISHED, CANCELLED)
 
 
 class _Waiter:
-    """Wakes one thread when a future is done; the three methods are what concurrent.futures calls.
+    """Wakes one thread when a future is done; the three methods are what concurrent.futures calls."""
+    __slots__ = ("lock",)
 
-    handlers: not before its handlers have run."""
-    __slots__ = ("lock", "handlers")
-
-    def __init__(self, handlers):
-        self.handlers = handlers
+    def __init__(self):
         self.lock = threading.Lock()
         self.lock.acquire()
 
@@ -1992,6 +2025,9 @@ class _Waiter:
             self.lock.release()
 
     add_exception = add_cancelled = add_result
+
+
+_handling = threading.local()     # .future: the one whose handlers this thread runs
 
 
 class Future(concurrent.futures.Future):
@@ -2007,6 +2043,7 @@ class Future(concurrent.futures.Future):
     _packed = None                # (succeeded, payload) until somebody asks for the result
     _waiting = _callbacks = None  # lists of _waiters and of _done_callbacks, made when they are first needed
     _handlers = None              # [(on success, f)] that have not run yet; None: there are none
+    _handled = None               # Event that all handlers have run; None: there never was one
     _parent = _outer = None       # a nested call: (Slot, its number there), number of the call that made it
     _slot = None                  # the Slot that it was sent to last, and when
     _sent_at = 0.0
@@ -2064,19 +2101,19 @@ class Future(concurrent.futures.Future):
 
     # -- waiting
 
-    def _wait(self, timeout=None, handlers=False):
-        """Whether it is done within `timeout` seconds (None: for ever), and its handlers have run if that matters.
+    def _wait(self, timeout=None):
+        """Whether it is done within `timeout` seconds (None: for ever).
 
         Ctrl-C ends all unfinished calls of this client: whoever gives up waiting wants the cluster back."""
-        if self._state in _DONE and not (handlers and self._handlers):
+        if self._state in _DONE:
             return True
-        waiter = _Waiter(handlers)
+        waiter = _Waiter()
         with self._condition:
-            if self._state in _DONE and not (handlers and self._handlers):
+            if self._state in _DONE:
                 return True
             self._waiters.append(waiter)
         try:
-            return waiter.lock.acquire(timeout=-1 if timeout is None else max(0, min(timeout, threading.TIMEOUT_MAX)))
+            return waiter.lock.acquire(timeout=-1 if timeout is None else bounded(timeout))
         except KeyboardInterrupt:
             if self._engine:
                 self._engine.cancel_all()
@@ -2085,6 +2122,20 @@ class Future(concurrent.futures.Future):
             with self._condition:
                 if waiter in self._waiters:
                     self._waiters.remove(waiter)
+
+    def _wait_for_handlers(self, timeout=None):
+        """Whether it is done within `timeout` seconds, its handlers included; one of them does not wait for itself."""
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        if not self._wait(timeout):
+            return False
+        if self._handled is None or getattr(_handling, "future", None) is self:
+            return True
+        try:
+            return self._handled.wait(bounded(deadline - time.monotonic()))
+        except KeyboardInterrupt:
+            if self._engine:
+                self._engine.cancel_all()
+            raise
 
     def _open(self):
         """Unpickle the outcome, in the thread that asks for it; the first of several threads decides."""
@@ -2131,7 +2182,7 @@ class Future(concurrent.futures.Future):
 
     def wait(self, timeout=10):
         """Whether it completed within `timeout` seconds (None: for ever), its handlers included."""
-        return self._wait(None if timeout is None else _duration(timeout), handlers=True)
+        return self._wait_for_handlers(None if timeout is None else _duration(timeout))
 
     completed = property(lambda self: self._state in _DONE)
 
@@ -2163,14 +2214,17 @@ class Future(concurrent.futures.Future):
         with self._condition:
             start = self._state in _DONE and self._handlers is None        # else somebody is at it, or will be
             self._handlers = (self._handlers or []) + [(succeeded, handler)]
+            if self._handled is None or self._handled.is_set():
+                self._handled = threading.Event()
         if start:
             threads.run(self._run_handlers)
         return self
 
     def _run_handlers(self):
-        """Run handlers until none is left, then release who waits for them."""
-        while True:
-            for succeeded, handler in (entries := self._handlers):
+        """Run handlers until none is left, those that are added meanwhile, too."""
+        _handling.future = self
+        while entries := self._handlers:
+            for succeeded, handler in entries:
                 if self.successful is succeeded:
                     try:
                         handler(self._result if succeeded else self.failure)
@@ -2179,10 +2233,8 @@ class Future(concurrent.futures.Future):
             with self._condition:
                 self._handlers = self._handlers[len(entries):] or None
                 if self._handlers is None:
-                    for waiter in self._waiting or ():
-                        if type(waiter) is _Waiter and waiter.handlers:
-                            waiter.add_result(self)
-                    return
+                    self._handled.set()
+        _handling.future = None
 
     # -- outcomes
 
@@ -2226,8 +2278,6 @@ def conclude(outcomes):
             call._state = CANCELLED if type(value) is CancelledError else FINISHED
             call._arguments, call._refs = None, ()
             for waiter in call._waiting or ():
-                if call._handlers and type(waiter) is _Waiter and waiter.handlers:
-                    continue
                 if call._state == CANCELLED:
                     waiter.add_cancelled(call)
                 elif succeeded:
@@ -4103,7 +4153,7 @@ def wait_all(results, time_out=None, progress=False):
     shown = -1
     try:
         for index, future in enumerate(results):
-            while not future._wait(_next_look(deadline, progress), handlers=True):
+            while not future._wait_for_handlers(_next_look(deadline, progress)):
                 if deadline is not None and time.monotonic() >= deadline:
                     return False
                 shown = _show_progress(results, index, shown)
@@ -4276,17 +4326,19 @@ class ExecutorEngine(BaseEngine):
 
 
 _set_up = {}                    # {content id of an initializer: None, or the exception that it raised here}
+_set_up_lock = threading.Lock()   # held while one runs: another thread's call must not begin before it is done
 
 
 def set_up(setup, unpack=unpack):
     """Run an Executor's initializer, a payload, once in this process. Raises BrokenExecutor if it raised."""
     key = content_id(setup)
-    if key not in _set_up:
-        try:
-            unpack(setup)()
-            _set_up[key] = None
-        except BaseException as error:            # whatever it raised, it is why no call can run here
-            _set_up[key] = error
+    with _set_up_lock:
+        if key not in _set_up:
+            try:
+                unpack(setup)()
+                _set_up[key] = None
+            except BaseException as error:        # whatever it raised, it is why no call can run here
+                _set_up[key] = error
     if _set_up[key] is not None:
         raise BrokenExecutor("the initializer raised") from _set_up[key]
 
@@ -5679,9 +5731,9 @@ def _at_exit():
 
 def _after_fork():
     """In a forked child: the engines stay the parent's; the child gets one of its own when it makes a call."""
-    global _engine, _engines, _engine_lock, _capture_lock, threads
-    _engine_lock, _capture_lock, Future._condition, threads = (
-        threading.Lock(), threading.Lock(), threading.Condition(), Threads())
+    global _engine, _engines, _engine_lock, _capture_lock, _set_up_lock, threads
+    _engine_lock, _capture_lock, _set_up_lock = threading.Lock(), threading.Lock(), threading.Lock()
+    Future._condition, threads = threading.Condition(), Threads()
     for engine in {*_engines, *filter(None, [_engine])}:
         engine.abandon()
         _parents.append(engine)

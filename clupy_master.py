@@ -3,14 +3,16 @@
                        statements                              statements
       clients -------- wants -------->  +------------------+  <----- slots, held ------ servers
               <------- share ---------  |      Master      |  ------ cluster --------->
-                                        | servers, clients |
       `clupy status` <--- tables -----  +------------------+
-                                                 |
-                                     shares(servers, clients, now)
+                                          |             |
+                                       Tables         Lists
+                                      shares()     Resolutions, pip
 
-- Master   reads statements into two tables, and writes shares; a statement replaces the one before, so that a master
+- Master   owns the connections: reads statements, writes shares.  A statement replaces the one before, so that a master
            that was started again knows everything after one round, and stores nothing.
-- shares   decides: a plain function of the two tables and the time, max-min fair by slots.
+- Tables   says who is there and who may use what; shares() decides that: a plain function of the tables and the time,
+           max-min fair by slots.
+- Lists    has the libraries that the master and its clients ask for resolved to exact versions, once for all.
 
 A share is leave to ask.  A server alone counts its slots and lets a connection wait rather than exceed them, so a
 share that is out of date, or that two masters gave at once, does no harm.
@@ -56,16 +58,42 @@ FILE_TIME = 1.0            # the dependency file is looked at so often
 
 # ==== Listening ==============================================================
 
+class Tasks:
+    """The tasks of one owner: what one raises is logged, and close() ends them all."""
+
+    def __init__(self, owner):
+        self._owner, self._tasks = owner, set()
+
+    def __repr__(self):
+        return f"<Tasks of {self._owner}: {len(self._tasks)}>"
+
+    def spawn(self, coroutine):
+        """Run a coroutine as a task."""
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+
+    def _done(self, task):
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception():
+            log.error("a task of %s failed", self._owner, exc_info=task.exception())
+
+    async def close(self):
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
 async def admit(sock, peer, theirs, secret, settings):
     """The Connection of an accepted socket whose preamble `theirs` was read: the mirror of `dial`.
 
     Raises SecretError or OSError; the caller closes the socket then."""
-    await asyncio.get_running_loop().sock_sendall(sock, theirs)       # ours is the same, or it had been refused
-    context = tls_context(settings, "admit")
-    reader = asyncio.StreamReader()
-    transport, protocol = await asyncio.get_running_loop().connect_accepted_socket(
-        lambda: asyncio.StreamReaderProtocol(reader), sock, ssl=context)
-    writer = asyncio.StreamWriter(transport, protocol, reader, asyncio.get_running_loop())
+    loop, reader = asyncio.get_running_loop(), asyncio.StreamReader()
+    await loop.sock_sendall(sock, theirs)          # ours is the same, or it had been refused
+    transport, protocol = await loop.connect_accepted_socket(
+        lambda: asyncio.StreamReaderProtocol(reader), sock, ssl=tls_context(settings, "admit"))
+    writer = asyncio.StreamWriter(transport, protocol, reader, loop)
     try:
         bound = theirs, await reader.readexactly(NONCE_SIZE), os.urandom(NONCE_SIZE)
         writer.write(bound[-1] + proof(secret, b"admit", *bound))
@@ -99,26 +127,25 @@ class Listener:
         self._socket.setblocking(False)
         self.address = self._socket.getsockname()[:2]
         self._greet = greet
-        self._tasks = {asyncio.create_task(self._accept())}
+        self._tasks = Tasks("the listener at %s:%s" % self.address)
+        self._tasks.spawn(self._accept())
 
     async def _accept(self):
+        failing = False
         while True:
             try:
                 sock, address = await asyncio.get_running_loop().sock_accept(self._socket)
-            except OSError as error:                # no descriptors left, or a peer that is gone already
-                log.error("cannot accept connections on %s: %s; trying again in 1 s", self.address, error)
+            except OSError as error:               # no descriptors left, or a peer that is gone already
+                if not failing:
+                    log.error("cannot accept connections on %s:%s: %s; trying again every second", *self.address, error)
+                failing = True
                 await asyncio.sleep(1)
                 continue
-            task = asyncio.create_task(self._welcome(sock, f"{address[0]}:{address[1]}"))
-            self._tasks.add(task)
-            task.add_done_callback(self._done)
-
-    def _done(self, task):
-        self._tasks.discard(task)
-        if not task.cancelled() and task.exception():
-            log.error("a connection to %s:%s failed", *self.address, exc_info=task.exception())
+            failing = False
+            self._tasks.spawn(self._welcome(sock, f"{address[0]}:{address[1]}"))
 
     async def _welcome(self, sock, peer):
+        """Serve one connection, from its preamble on."""
         try:
             async with asyncio.timeout(HANDSHAKE_TIME):
                 data = await read_exactly(sock, PREAMBLE_SIZE)
@@ -145,13 +172,11 @@ class Listener:
         return [self._socket.fileno()]
 
     async def close(self):
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.close()
         self._socket.close()
 
 
-# ==== Tables =================================================================
+# ==== Tables and shares ======================================================
 
 @dataclass
 class ServerRow:
@@ -159,28 +184,24 @@ class ServerRow:
     address: tuple             # (host, port) at which clients reach it; host None: the master's own machine
     slots: int
     held: dict                 # {client id: slots it has open there}
-    state: dict                # what `status` shows: load, draining, environments, faults
+    facts: dict                # what `status` shows: load, draining, environments, faults
     connection: Connection = None
 
     @property
     def usable(self):
-        return not self.state.get("draining")
+        return not self.facts.get("draining")
 
 
 @dataclass
 class ClientRow:
     """What a client said last, and what it was given."""
     wanted: int = 0
-    unreachable: frozenset = frozenset()
-    environment: object = None
+    unreachable: frozenset = frozenset()           # ids of servers
     share: dict = field(default_factory=dict)      # {server id: slots}
     since: float = 0.0         # since when it has had slots, or has waited for its first one
     heard: float = 0.0
-    peer: str = ""
     connection: Connection = None
 
-
-# ==== Shares =================================================================
 
 def shares(servers, clients, now):
     """Max-min fair slots: {client id: {server id: slots}}, every client present, fewest moves from what is held.
@@ -190,31 +211,32 @@ def shares(servers, clients, now):
     free = {id: row.slots for id, row in servers.items() if row.usable}
     amounts = fair_amounts({id: row.wanted for id, row in clients.items()}, sum(free.values()), clients, now)
     result = {id: {} for id in clients}
-    picky = [id for id, row in clients.items() if row.unreachable]         # they choose first: others may go anywhere
+    # First come the clients that cannot reach every server: the others can have their slots anywhere.
+    picky = [id for id, row in clients.items() if row.unreachable]
     for group in picky, [id for id in clients if id not in picky]:
         for id in group:                           # what is held stays where it is, as far as the amount goes
             for server, held in sorted(clients[id].share.items(), key=lambda item: -item[1]):
                 if server not in clients[id].unreachable:
-                    amounts[id] -= place(result[id], free, server, min(held, amounts[id]))
+                    amounts[id] -= give(result[id], free, server, min(held, amounts[id]))
         for id in sorted(group, key=amounts.get):
-            fill(result[id], free, amounts[id], clients[id].unreachable)
-    for id in sorted(clients, key=lambda id: sum(result[id].values())):    # slots that picky clients could not have
-        fill(result[id], free, clients[id].wanted - sum(result[id].values()), clients[id].unreachable)
-    for id, row in clients.items():                # nobody wants the rest: who has it keeps it, warm
+            spread(result[id], free, amounts[id], clients[id].unreachable)
+    for id in sorted(clients, key=lambda id: sum(result[id].values())):    # what the first could not reach is for all
+        spread(result[id], free, clients[id].wanted - sum(result[id].values()), clients[id].unreachable)
+    for id, row in clients.items():                # nobody wants the rest: who has it keeps it, with its workers warm
         for server, held in row.share.items():
             if server not in row.unreachable and now - row.heard < SILENT_CLIENT:
-                place(result[id], free, server, held - result[id].get(server, 0))
+                give(result[id], free, server, held - result[id].get(server, 0))
     return result
 
 
-def fill(share, free, count, unreachable):
+def spread(share, free, count, unreachable):
     """Move up to `count` slots into the share, each from the server that has the most free ones."""
     while count > 0 and (server := roomiest(free, unreachable)) is not None:
-        count -= place(share, free, server, 1)
+        count -= give(share, free, server, 1)
 
 
-def place(share, free, server, count):
-    """Move `count` slots of the server, or as many as are free, into the share; returns how many."""
+def give(share, free, server, count):
+    """Move `count` slots of the server, or as many as are free, into the share; how many that were."""
     count = max(0, min(count, free.get(server, 0)))
     if count:
         share[server] = share.get(server, 0) + count
@@ -230,22 +252,22 @@ def roomiest(free, unreachable):
 def fair_amounts(wanted, capacity, clients, now):
     """{client id: slots}: rounds of one slot for each that still wants one, until all are given away.
 
-    In the round for which there are not enough, those come first who have had theirs for less than TURN_TIME, then who
-    waited longest, then who has had most time."""
+    For the last round there are not enough.  It goes first to those who hold this slot already, unless it is their only
+    one and they have had it for TURN_TIME; then to who has nothing and waited longest; then to the others."""
     amounts = dict.fromkeys(wanted, 0)
 
     def turn(id):
         row = clients[id]
         has = sum(row.share.values())
         if has > amounts[id] and (now - row.since < TURN_TIME or amounts[id]):
-            return 0, -has                         # keeps what it has: fewest moves
+            return 0, -has
         return (1, row.since) if not has else (2, -row.since)
 
     while capacity > 0:
         hungry = [id for id, count in wanted.items() if count > amounts[id]]
         if not hungry:
             break
-        if len(hungry) <= capacity:                # whole rounds at once
+        if len(hungry) <= capacity:                # as many whole rounds as there are, at once
             rounds = min(capacity // len(hungry), min(wanted[id] - amounts[id] for id in hungry))
         else:
             hungry, rounds = sorted(hungry, key=turn)[:capacity], 1
@@ -253,6 +275,77 @@ def fair_amounts(wanted, capacity, clients, now):
             amounts[id] += rounds
         capacity -= rounds * len(hungry)
     return amounts
+
+
+class Tables:
+    """Who is there: what each server and client said last.  Without I/O; who calls says what time it is."""
+
+    def __init__(self):
+        self.servers = {}              # {server id: ServerRow}
+        self.clients = {}              # {client id: ClientRow}
+
+    def put_server(self, id, row):
+        """Replace what a server said; whether that asks for a decision."""
+        before, self.servers[id] = self.servers.get(id), row
+        return before is None or (before.slots, before.usable) != (row.slots, row.usable)
+
+    def put_client(self, id, connection, wanted, unreachable, now):
+        """Replace what a client said; whether that asks for a decision."""
+        row = self.clients.get(id)
+        if row is None:                # what it holds is from a master before this one: let it keep that
+            held = {server: row.held[id] for server, row in self.servers.items() if id in row.held}
+            row = self.clients[id] = ClientRow(share=held, since=now)
+        if not row.share and not row.wanted and wanted:
+            row.since = now
+        before = row.wanted, row.unreachable, row.connection
+        row.wanted, row.unreachable, row.connection, row.heard = wanted, frozenset(unreachable), connection, now
+        return before != (row.wanted, row.unreachable, row.connection)
+
+    def drop(self, id, connection):
+        """Forget who was connected by this; False if it has a newer connection, or was not there."""
+        for table in self.servers, self.clients:
+            if id in table and table[id].connection is connection:
+                del table[id]
+                return True
+        return False
+
+    def clear(self):
+        self.servers.clear()
+        self.clients.clear()
+
+    def decide(self, now):
+        """Divide the slots anew, into the rows; {client id: the share before}."""
+        before = {id: row.share for id, row in self.clients.items()}
+        for id, share in shares(self.servers, self.clients, now).items():
+            row = self.clients[id]
+            if bool(row.share) != bool(share):
+                row.since = now
+            row.share = share
+        return before
+
+    def share_of(self, id, before=()):
+        """What a client is told: {server id: (address, slots)}.
+
+        A server of which it has nothing any more is named with 0 slots, which says: give them back."""
+        row = self.clients[id]
+        return {server: (there.address, row.share.get(server, 0)) for server, there in self.servers.items()
+                if server in row.share or server in before or id in there.held or row.unreachable and there.usable}
+
+    def starving(self):
+        """Whether a client waits for its first slot."""
+        return any(row.wanted and not row.share for row in self.clients.values())
+
+    def silent(self, now):
+        """The clients that stated nothing for so long that their idle slots are of use to others."""
+        return [id for id, row in self.clients.items() if now - row.heard > SILENT_CLIENT]
+
+    def status(self, now):
+        """Their part of what `python -m clupy status` shows."""
+        return {
+            "servers": {id: {"address": f"{row.address[0] or socket.gethostname()}:{row.address[1]}", "slots": row.slots,
+                             "used": sum(row.held.values()), **row.facts} for id, row in self.servers.items()},
+            "clients": {id: {"address": row.connection.peer, "wanted": row.wanted, "share": sum(row.share.values()),
+                             "silent": now - row.heard} for id, row in self.clients.items()}}
 
 
 # ==== Libraries: lists, exact versions, pip ==================================
@@ -263,26 +356,29 @@ def fair_amounts(wanted, capacity, clients, now):
 #                            the master --resolve--> Resolution   Pins: what pip made of it, to the last digit
 #                 each server --Environments.build--> Environment  a folder that has exactly that
 #
-# A file or folder under `libraries:` is on one machine only, so it travels as a wheel: built there once, then
-# named by its file name and hash (`mine @ wheel:mine-1.0-py3-none-any.whl#sha256=...`) and shipped to who
-# asks for the hash. Folders in `pip_options:` (`--find-links`) do not travel: they must be there on the
-# master and on every server.
+# A file or folder under `libraries:` is on one machine only, so it travels as a wheel: built there once, then named by its
+# file name and hash (`mine @ wheel:mine-1.0-py3-none-any.whl#sha256=...`) and shipped to who asks for the hash.  Folders
+# in `pip_options:` (`--find-links`) do not travel: they must be there on the master and on every server.
 
-PIP_LINES = 20              # of pip's last lines in an error: it explains itself at its end, seldom longer
-LONGEST_BACK_OFF = 600.0    # seconds, at most, from the network's return to the next try
-PICKLED = "cloudpickle", "numpy"        # therefore the first in every list of differences
+PIP_LINES = 20             # of pip's last lines in an error: it explains itself at its end, seldom longer
+LONGEST_BACK_OFF = 600.0   # at most so long after the network's return pip is tried again; less asks in vain more often
+PICKLED = "cloudpickle", "numpy"                   # what differs in these breaks pickles: first in every list of differences
 
 
-def digest(*parts): return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+def digest(*parts):
+    """A name for parts, the same for the same ones on every machine."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 class Dependencies(collections.namedtuple("Dependencies", "libraries pip_options", defaults=((), ()))):
-    """What a dependency file asks for: two tuples of text. `hash` tells lists apart, in whatever order they
-    are."""
+    """What a dependency file asks for: two tuples of text."""
+
     __slots__ = ()
 
     @property
-    def hash(self): return digest(sorted(self.libraries), self.pip_options)
+    def hash(self):
+        """What tells lists apart, in whatever order their libraries are."""
+        return digest(sorted(self.libraries), self.pip_options)
 
     def merged(self, other):
         """Both lists as one: a client's with the master's, which come first."""
@@ -293,12 +389,14 @@ class Dependencies(collections.namedtuple("Dependencies", "libraries pip_options
 
 class Pin(collections.namedtuple("Pin", "name version url sha256", defaults=("", ""))):
     """One library exactly.
+
     name     canonical: "scikit-learn"
     version  "1.5.2"
     url      "" if the index has it; "https://..."; "git+https://...@commit"; or, shipped by the master,
              "wheel:a-1.0-py3-none-any.whl"
-    sha256   of the file that the master's pip chose, "" for git. For the index it only tells a library that
-             was built anew under its old version: servers, maybe of other platforms, do not check it."""
+    sha256   of the file that the master's pip chose, "" for git.  For the index it only tells a library that was built
+             anew under its old version: servers, maybe of other platforms, do not check it."""
+
     __slots__ = ()
 
     @property
@@ -311,12 +409,15 @@ class Pin(collections.namedtuple("Pin", "name version url sha256", defaults=("",
 
 class Resolution(collections.namedtuple("Resolution", "pins pip_options", defaults=((), ()))):
     """The exact list for one Dependencies: a sorted tuple of Pins, and how pip is to be told to find them.
-    `hash` names it in the whole cluster (what a server makes of it is named by `environment_id`). No pins:
-    the server's own Python."""
+
+    Without pins it stands for the server's own Python."""
+
     __slots__ = ()
 
     @property
-    def hash(self): return digest(self.pins, self.pip_options)
+    def hash(self):
+        """Its name in the whole cluster; what a server makes of it is named by `environment_id`."""
+        return digest(self.pins, self.pip_options)
 
     @property
     def plain(self):
@@ -325,15 +426,18 @@ class Resolution(collections.namedtuple("Resolution", "pins pip_options", defaul
 
     @classmethod
     def of(cls, plain):
+        """The Resolution that travelled so."""
         pins, pip_options = plain
         return cls(tuple(Pin(*pin) for pin in pins), tuple(pip_options))
 
     @property
-    def shipped(self): return [pin for pin in self.pins if pin.url.startswith("wheel:")]
+    def shipped(self):
+        """The pins whose wheels the master ships."""
+        return [pin for pin in self.pins if pin.url.startswith("wheel:")]
 
 
 def canonical(name):
-    """The name all spellings of a library have in common (PEP 503)."""
+    """The name that all spellings of a library have in common (PEP 503)."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
@@ -452,7 +556,7 @@ async def run_command(command, what, progress=None, keep=()):
 
 
 async def _read_lines(output, lines, progress):
-    """Append each line to `lines`, and tell it to progress."""
+    """Append each line of a command's output to `lines`, and tell it to progress."""
     rest, more = b"", True
     while more:
         more = await output.read(1 << 16)
@@ -484,7 +588,7 @@ _PIP_SET = {"PIP_USER": "0", "PIP_REQUIRE_VIRTUALENV": "0",     # pip.conf may s
 
 
 def pip_environ(environ):
-    """environ without what would make pip see or change other libraries than it is told to."""
+    """The environment variables without what would make pip see or change other libraries than it is told to."""
     kept = {key: value for key, value in environ.items()
             if not key.startswith(("PYTHON", "CLUPY_")) and key not in _PIP_DROPPED}
     # By the epoch a folder that did not change gives the same wheel to the byte, and so the same environment.
@@ -492,8 +596,8 @@ def pip_environ(environ):
 
 
 def next_try(failures, now, interval=60.0):
-    """When to try again after so many failures in a row, the last one now: 1, 2, 4 ... intervals later, up to
-    LONGEST_BACK_OFF. Seconds of whatever clock now is from. Pure."""
+    """When to try again after so many failures in a row, the last one now: 1, 2, 4 ... intervals later, at most
+    LONGEST_BACK_OFF.  In seconds of whatever clock `now` is from."""
     return now + min(interval * 2 ** min(failures - 1, 30), LONGEST_BACK_OFF)
 
 
@@ -503,9 +607,10 @@ _WHEEL = re.compile(r"wheel:(?P<file>[\w.+!-]+\.whl)#sha256=(?P<sha256>[0-9a-f]{
 
 
 async def packed(dependencies, progress=None):
-    """(dependencies without local paths, {sha256: bytes} of the wheels that stand for them). Builds those
-    that are not wheels yet with this machine's pip: it raises DependencyError if that fails, and OSError if a
-    file cannot be read."""
+    """(the Dependencies without local paths, {sha256: bytes} of the wheels that stand for them).
+
+    What is no wheel yet is built by this machine's pip.  Raises DependencyError if that fails, OSError if a file cannot
+    be read."""
     libraries, wheels = [], {}
     for line in dependencies.libraries:
         match = _LINE.fullmatch(line)
@@ -520,7 +625,7 @@ async def packed(dependencies, progress=None):
 
 
 async def _wheel(path, pip_options, progress):
-    """(file name, bytes) of the wheel at path, or made of the source folder or archive there."""
+    """(file name, bytes) of the wheel at a path, or made of the source folder or archive there."""
     if path.endswith(".whl"):
         return os.path.basename(path), await asyncio.to_thread(Path(path).read_bytes)
     with tempfile.TemporaryDirectory(prefix="clupy-") as folder:
@@ -531,23 +636,24 @@ async def _wheel(path, pip_options, progress):
 
 
 def placed(lines, wheels, folder):
-    """lines with every "wheel:" turned into the URL of a file below folder, written there from wheels:
-    {sha256: bytes}. Raises DependencyError if one is not among them, OSError if it cannot be written. pip
-    compares the hash."""
-    def place(match):
+    """The lines with every "wheel:" turned into the URL of a file below the folder, written there for pip, which compares
+    the hash.
+
+    wheels: {sha256: bytes}.  Raises DependencyError if one is not among them, OSError if it cannot be written."""
+    def written(match):
         if match["sha256"] not in wheels:
             raise DependencyError(f"the wheel {match['file']} was not shipped")
         path = Path(folder, match["sha256"], match["file"]).absolute()
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(wheels[match["sha256"]])
         return f"{path.as_uri()}#sha256={match['sha256']}"
-    return [_WHEEL.sub(place, line) for line in lines]
+    return [_WHEEL.sub(written, line) for line in lines]
 
 
 # ---- here and in the cluster
 
 def installed(name):
-    """The version of a library in this interpreter, None without it."""
+    """The version of a library in this interpreter, or None."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -555,17 +661,17 @@ def installed(name):
 
 
 def differences(pins, installed=installed):
-    """[(library, version here, version in the cluster)], those that travel as pickles first. A library that
-    is missing here is no difference: what comes from it cannot travel either. installed: a function from name
-    to version or None."""
+    """[(library, version here, version in the cluster)], those that pickles depend on first.
+
+    A library that is missing here is no difference: what comes from it cannot travel either.  installed: a function from
+    name to version or None."""
     found = [(pin.name, installed(pin.name), pin.version) for pin in pins]
     return sorted(((name, here, cluster) for name, here, cluster in found if here not in (None, cluster)),
                   key=lambda difference: (difference[0] not in PICKLED, difference[0]))
 
 
 def check_libraries(pins, library_check="warn", stacklevel=2):
-    """Warn with LibraryMismatch, or raise it, if this client's libraries differ from pins. "off" does not
-    even look."""
+    """Warn with LibraryMismatch, or raise it, if this client's libraries differ from the pins; "off" does not even look."""
     found = differences(pins) if library_check != "off" else []
     if not found:
         return
@@ -579,7 +685,7 @@ def check_libraries(pins, library_check="warn", stacklevel=2):
 
 
 def show_progress(line, stream=None):
-    """Show line on standard error in place of the one before, if that is a terminal; "" takes it away."""
+    """Show a line on standard error in place of the one before, if that is a terminal; "" takes it away."""
     stream = sys.stderr if stream is None else stream
     if stream.isatty():
         stream.write("\r\x1b[K" + line[:shutil.get_terminal_size().columns - 1])
@@ -587,22 +693,23 @@ def show_progress(line, stream=None):
 
 
 # ==== Libraries: exact versions ==============================================
-# pip decides once, here, what a list means; everybody else installs just that. A client's
-# list is resolved together with the master's. What was decided stands until the list changes, whatever the
-# index has by then:
+# pip decides once, here, what a list means; everybody else installs just that.  A client's list is resolved together with
+# the master's.  What was decided stands until the list changes, whatever the index has by then:
 #
 #   master's list ------------------+--> Resolutions.of --> pip install --dry-run --report --> Resolution
 #   client's "resolve", its wheels -+         |
 #                                             +-- remembered by hash; a refusal until the back-off is over
 
-RESOLVED_KEPT = 200         # lists remembered, with the wheels that came with them
-RESOLVERS = 2               # pips at a time: one that hangs on the network must not keep all clients waiting
+RESOLVED_KEPT = 200        # lists remembered; what is forgotten is another run of pip when it is asked for again
+RESOLVED_BYTES = 256 << 20           # ... and bytes of the wheels that came with them, each counted once
+RESOLVERS = 2              # pips at a time: one that hangs on the network must not keep all clients waiting
 
 
 async def resolve(dependencies, wheels={}, progress=None):
-    """The Resolution of dependencies that are `packed`, with their wheels {sha256: bytes}. Raises
-    DependencyError with pip's last lines. Cancelling kills pip. Nothing is installed; an empty list does not
-    even run pip."""
+    """The Resolution of Dependencies that are `packed`, with their wheels {sha256: bytes}.
+
+    Nothing is installed; for an empty list pip is not even run.  Raises DependencyError with pip's last lines; cancelling
+    kills pip."""
     if not dependencies.libraries:
         return Resolution()
     what = "pip cannot resolve " + ", ".join(dependencies.libraries)[:200]
@@ -639,7 +746,9 @@ def _pin(item, folder):
 
 class Resolutions:
     """What pip made of each list that was asked for: one pip per list, whoever asks, and its answer for all.
-    A refusal is the answer until `next_try`; then who asks next starts pip again. Used in one loop only."""
+
+    A refusal is the answer until `next_try`; then who asks next starts pip again.  For one loop alone."""
+
     def __init__(self, clock=time.monotonic):
         self._clock = clock
         self._answers = {}          # {"3f2a...": _Answer}, the one asked for last at the end
@@ -650,24 +759,38 @@ class Resolutions:
         return f"<Resolutions {len(self._answers)}{f', {running} under way' if running else ''}>"
 
     async def of(self, dependencies, wheels={}, progress=None):
-        """The Resolution of dependencies: see `resolve`. progress is told if this call is the one that starts
-        pip. Who is cancelled here stops waiting; pip goes on for the others, and for the next time."""
+        """The Resolution of Dependencies, as by `resolve`.
+
+        progress is told if this call is the one that starts pip.  Who is cancelled here stops waiting; pip goes on for the
+        others, and for the next time."""
         answer = self._answers.pop(dependencies.hash, None)
         if answer is None or answer.is_stale(self._clock()):
             answer = _Answer(self._resolve(dependencies, wheels, progress), wheels, answer, self._clock)
         self._answers[dependencies.hash] = answer
-        for key in [key for key, old in self._answers.items() if old.task.done()][:-RESOLVED_KEPT]:
-            del self._answers[key]
+        self._forget()
         return await asyncio.shield(answer.task)
+
+    def _forget(self):
+        """Let go of the answers that were asked for longest ago, until the rest is within bounds."""
+        for key, old in list(self._answers.items())[:-1]:
+            sizes = {sha256: len(wheel) for answer in self._answers.values() for sha256, wheel in answer.wheels.items()}
+            if len(self._answers) <= RESOLVED_KEPT and sum(sizes.values()) <= RESOLVED_BYTES:
+                break
+            if old.task.done():
+                del self._answers[key]
+
+    def known(self):
+        """{hash: Resolution} of all that is remembered."""
+        done = (answer.task for answer in self._answers.values() if answer.task.done() and not answer.task.cancelled())
+        return {task.result().hash: task.result() for task in done if task.exception() is None}
 
     async def _resolve(self, dependencies, wheels, progress):
         async with self._turn:
             return await resolve(dependencies, wheels, progress)
 
-    def wheel_of(self, pin):
-        """The bytes of a shipped Pin, for a server that asks; None if they are forgotten."""
-        return next((answer.wheels[pin.sha256] for answer in self._answers.values()
-                     if pin.sha256 in answer.wheels), None)
+    def wheels(self):
+        """The wheels that came with each list: [{sha256: bytes}]."""
+        return [answer.wheels for answer in self._answers.values()]
 
     async def close(self):
         """Kill the pips that run."""
@@ -679,6 +802,7 @@ class Resolutions:
 
 class _Answer:
     """One list's: the task that has the answer or is finding it, and after failures when to try again."""
+
     def __init__(self, coroutine, wheels, before, clock):
         self.wheels = wheels
         self.failures, self.again = (before.failures if before else 0), None
@@ -690,7 +814,109 @@ class _Answer:
             self.failures += 1
             self.again = next_try(self.failures, now)
 
-    def is_stale(self, now): return self.task.cancelled() or self.again is not None and now >= self.again
+    def is_stale(self, now):
+        return self.task.cancelled() or self.again is not None and now >= self.again
+
+
+class Lists:
+    """The master's list of libraries, the clients' own, and what pip made of each; for the master's loop.
+
+    changed() is called when the servers should have something else, or it is known why not."""
+
+    def __init__(self, path, interval, changed):
+        self.path = path               # of the master's dependency file; None: there is none
+        self.masters = Dependencies()  # what it asks for, packed
+        self.wheels = {}               # {sha256: bytes} of the local libraries in it
+        self.resolution = None if path else Resolution()       # what it was resolved to last; None: not yet
+        self.fault = ""                # why it could not be resolved
+        self.clients = {}              # {Connection: (Dependencies, wheels)} of the clients that have a list
+        self._interval, self._changed = interval, changed
+        self._looked = asyncio.Event()             # the master's list was resolved or refused once: clients' lists wait for that
+        self._resolutions = Resolutions()
+        self._tasks = Tasks("the lists of libraries")
+        if path:
+            self._tasks.spawn(self._keep_resolved())
+        else:
+            self._looked.set()
+
+    def __repr__(self):
+        return f"<Lists {self.resolution and self.resolution.hash} {len(self.clients)} of clients{' fault' * bool(self.fault)}>"
+
+    async def close(self):
+        await self._tasks.close()
+        await self._resolutions.close()
+
+    async def _keep_resolved(self):
+        """Resolve the master's list, and again when its file changes or a failure is old enough."""
+        seen, failures, again = "nothing", 0, 0.0
+        while True:
+            changed = seen != (seen := _file_state(self.path))
+            if changed or self.fault and time.monotonic() >= again:
+                try:
+                    masters, wheels = await packed(read_dependencies(self.path))
+                    found = await self._resolutions.of(masters, wheels)
+                except (ClupyError, OSError) as error:
+                    failures = 1 if changed else failures + 1
+                    again = next_try(failures, time.monotonic(), self._interval)
+                    self.fault = str(error)
+                    log.error("the libraries of %s stay as they were: %s", self.path, error)
+                    self.resolution = self.resolution or Resolution()
+                else:
+                    self.masters, self.wheels, self.resolution, self.fault = masters, wheels, found, ""
+                    log.info("libraries: %s", ", ".join(f"{pin.name} {pin.version}" for pin in found.pins) or "none")
+                    if self._looked.is_set():      # else they wait for it
+                        for connection in self.clients:
+                            self._tasks.spawn(self._resolve_for(connection, *self.clients[connection]))
+                self._looked.set()
+                self._changed()
+            await asyncio.sleep(FILE_TIME)
+
+    def ask(self, connection, own, wheels):
+        """Resolve a client's list together with the master's, now and whenever that changes."""
+        wheels = {sha256: self.wheel(sha256) or wheel for sha256, wheel in wheels.items()}       # each in memory once
+        self.clients[connection] = own, wheels
+        self._tasks.spawn(self._resolve_for(connection, own, wheels))
+
+    async def _resolve_for(self, connection, own, wheels):
+        await self._looked.wait()
+        both, found, error = self.masters.merged(own), None, None
+        try:
+            found = await self._resolutions.of(both, {**self.wheels, **wheels},
+                                               lambda line: connection.send("notice", "resolving", line))
+        except DependencyError as caught:
+            log.warning("the libraries of %s cannot be resolved: %s", connection.peer, caught)
+            error = caught.args
+        if both == self.masters.merged(own):       # else the master's list has changed, and its answer is on its way
+            connection.send("resolved", found and found.plain, error)
+
+    async def answer(self, connection, hash):
+        """Send the cluster's exact list, once it is known, unless it is another one that is asked for."""
+        await self._looked.wait()
+        found = self.resolution if hash in (None, self.resolution.hash) else None
+        connection.send("libraries", hash, found and found.plain)
+
+    def wheel(self, sha256):
+        """The bytes of a wheel that somebody's list came with; None if it is forgotten."""
+        places = self.wheels, *(wheels for _, wheels in self.clients.values()), *self._resolutions.wheels()
+        return next((wheels[sha256] for wheels in places if sha256 in wheels), None)
+
+    def status(self, environments):
+        """Their part of what `python -m clupy status` shows, of environments those that servers have."""
+        known = self._resolutions.known() | {found.hash: found for found in (Resolution(), self.resolution) if found}
+        pins = self.resolution.pins if self.resolution else ()
+        return {"libraries": [tuple(pin) for pin in pins],
+                "environment": self.resolution.hash if pins else None,
+                "environments": {hash: [tuple(pin) for pin in known[hash].pins] for hash in environments & known.keys()},
+                "faults": [self.fault] if self.fault else []}
+
+
+def _file_state(path):
+    """What changes when a file is changed; None without it."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return status.st_mtime_ns, status.st_size, status.st_ino
 
 
 # ==== Masters that stand in for each other ===================================
@@ -757,46 +983,32 @@ class Leadership:
 # ==== Master =================================================================
 
 class Master:
-    """Owns the two tables; for the loop that made it.  `listen` of its settings is where it is, once made."""
+    """Connections and what they say; `tables` knows who is there, `lists` which libraries.  For the loop that made it."""
 
     def __init__(self, settings, secret, dependencies=None):
         self.settings, self.secret = settings, secret
-        self.servers = {}              # {server id: ServerRow}; changed by on_server and by the end of its connection
-        self.leadership = None         # Leadership; None: there is no other master
-        self.clients = {}              # {client id: ClientRow}; likewise, and `share` by _decide
         self.started = time.time()
         self.given = sorted(settings.given & set(clupy.SERVICE_KEYS))     # services that somebody configured
-        self.dependencies = dependencies           # path of the master's dependency file; None: there is none
-        self.resolutions = Resolutions()
-        self.wheels = {}               # {sha256: bytes} of the local libraries in the master's list
-        self.list = Dependencies()     # the master's, packed
-        self.libraries = None if dependencies else Resolution()    # what it was resolved to last; None: not yet
-        self.known = {Resolution().hash: Resolution()}             # {hash: Resolution}: the master's, clients'
-        self.fault = ""                # why the list could not be resolved
-        self.resolved = asyncio.Event()            # the list was resolved or refused once: clients' lists wait for that
-        if not dependencies:
-            self.resolved.set()
-        self.own = {}                  # {Connection: (Dependencies, wheels)} of the clients that have a list
+        self.tables = Tables()
+        self.lists = Lists(dependencies, settings.sync_interval, self._libraries_changed)
+        self.leadership = None         # Leadership; None: there is no other master
         self._decision = None          # the timer of the next _decide
         self._decided = 0.0
-        self._names = {}               # {Connection: ("server" or "client", id)}
+        self._names = {}               # {Connection: ("server" or "client", id), or None until it has said that}
+        self._tasks = Tasks("the master")
         self._listener = Listener(settings.listen or ("", PORT), self._greet)
         self.address = self._listener.address
-        self._tasks = {asyncio.create_task(self._keep_resolved())} if dependencies else set()
         log.info("master listens on %s:%s", *self.address)
 
     def __repr__(self):
-        return f"<Master {self.address[1]} {len(self.servers)} servers, {len(self.clients)} clients>"
+        return f"<Master {self.address[1]} {len(self.tables.servers)} servers, {len(self.tables.clients)} clients>"
 
     async def close(self):
         await self._listener.close()
         if self.leadership:
             await asyncio.to_thread(self.leadership.close)
-        for task in self._tasks:
-            task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
-        await self.resolutions.close()
+        await self._tasks.close()
+        await self.lists.close()
         for connection in list(self._names):
             connection.close()
         if self._decision:
@@ -816,12 +1028,10 @@ class Master:
         try:
             await connection.serve(self)
         finally:
-            kind, id = self._names.pop(connection) or (None, None)
-            self.own.pop(connection, None)
-            table = {"server": self.servers, "client": self.clients}.get(kind, {})
-            if id in table and table[id].connection is connection:
-                log.info("%s %s is gone", kind, id[:6])
-                del table[id]
+            self.lists.clients.pop(connection, None)
+            name = self._names.pop(connection)
+            if name and self.tables.drop(name[1], connection):
+                log.info("%s %s is gone", name[0], name[1][:6])
                 self._change()
 
     # -- leading
@@ -829,7 +1039,7 @@ class Master:
     def stand(self, leadership):
         """Be one of several masters, from now on."""
         self.leadership = leadership
-        self._spawn(self._watch_leadership())
+        self._tasks.spawn(self._watch_leadership())
 
     def _leads(self, connection):
         """Whether this master leads; if not, the peer is told who does."""
@@ -844,205 +1054,105 @@ class Master:
         while True:
             await asyncio.sleep(WATCH_TIME)
             if self._names and not self.leadership.sure(time.monotonic()):
-                self.servers.clear()
-                self.clients.clear()
-                for connection in list(self._names):
-                    if self._names[connection]:
-                        self._leads(connection)
-                        connection.close()
+                self.tables.clear()
+                for connection in [connection for connection, name in self._names.items() if name]:
+                    self._leads(connection)
+                    connection.close()
 
     # -- messages
 
-    def on_server(self, connection, id, address, slots, held, state):
+    def on_server(self, connection, id, address, slots, held, facts):
         if not self._leads(connection):
             return
         host, port = address
-        peer, own = connection.host
+        peer, own = connection.hosts
         if not host:                               # it did not say where it is: where it came from
             host = None if peer == own or peer in ("127.0.0.1", "::1") else peer
-        if id not in self.servers:
+        if id not in self.tables.servers:
             log.info("server %s at %s: %s slots", id[:6], connection.peer, slots)
-            self._note_patch(connection, state.get("python"))
-        known = self.servers.get(id)
-        self.servers[id] = ServerRow((host, port), slots, held, state, connection)
+            if facts["python"] != platform.python_version():
+                log.info("%s runs Python %s, this master %s", connection.peer, facts["python"], platform.python_version())
+        row = ServerRow((host, port), slots, held, facts, connection)
         self._names[connection] = "server", id
-        self._send_cluster(self.servers[id])
-        if known is None or (known.slots, known.usable) != (slots, self.servers[id].usable):
-            self._change()
-
-    def on_client(self, connection, id, wanted, unreachable, environment):
-        if not self._leads(connection):
-            return
-        now = time.monotonic()
-        row = self.clients.get(id)
-        if row is None:
-            log.info("client %s at %s", id[:6], connection.peer)
-            held = {server: row.held[id] for server, row in self.servers.items() if id in row.held}
-            row = self.clients[id] = ClientRow(share=held, since=now)
-        if not row.share and not row.wanted and wanted:
-            row.since = now
-        changed = (row.wanted, row.unreachable, row.connection) != (wanted, frozenset(unreachable), connection)
-        row.wanted, row.unreachable, row.environment = wanted, frozenset(unreachable), environment
-        row.heard, row.peer, row.connection = now, connection.peer, connection
-        self._names[connection] = "client", id
+        changed = self.tables.put_server(id, row)
+        self._send_cluster(row)
         if changed:
             self._change()
+
+    def on_client(self, connection, id, wanted, unreachable, _):
+        if not self._leads(connection):
+            return
+        if id not in self.tables.clients:
+            log.info("client %s at %s", id[:6], connection.peer)
+        self._names[connection] = "client", id
+        if self.tables.put_client(id, connection, wanted, unreachable, time.monotonic()):
+            self._change()
         else:
-            self._send_share(id, row)
+            self._send_share(id)
 
     def on_libraries(self, connection, hash):
         """A server's or client's question for an exact list; None stands for the cluster's, once it is known."""
-        self._spawn(self._answer_libraries(connection, hash))
-
-    async def _answer_libraries(self, connection, hash):
-        await self.resolved.wait()
-        found = self.libraries if hash is None else self.known.get(hash)
-        connection.send("libraries", hash, found and found.plain)
+        self._tasks.spawn(self.lists.answer(connection, hash))
 
     def on_wheel(self, connection, sha256):
-        connection.send("wheel", sha256, self.wheels.get(sha256) or self.resolutions.wheel_of(Pin("", "", "", sha256)))
+        connection.send("wheel", sha256, self.lists.wheel(sha256))
 
     def on_resolve(self, connection, libraries, pip_options, wheels):
         if self._leads(connection):
-            self.own[connection] = Dependencies(tuple(libraries), tuple(pip_options)), wheels
-            self._spawn(self._resolve_for(connection, *self.own[connection]))
-
-    async def _resolve_for(self, connection, own, wheels):
-        """A client's list, together with the master's, once that is known."""
-        await self.resolved.wait()
-        both, found, error = self.list.merged(own), None, None
-        try:
-            found = await self.resolutions.of(both, {**self.wheels, **wheels},
-                                              lambda line: connection.send("notice", "resolving", line))
-        except DependencyError as caught:
-            log.warning("the libraries of %s cannot be resolved: %s", connection.peer, caught)
-            error = caught.args
-        if found:
-            self.known[found.hash] = found
-        if both == self.list.merged(own):          # else the master's list has changed, and its answer is on its way
-            connection.send("resolved", found and found.plain, error)
+            self.lists.ask(connection, Dependencies(tuple(libraries), tuple(pip_options)), wheels)
 
     def on_status(self, connection):
         if self._leads(connection):
-            connection.send("tables", self.tables())
+            environments = {hash for row in self.tables.servers.values() for hash in row.facts["environments"]}
+            connection.send("tables", {
+                "master": {"address": "%s:%s" % self.address, "python": platform.python_version(),
+                           "version": clupy.__version__, "uptime": time.time() - self.started},
+                **self.lists.status(environments), **self.tables.status(time.monotonic())})
 
-    def tables(self):
-        """What `python -m clupy status` shows."""
-        now = time.monotonic()
-        return {
-            "master": {"address": "%s:%s" % self.address, "python": platform.python_version(),
-                       "version": clupy.__version__, "uptime": time.time() - self.started},
-            "libraries": [tuple(pin) for pin in self.libraries.pins] if self.libraries else [],
-            "environments": {hash: [tuple(pin) for pin in self.known[hash].pins] for hash in
-                             {hash for row in self.servers.values() for hash in row.state["environments"]} & self.known.keys()},
-            "environment": self.libraries.hash if self.libraries and self.libraries.pins else None,
-            "faults": [self.fault] if self.fault else [],
-            "servers": {id: {"address": f"{row.address[0] or socket.gethostname()}:{row.address[1]}", "slots": row.slots,
-                             "used": sum(row.held.values()), **row.state} for id, row in self.servers.items()},
-            "clients": {id: {"address": row.peer, "wanted": row.wanted, "share": sum(row.share.values()),
-                             "silent": now - row.heard} for id, row in self.clients.items()},
-        }
-
-    def _note_patch(self, connection, version):
-        if version and version != platform.python_version():
-            log.info("%s runs Python %s, this master %s", connection.peer, version, platform.python_version())
-
-    # -- libraries
-
-    def _spawn(self, coroutine):
-        task = asyncio.create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _keep_resolved(self):
-        """Resolve the master's list, and again when its file changes or a failure is old enough."""
-        seen, failures, again = "nothing", 0, 0.0
-        while True:
-            now = time.monotonic()
-            changed = seen != (seen := _file_state(self.dependencies))
-            if changed or self.fault and now >= again:
-                try:
-                    own, wheels = await packed(read_dependencies(self.dependencies))
-                    found = await self.resolutions.of(own, wheels)
-                except (ClupyError, OSError) as error:
-                    failures = 1 if changed else failures + 1
-                    again = next_try(failures, time.monotonic(), self.settings.sync_interval)
-                    self.fault = str(error)
-                    log.error("the libraries of %s stay as they were: %s", self.dependencies, error)
-                    self.libraries = self.libraries or Resolution()
-                else:
-                    self.list, self.wheels, self.libraries, self.fault = own, wheels, found, ""
-                    self.known[found.hash] = found
-                    log.info("libraries: %s", ", ".join(f"{pin.name} {pin.version}" for pin in found.pins) or "none")
-                    if self.resolved.is_set():     # else they wait for it
-                        for connection, (libraries, built) in self.own.items():
-                            self._spawn(self._resolve_for(connection, libraries, built))
-                self.resolved.set()
-                for row in self.servers.values():
-                    self._send_cluster(row)
-                self._change()
-            await asyncio.sleep(FILE_TIME)
-
-    def _send_cluster(self, row):
-        if self.libraries is not None:
-            row.connection.send("cluster", self._services(), self._silent_clients(), self.libraries.hash)
-
-    # -- decisions
+    # -- statements to servers and clients
 
     def _services(self):
         return {**{key: getattr(self.settings, key) for key in clupy.SERVICE_KEYS}, "given": self.given}
 
-    def _silent_clients(self):
-        now = time.monotonic()
-        return [id for id, row in self.clients.items() if now - row.heard > SILENT_CLIENT]
+    def _send_cluster(self, row):
+        if self.lists.resolution is not None:
+            row.connection.send("cluster", self._services(), self.tables.silent(time.monotonic()), self.lists.resolution.hash)
 
-    def _change(self, wait=0.0):
+    def _send_share(self, id, before=()):
+        self.tables.clients[id].connection.send("share", self.tables.share_of(id, before), self._services())
+
+    def _libraries_changed(self):
+        for row in self.tables.servers.values():
+            self._send_cluster(row)
+        self._change()
+
+    # -- decisions
+
+    def _change(self):
         """Decide anew, at once if the last time is GATHER_TIME ago."""
+        self._decide_in(max(0.0, self._decided + clupy.GATHER_TIME - time.monotonic()))
+
+    def _decide_in(self, seconds):
         if self._decision is None:
-            loop = asyncio.get_running_loop()
-            wait = max(wait, self._decided + clupy.GATHER_TIME - time.monotonic())
-            self._decision = loop.call_later(max(0.0, wait), self._decide)
+            self._decision = asyncio.get_running_loop().call_later(seconds, self._decide)
 
     def _decide(self):
         self._decision = None
-        if self.leadership and not self.leadership.sure(time.monotonic()):
+        now = time.monotonic()
+        if self.leadership and not self.leadership.sure(now):
             return
-        self._decided = now = time.monotonic()
-        if not self.servers or self.libraries is None:
-            for id, row in self.clients.items():   # nothing known yet, or nobody there: keep what is open
-                self._send_share(id, row)
-            return
-        new = shares(self.servers, self.clients, now)
-        for id, row in self.clients.items():
-            before = row.share
-            row.share = new[id]
-            if bool(before) != bool(row.share):
-                row.since = now
-            self._send_share(id, row, gone=before)
-        if any(row.wanted and not row.share for row in self.clients.values()):
-            if self._decision is None:             # somebody waits: slots pass on in turn
-                self._decision = asyncio.get_running_loop().call_later(TURN_TIME / 2, self._decide)
-
-    def _send_share(self, client, row, gone=()):
-        """A server of which the client has nothing any more is named with 0 slots: give them back."""
-        share = {}
-        for id, server in self.servers.items():
-            if id in row.share or id in gone or client in server.held or row.unreachable and server.usable:
-                share[id] = server.address, row.share.get(id, 0)
-        row.connection.send("share", share, self._services())
-
-
-def _file_state(path):
-    """What changes when a file is changed; None without it."""
-    try:
-        status = os.stat(path)
-    except FileNotFoundError:
-        return None
-    return status.st_mtime_ns, status.st_size, status.st_ino
+        self._decided, before = now, {}
+        if self.tables.servers and self.lists.resolution is not None:     # else what is open is kept: who gave it may return
+            before = self.tables.decide(now)
+            if self.tables.starving():             # slots pass on in turn
+                self._decide_in(TURN_TIME / 2)
+        for id in self.tables.clients:
+            self._send_share(id, before.get(id, ()))
 
 
 async def run(settings, secret):
     """Be a master until SIGTERM; with `zookeeper` configured, one of several."""
+    clupy.raise_descriptor_limit()                 # each server and client is one
     ended = asyncio.get_running_loop().create_future()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ended.cancel)
     master = Master(settings, secret, os.path.abspath("clupy.master.dependency.yaml"))
@@ -1062,29 +1172,39 @@ async def run(settings, secret):
 # ==== Status =================================================================
 
 async def ask_master(settings, *question):
-    """The leading master's answer to one question."""
-    secret, errors = find_secret(settings), []
-    addresses = masters_of(settings)
-    for address in addresses:
-        try:
-            connection = await dial(address, TO_MASTER, secret, settings)
-        except (SecretError, VersionMismatch):
-            raise
-        except OSError as error:
-            errors.append(f"{address[0]}:{address[1]}: {error or 'no answer'}")
+    """The leading master's answer to one question. Raises SecretError, VersionMismatch or MasterUnreachable."""
+    secret, said, waiting = find_secret(settings), {}, collections.deque(masters_of(settings))
+    while waiting:
+        address = waiting.popleft()
+        if address in said:
             continue
         try:
-            async with asyncio.timeout(HANDSHAKE_TIME):
-                connection.send(*question)
-                kind, answer = await connection.receive()
-            if kind != "leader":
-                return answer
-            errors.append(f"{address[0]}:{address[1]}: stands by, one leads when the last leader's session has ended")
-            if answer and tuple(answer) not in addresses:
-                addresses.append(tuple(answer))
-        finally:
-            connection.abort()                    # all is said; TLS would wait for the farewell
-    raise MasterUnreachable(f"no master leads ({'; '.join(errors)}); is `python -m clupy master` running there?")
+            kind, answer = await _ask(address, secret, settings, question)
+        except (OSError, ClupyError) as error:
+            said[address] = error
+            continue
+        if kind != "leader":
+            return answer
+        said[address] = clupy.stands_by(answer)
+        if answer:
+            waiting.appendleft(tuple(answer))
+    raise clupy.hopeless(said) or MasterUnreachable(
+        f"no master leads ({clupy.told(said)}); is `python -m clupy master` running there?")
+
+
+async def _ask(address, secret, settings, question):
+    """One master's answer: (kind, what)."""
+    connection = await dial(address, TO_MASTER, secret, settings)
+    try:
+        async with asyncio.timeout(HANDSHAKE_TIME):
+            connection.send(*question)
+            return await connection.receive()
+    except TimeoutError:
+        raise TimeoutError(f"it did not answer within {HANDSHAKE_TIME:g} s") from None
+    except EOFError:
+        raise ProtocolError("it closed the connection and did not answer; is it about to end?") from None
+    finally:
+        connection.abort()                         # all is said; TLS would wait for the farewell
 
 
 def status_text(tables):

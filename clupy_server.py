@@ -173,34 +173,83 @@ def receive_slot(channel):
 Unopened = collections.namedtuple("Unopened", "payload setup")     # a function that has not been called yet
 
 
+class Functions:
+    """The functions that a worker knows, and what comes of calling them."""
+
+    def __init__(self, memory_limit, server):
+        self.memory_limit, self.server = memory_limit, server
+        self._functions = {}                       # {id: the function, or Unopened until its first call}
+        self._names = {}                           # {id: its name, for messages}
+
+    def learn(self, id, payload, name):
+        """Know a function from now on, or, without a payload, no more; name: (its name, setup)."""
+        if payload is None:
+            self._functions.pop(id, None)
+            self._names.pop(id, None)
+        else:
+            self._names[id], setup = name
+            self._functions[id] = Unopened(payload, setup)
+
+    def _function(self, id):
+        known = self._functions[id]
+        if type(known) is Unopened:
+            payload, setup = known
+            if setup is not None:
+                clupy.set_up(setup, unpack_call)
+            known = self._functions[id] = unpack_call(payload)
+        return known
+
+    def outcome(self, id, arguments):
+        """(succeeded, value or payload) of a call; raises nothing."""
+        try:
+            func = self._function(id)
+            args, kwargs = unpack_arguments(arguments)
+            value = func(*args, **kwargs)
+            if type(value) in clupy.PLAIN:
+                return True, value
+            if clupy.inspect.iscoroutine(value):
+                value = clupy.asyncio.run(value)
+        except BaseException as error:             # the outcome of the call, whatever the user's code raised
+            if isinstance(error, MemoryError) and self.memory_limit:
+                error.add_note(f"memory_limit is {self.memory_limit >> 20} MB for a worker on {self.server}")
+            return False, clupy.pack_exception(error, 1, f"{self.server} {os.getpid()}")
+        try:
+            return True, value if type(value) in clupy.PLAIN else clupy.pack_result(value, self._names[id])
+        except BaseException as error:             # what the user's own __reduce__ thinks of
+            return False, clupy.pack_exception(error.with_traceback(None))
+
+
+# Who reads the socket?  The two threads of a worker take turns:
+#
+#      main thread      works              while `todo` has something
+#                       idle, reads        has `_reading`, until something came
+#                       idle, waits        for `_reading`, which the reader thread gives up once something came
+#      reader thread    dozes              while the main thread is idle, until the bell rings
+#                       watches            while it works, for SHORT_TIME or until the bell rings
+#                       reads              has `_reading`, until the main thread is idle
+#
+# So while the main thread is idle one of them reads.  No wake-up is lost, since each writes first and looks then:
+#
+# - The main thread says `idle`, and looks at `todo` before it waits.  The reader thread puts work into `todo`, and looks
+#   at `idle` before it reads on.  Whoever comes second sees the other: the work is taken, or `_reading` given up.
+# - The reader thread says `_dozing`, and looks at `idle` before it dozes.  The main thread ends `idle`, and looks at
+#   `_dozing` before it works.  Whoever comes second sees the other: it does not doze, or the bell rings.
+#
+# A bell that rings too early is heard at the next wait.
+
 class Worker:
     """The state of a worker process, from its slot's opening to its end.
 
     The main thread runs calls in the order of `todo`, and reads the socket itself while there are none: so a short call
     costs one change of threads less.  The reader thread reads while user code runs, from SHORT_TIME after it began or
-    as soon as an answer is waited for.  Any thread may write.  Of the two,
-
-      main thread      works                       while `todo` has something
-                       idle: reads                 it has `_reading`, until something came
-                       idle: waits                 for `_reading`, which the reader thread gives up once something came
-      reader thread    dozes                       while the main thread is idle, until the bell rings
-                       watches                     while it works, for SHORT_TIME or until the bell rings
-                       reads                       it has `_reading`, until the main thread is idle
-
-    So while the main thread is idle one of them reads.  No wake-up is lost, since each writes first and looks then:
-    - The main thread says `idle`, and looks at `todo` before it waits.  The reader thread puts work into `todo`, and looks
-      at `idle` before it reads on.  Whoever comes second sees the other: the work is taken, or `_reading` given up.
-    - The reader thread says `_dozing`, and looks at `idle` before it dozes.  The main thread ends `idle`, and looks at
-      `_dozing` before it works.  Whoever comes second sees the other: it does not doze, or the bell rings.
-    A bell that rings too early is heard at the next wait."""
+    as soon as an answer is waited for.  Any thread may write."""
 
     def __init__(self, board, memory_limit, sock, given):
-        self.board, self.memory_limit = board, memory_limit
+        self.board = board
         self.sock, self.server = sock, given["server"]
         self.pid = os.getpid()
         self.todo = collections.deque()            # items of `calls` that have not begun
-        self.functions = {}                        # {id: the function, or Unopened until its first call}
-        self.names = {}                            # {id: its name, for messages}
+        self.functions = Functions(memory_limit, given["server"])
         self.current = 0                           # number of the call that runs
         self.results = collections.deque()         # (number, succeeded, value) that were not sent
         self.held_since = 0.0                      # when the oldest of them was made
@@ -253,8 +302,8 @@ class Worker:
                 continue
             if number:
                 self._run_call(number, function, arguments, timeout)
-            else:
-                self._learn(function, arguments, timeout)
+            else:                                  # in `todo` like a call, so that the calls before still find it
+                self.functions.learn(function, arguments, timeout)
 
     def _await_work(self):
         self.idle = True
@@ -272,7 +321,7 @@ class Worker:
             self.send_results()
         BOARD.pack_into(self.board, 0, number, time.monotonic() + timeout if timeout else 0.0)
         self.current = number
-        succeeded, value = self._outcome(function, arguments)
+        succeeded, value = self.functions.outcome(function, arguments)
         if os.getpid() != self.pid:                # a forked child came back from the call: only its parent answers
             os._exit(0)
         BOARD.pack_into(self.board, 0, number, IDLE)
@@ -283,42 +332,6 @@ class Worker:
         self.results.append((number, succeeded, value))
         if type(value) is tuple:                   # large buffers, not copied: the next call may change them
             self.send_results()
-
-    def _outcome(self, function, arguments):
-        """(succeeded, value or payload); raises nothing."""
-        try:
-            func = self._function(function)
-            args, kwargs = unpack_arguments(arguments)
-            value = func(*args, **kwargs)
-            if type(value) in clupy.PLAIN:
-                return True, value
-            if clupy.inspect.iscoroutine(value):
-                value = clupy.asyncio.run(value)
-        except BaseException as error:             # the outcome of the call, whatever the user's code raised
-            if isinstance(error, MemoryError) and self.memory_limit:
-                error.add_note(f"memory_limit is {self.memory_limit >> 20} MB for a worker on {self.server}")
-            return False, clupy.pack_exception(error, 1, f"{self.server} {self.pid}")
-        try:
-            return True, value if type(value) in clupy.PLAIN else clupy.pack_result(value, self.names[function])
-        except BaseException as error:             # what the user's own __reduce__ thinks of
-            return False, clupy.pack_exception(error.with_traceback(None))
-
-    def _function(self, id):
-        known = self.functions[id]
-        if type(known) is Unopened:
-            payload, setup = known
-            if setup is not None:
-                clupy.set_up(setup, unpack_call)
-            known = self.functions[id] = unpack_call(payload)
-        return known
-
-    def _learn(self, id, payload, name):
-        if payload is None:
-            self.functions.pop(id, None)
-            self.names.pop(id, None)
-        else:
-            self.names[id], setup = name
-            self.functions[id] = Unopened(payload, setup)
 
     # -- writing, any thread
 
@@ -371,6 +384,8 @@ class Worker:
                 for message in self._frames.filled(count):
                     dispatch(self, self, message)
                 return
+        except ProtocolError:
+            raise                                  # it is an OSError, but no end
         except OSError:
             pass                                   # the client is gone, as at the end
         except MemoryError as error:
@@ -380,9 +395,12 @@ class Worker:
     def _read_beside(self):
         """The reader thread: read while a call takes long."""
         while not self.ended:
-            self._dozing = self.idle
-            self._bell.wait(None if self._dozing and self.idle else SHORT_TIME)
-            self._dozing = False
+            if self.idle:
+                self._dozing = True
+                self._bell.wait(None if self.idle else SHORT_TIME)
+                self._dozing = False
+            else:
+                self._bell.wait(SHORT_TIME)
             if not self.idle and self._reading.acquire(blocking=False):
                 try:
                     self._read_while_busy()
@@ -757,7 +775,7 @@ def environment_id(pins, python=None, system=None):
     return clupy_master.digest(sorted(pins), python, system or f"{sysconfig.get_platform()} {platform.libc_ver()}")
 
 
-def worker_environment(path, environ):
+def worker_command(path, environ):
     """(python, variables) to start a worker with in the environment at path, or in the server's own Python
     for None. PYTHONPATH would come before the environment: what it names comes behind, by `server_paths`."""
     if path is None:
@@ -905,25 +923,27 @@ class Environments:
 # ==== Process: a worker as its server sees it ================================
 
 class Process:
-    """One worker process: its pipes, its board, its end.  For the server's loop alone."""
+    """One worker process: its board, and how it begins and ends.  For the server's loop alone.
 
-    def __init__(self, server, libraries):
-        self.server = server
-        self.libraries = libraries                 # Libraries, the environment of which it runs in
+    workers: the Workers that it is one of; libraries: the Libraries in whose environment it runs."""
+
+    def __init__(self, workers, libraries):
+        self.workers, self.libraries = workers, libraries
         self.ready = False                         # warm, and waits for a slot
         self.slot = None                           # SlotRow it serves, or did
         self.why = None                            # one of Why, if the server ended it; None: it ended by itself
         self.late = False                          # a call is over its time, and being looked at
-        self.tail = {1: b"", 2: b""}               # output without a line's end yet
-        self.last_lines = collections.deque(maxlen=LAST_LINES)     # of standard error, since this call began:
-        self.last_call = 0
-        self.stack = b""                           # what faulthandler wrote
         self.dead = asyncio.get_running_loop().create_future()     # (exit code, peak memory)
         self._stopping = asyncio.Lock()            # held while it is stopped and looked at
         self._start()
 
     def __repr__(self):
         return f"<Process {self.pid} {self.slot or ('ready' if self.ready else 'starting')}>"
+
+    @property
+    def usable(self):
+        """Whether it lives, and is to go on living."""
+        return not self.why and not self.dead.done()
 
     def _start(self):
         """Start the process. What fails on the way undoes it all: no process, descriptor or reader is left."""
@@ -939,24 +959,22 @@ class Process:
             board = make_board()
             theirs.callback(os.close, board)
             self.board = ours.enter_context(mmap.mmap(board, mmap.PAGESIZE))
-            keep_reserve(board, sum(not other.slot for other in self.server.processes.values()))
+            keep_reserve(board, sum(not other.slot for other in self.workers.processes.values()))
             given = {"channel": channel.fileno(), "lifeline": lifeline, "stack": stack, "board": board,
-                     "memory_limit": self.server.settings.memory_limit, "files": clupy.raise_descriptor_limit()}
+                     "memory_limit": self.workers.settings.memory_limit, "files": clupy.raise_descriptor_limit()}
             boot = BOOT.format(folder=os.path.dirname(os.path.abspath(__file__)), arguments=json.dumps(given))
-            python, environ = worker_environment(self.environment and self.environment.path, self.server.worker_environ())
+            python, variables = worker_command(self.environment and self.environment.path,
+                                               worker_variables(os.environ, self.workers.slots))
             self.popen = subprocess.Popen(
                 [python, "-P", "-c", boot], stdin=subprocess.DEVNULL, stdout=out, stderr=err,
-                pass_fds=[channel.fileno(), lifeline, stack, board], start_new_session=True, env=environ)
+                pass_fds=[channel.fileno(), lifeline, stack, board], start_new_session=True, env=variables)
             self.pid = self.popen.pid
             ours.callback(self._undo)
             self.channel.setblocking(False)
-            self.pipes = {out_here: 1, err_here: 2, stack_here: 0}     # {fd: stream; 0: the stack}
-            for fd in self.pipes:
-                os.set_blocking(fd, False)
+            loop.add_reader(self.channel, self._channel_readable)
+            ours.callback(loop.remove_reader, self.channel)
             self.pidfd = self._watch_end(loop, ours)
-            for fd, read in [(self.channel, self._channel_readable), *((fd, self._pipe_readable) for fd in self.pipes)]:
-                loop.add_reader(fd, read, fd)
-                ours.callback(loop.remove_reader, fd)
+            self.output = Output(self, {out_here: "out", err_here: "err", stack_here: "stack"}, ours)
             ours.pop_all()
 
     def _undo(self):
@@ -981,15 +999,14 @@ class Process:
         undo.callback(loop.remove_reader, pidfd)
         return pidfd
 
-    def _channel_readable(self, _):
+    def _channel_readable(self):
         asyncio.get_running_loop().remove_reader(self.channel)
         try:
             self.ready = self.channel.recv(1) == b"r"
         except ConnectionError:
             self.ready = False                     # it died; `_reap` will tell
         if self.ready:
-            self.server.assign()
-            self.server.replenish()                # it may not be needed any more
+            self.workers.look()
 
     def hand_over(self, slot, given):
         """Give the worker the slot's socket. Raises OSError if it is dead."""
@@ -997,48 +1014,7 @@ class Process:
         socket.send_fds(self.channel, [json.dumps(given).encode() + b"\n"], [slot.sock.fileno()])
         self.slot, slot.process = slot, self
 
-    # -- output
-
-    def _pipe_readable(self, fd):
-        """Pass on what is there; whether there was anything."""
-        try:
-            data = os.read(fd, 1 << 16)
-        except BlockingIOError:
-            return False
-        stream = self.pipes[fd]
-        if not data:
-            self._close_pipe(fd)
-        elif stream == 0:
-            self.stack = (self.stack + data)[-LINE_SIZE:]
-        else:
-            self._pass_on(stream, data)
-        return bool(data)
-
-    def _close_pipe(self, fd):
-        asyncio.get_running_loop().remove_reader(fd)
-        stream = self.pipes.pop(fd)
-        os.close(fd)
-        if stream and self.tail[stream]:
-            self._pass_on(stream, b"\n")
-
-    def _pass_on(self, stream, data):
-        """Send whole lines to the client that has the slot."""
-        data = self.tail[stream] + data
-        end = data.rfind(b"\n") + 1 or (len(data) if len(data) > LINE_SIZE else 0)
-        lines, self.tail[stream] = data[:end], data[end:]
-        if not lines:
-            return
-        if stream == 2:
-            if self.last_call != (call := self.begun()[0]):
-                self.last_call = call
-                self.last_lines.clear()
-            self.last_lines.extend(lines[-LINE_SIZE:].decode(errors="replace").splitlines())
-        if self.slot:
-            self.slot.session.show(self.pid, "err" if stream == 2 else "out", lines)
-        else:
-            log.info("worker %s: %s", self.pid, lines.decode(errors="replace").rstrip())
-
-    # -- the end
+    # -- the board
 
     def begun(self):
         """(number of the call begun last, its deadline) as the board says."""
@@ -1052,6 +1028,8 @@ class Process:
     def runs(self, number):
         begun, deadline = self.begun()
         return begun == number and deadline != IDLE
+
+    # -- the end
 
     def end(self, why, grace=0.0):
         """End the worker and its children: after `grace` seconds in which it may end by itself, by SIGKILL."""
@@ -1138,21 +1116,76 @@ class Process:
         if self.environment:
             self.environment.close()
         self.dead.set_result((code, peak))
-        self.server.ended(self)
+        self.workers.ended(self)
 
-    def last_output(self):
+    def descriptors(self):
+        own = [self.channel.fileno(), *self.output.pipes, self.pidfd, self.lifeline]
+        return [fd for fd in own if fd is not None]
+
+
+class Output:
+    """What a worker writes: lines for the client that has the slot, or for the log before; and, kept here, its stack.
+
+    pipes: {descriptor: "out", "err" or "stack"}, closed by `close`, or by `undo` if the start fails."""
+
+    def __init__(self, process, pipes, undo):
+        self.process, self.pipes = process, pipes
+        self.stack = b""                           # what faulthandler wrote
+        self.last_lines = collections.deque(maxlen=LAST_LINES)     # of standard error, since this call began:
+        self._call = 0
+        self._tails = {"out": b"", "err": b""}     # without a line's end yet
+        loop = asyncio.get_running_loop()
+        for fd in pipes:
+            os.set_blocking(fd, False)
+            loop.add_reader(fd, self._read, fd)
+            undo.callback(loop.remove_reader, fd)
+
+    def _read(self, fd):
+        """Pass on what is there; whether there was anything."""
+        try:
+            data = os.read(fd, 1 << 16)
+        except BlockingIOError:
+            return False
+        if not data:
+            self._close(fd)
+        elif self.pipes[fd] == "stack":
+            self.stack = (self.stack + data)[-LINE_SIZE:]
+        else:
+            self._pass_on(self.pipes[fd], data)
+        return bool(data)
+
+    def _close(self, fd):
+        asyncio.get_running_loop().remove_reader(fd)
+        stream = self.pipes.pop(fd)
+        os.close(fd)
+        if self._tails.get(stream):
+            self._pass_on(stream, b"\n")
+
+    def _pass_on(self, stream, data):
+        """Send whole lines to the client."""
+        process, data = self.process, self._tails[stream] + data
+        end = data.rfind(b"\n") + 1 or (len(data) if len(data) > LINE_SIZE else 0)
+        lines, self._tails[stream] = data[:end], data[end:]
+        if not lines:
+            return
+        if stream == "err":
+            if self._call != (call := process.begun()[0]):
+                self._call = call
+                self.last_lines.clear()
+            self.last_lines.extend(lines[-LINE_SIZE:].decode(errors="replace").splitlines())
+        if process.slot:
+            process.slot.session.show(process.pid, stream, lines)
+        else:
+            log.info("worker %s: %s", process.pid, lines.decode(errors="replace").rstrip())
+
+    def close(self):
         """Read what the pipes still hold, and close them: all that the worker wrote is there, whoever else has them."""
         for fd in list(self.pipes):
             for _ in range(PIPE_READS):
-                if fd not in self.pipes or not self._pipe_readable(fd):
+                if fd not in self.pipes or not self._read(fd):
                     break
             if fd in self.pipes:
-                self._close_pipe(fd)
-        self.board.close()
-
-    def descriptors(self):
-        own = [self.channel.fileno(), *self.pipes, self.pidfd, self.lifeline]
-        return [fd for fd in own if fd is not None]
+                self._close(fd)
 
 
 def end_session(hosts, session, ended):
@@ -1214,7 +1247,7 @@ def make_board():
     return fd
 
 
-# ==== Server =================================================================
+# ==== Workers: who serves which slot =========================================
 
 class SlotRow:
     """One slot as its server sees it: from the client's preamble to the end of its worker."""
@@ -1235,6 +1268,510 @@ class SlotRow:
         except OSError:
             pass                                   # the client's end is gone already
 
+
+def assignments(waiting, ready, room, room_nested):
+    """[(slot, worker), ...]: who serves whom from now on; first come first served, in the libraries that each wants.
+
+    waiting: [(slot, its Libraries, None until they are built)]; ready: workers that wait for a slot; room: how many more
+    slots there may be; room_nested: {session: how many more of its nested ones}.  Pure."""
+    chosen, ready, room_nested = [], list(ready), dict(room_nested)
+    for slot, libraries in waiting:
+        worker = next((worker for worker in ready if worker.libraries == libraries), None)
+        if worker is None or (room_nested[slot.session] if slot.nested else room) <= 0:
+            continue
+        if slot.nested:
+            room_nested[slot.session] -= 1
+        else:
+            room -= 1
+        ready.remove(worker)
+        chosen.append((slot, worker))
+    return chosen
+
+
+def changes(most, awaited, default, spare):
+    """([Libraries, ...] for each of which a worker is to be started, [spare workers that nobody needs]).
+
+    most: spare workers that there may be; awaited: the Libraries that slots wait for, which come first; default: those
+    of all others, which are kept warm; spare: the workers without a slot that there are.  Pure."""
+    missing = awaited[:max(0, most)]
+    missing += [default] * (most - len(missing))
+    needless = []
+    for worker in spare:
+        if worker.libraries in missing:
+            missing.remove(worker.libraries)
+        else:
+            needless.append(worker)
+    return missing, needless
+
+
+def worker_variables(environ, slots):
+    """The environment variables of a worker: without the secret, and with one node's cores divided by its slots."""
+    variables = {name: value for name, value in environ.items() if name not in ("CLUPY_SECRET", "CLUPY_MASTER")}
+    threads = str(max(1, clupy.cores() // slots))
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS",
+                 "VECLIB_MAXIMUM_THREADS"):
+        variables.setdefault(name, threads)
+    return variables
+
+
+class Pause:
+    """The time in which no worker is started, because it would fail: one timer, longer each time, told once."""
+
+    def __init__(self, then):
+        self._then = then                          # called when it is over
+        self._timer = None
+        self._length, self._why = RETRY_START[0], ""
+
+    def __bool__(self):
+        return self._timer is not None
+
+    def begin(self, why, *details):
+        """Begin one; `why` is said if it is not what was said last."""
+        if why != self._why:
+            self._why = why
+            log.error("%s (%s workers run, for %s slots; trying again from time to time)", why, *details)
+        self._timer = asyncio.get_running_loop().call_later(self._length, self._over)
+        self._length = min(2 * self._length, RETRY_START[1])
+
+    def _over(self):
+        self.end()
+        self._then()
+
+    def end(self):
+        """End it early, as something has changed."""
+        if self._timer:
+            self._timer.cancel()
+            self._timer = None
+
+    def forget(self):
+        """It goes well again: the next one is short and told, unless this one goes on."""
+        if not self._timer:
+            self._length, self._why = RETRY_START[0], ""
+
+
+class Workers:
+    """The workers of this node and the slots they serve: starts, watches and replaces them, and alone counts."""
+
+    def __init__(self, server, slots):
+        self.server, self.settings = server, server.settings
+        self.slots = slots                         # how many calls run at once, nested ones aside
+        self.processes = {}                        # {pid: Process}, dying ones included
+        self.waiting = collections.deque()         # SlotRows that no worker serves yet, first come first served
+        self.started = None                        # how many workers could be started, if not all that are needed
+        self._failures = 0                         # workers in a row that died before they had a slot
+        self._pause = Pause(self._try_again)
+        self._endings = set()                      # futures of threads that end ZooKeeper sessions of dead workers
+        self._closing = False
+        clupy.raise_descriptor_limit()
+
+    def __repr__(self):
+        return f"<Workers {len(self.processes)} for {self.slots} slots, {len(self.waiting)} wait>"
+
+    @property
+    def usable_slots(self):
+        return self.slots if self.started is None else min(self.slots, self.started)
+
+    def open_slots(self, nested=None):
+        return sum(1 for process in self.processes.values()
+                   if process.slot and nested in (None, process.slot.nested))
+
+    def descriptors(self):
+        own = []
+        for process in list(self.processes.values()):
+            own += process.descriptors()
+            if process.slot:
+                own.append(process.slot.sock.fileno())
+        return own + [slot.sock.fileno() for slot in list(self.waiting)]
+
+    # -- slots
+
+    async def serve(self, slot):
+        """Wait for a free worker and hand the socket over."""
+        if slot.nested and slot.session.nested_slots() >= self.settings.max_nested:    # nobody else's end would make room
+            self._turn_away(slot, Why.MAX_NESTED, f"max_nested is {self.settings.max_nested}")
+            return
+        self.waiting.append(slot)
+        self.look()
+        try:
+            await slot.waiter
+        except asyncio.CancelledError:             # closed by the client before a worker was free
+            if slot in self.waiting:
+                self.waiting.remove(slot)
+            self._turn_away(slot, Why.CLOSED)
+
+    def _turn_away(self, slot, why, reason=""):
+        """End a slot that no worker serves."""
+        slot.session.slots.pop(slot.number, None)
+        slot.sock.close()
+        slot.session.connection.send("ended", slot.number, {"pid": None, "begun": 0, "why": why, "reason": reason})
+
+    def look(self):
+        """Something has changed: start or end workers, and give slots to those that are ready."""
+        self._replenish()
+        self._assign()
+
+    def _assign(self):
+        waiting = [(slot, self.server.libraries.of_session(slot.session)) for slot in self.waiting if not slot.waiter.done()]
+        room_nested = {slot.session: self.settings.max_nested - slot.session.nested_slots() for slot, _ in waiting}
+        ready = [process for process in self.processes.values() if process.ready and process.usable]
+        for slot, process in assignments(waiting, ready, self.slots - self.open_slots(nested=False), room_nested):
+            try:
+                process.hand_over(slot, self.server.said_to_worker(slot))
+            except ConnectionError:
+                continue                           # it died just now, and is replaced: the slot waits on
+            self.waiting.remove(slot)
+            slot.waiter.set_result(None)
+            self._failures = 0
+            self._pause.forget()
+            self.server.state_soon()
+
+    def _replenish(self):
+        """Have a worker for every slot, and for the nested ones that are open or waited for."""
+        if self._closing or self._pause:
+            return
+        target = self.slots + sum(min(session.nested_slots(waiting=True), self.settings.max_nested)
+                                  for session in self.server.sessions.values())
+        usable = [process for process in self.processes.values() if process.usable]
+        spare = [process for process in usable if not process.slot]
+        awaited = [libraries for slot in self.waiting if (libraries := self.server.libraries.of_session(slot.session))]
+        missing, needless = changes(target - len(usable) + len(spare), awaited, self.server.libraries.default, spare)
+        for process in needless:
+            process.end(Why.NOT_NEEDED)
+        for libraries in missing:
+            try:
+                process = Process(self, libraries)
+            except OSError as error:
+                self.started = sum(process.usable for process in self.processes.values())
+                self._pause.begin("cannot start a worker: " + why_no_worker(error), len(self.processes), self.slots)
+                self.server.state_soon()
+                return
+            self.processes[process.pid] = process
+        self.started = None
+
+    def _try_again(self):
+        self._failures = 0
+        self.look()
+
+    # -- the end of a worker
+
+    def ended(self, process):
+        """A worker is dead: see to its slot, and to a new one in its place."""
+        self.server.spawn(self._bury(process))
+        if not process.slot and not process.why:
+            self._failures += 1
+            log.error("worker %s died before it had a slot: %s", process.pid, describe_exit(process.dead.result()[0]))
+        if self._failures >= MAX_FAILURES and not self._pause and not self._closing:
+            self._pause.begin("workers keep dying at their start", len(self.processes) - 1, self.slots)
+        self.look()
+
+    async def _bury(self, process):
+        """Let the client read what the worker sent, and then say how it ended."""
+        slot, (code, peak) = process.slot, process.dead.result()
+        begun, _ = process.begun()
+        if slot:
+            if not process.why:
+                log.info("worker %s of client %s died: %s", process.pid, slot.session.client[:6], describe_exit(code))
+            slot.session.slots.pop(slot.number, None)
+            try:
+                slot.sock.shutdown(socket.SHUT_WR)
+            except OSError:
+                pass                               # the client closed it first
+            self._end_session(process.zookeeper_session())
+            give_base(slot)
+            self._pause.end()                      # there may be room for another now
+        process.output.close()
+        process.board.close()
+        del self.processes[process.pid]
+        self.look()
+        self.server.state_soon()
+        if slot:
+            slot.session.connection.send("ended", slot.number, {
+                "pid": process.pid, "begun": begun, "why": process.why or Why.DIED, "reason": describe_exit(code),
+                "code": code, "peak": peak, "limit": self.settings.memory_limit, "lines": list(process.output.last_lines),
+                "stack": process.output.stack.decode(errors="replace")})
+            await drain_socket(slot.sock)
+
+    def _end_session(self, session):
+        hosts = self.server.services.get("zookeeper")
+        if not hosts or not session:
+            return
+        ended = concurrent.futures.Future()
+        ended.set_running_or_notify_cancel()
+        try:
+            threading.Thread(target=end_session, args=(hosts, session, ended), daemon=True).start()
+        except RuntimeError:
+            return                                 # the interpreter is ending: the session ends by itself
+        ending = asyncio.wrap_future(ended)
+        self._endings.add(ending)
+        ending.add_done_callback(self._endings.discard)
+
+    def relieve(self, clients):
+        """End the idle slots of clients that are stopped or hang: they are of use to others."""
+        for process in self.processes.values():
+            if process.slot and process.slot.session.client in clients and process.begun()[1] == IDLE:
+                process.end(Why.RELIEVED, GRACE_TIME)
+
+    async def watch(self):
+        """Kill calls that are over their time."""
+        while True:
+            await asyncio.sleep(WATCH_TIME if self.open_slots() else 1.0)
+            now = time.monotonic()
+            for process in list(self.processes.values()):
+                if process.slot and process.usable and not process.late:
+                    number, deadline = process.begun()
+                    if 0 < deadline < now:
+                        process.late = True
+                        self.server.spawn(self._time_out(process, number))
+
+    async def _time_out(self, process, number):
+        try:
+            await process.kill_call(number, Why.TIMEOUT)
+        finally:
+            process.late = False                   # it may be the next call that runs by now
+
+    async def close(self):
+        """Kill the workers, and wait until they are buried."""
+        self._closing = True
+        self._pause.end()
+        for process in list(self.processes.values()):
+            process.end(Why.SERVER_CLOSED)
+        if self.processes:
+            await asyncio.wait([process.dead for process in self.processes.values()])
+        while self.processes:
+            await asyncio.sleep(0.002)
+        if self._endings:
+            await asyncio.wait(self._endings, timeout=GRACE_TIME)
+        for ending in self._endings:
+            ending.cancel()
+
+
+def give_base(slot):
+    """A slot ended: if it was no nested one, a nested one of its client takes its place among the slots."""
+    if not slot.nested:
+        for other in slot.session.slots.values():
+            if other.nested and other.process:
+                other.nested = False
+                return
+
+
+async def drain_socket(sock):
+    """Close the socket once the client has: closing one with unread input would lose what is still under way."""
+    try:
+        sock.setblocking(False)
+        async with asyncio.timeout(clupy.CLOSE_TIME):
+            while await asyncio.get_running_loop().sock_recv(sock, 1 << 16):
+                pass
+    except OSError:
+        pass                                       # reset, or not closed in time
+    finally:
+        sock.close()
+
+
+def describe_exit(code):
+    """What the exit code of a process means: "signal 9 (Killed)" or "exit code 3"."""
+    if code == UNKNOWN_EXIT:
+        return "exit code unknown: another part of the server's program waited for it"
+    if code < 0:
+        return f"signal {-code} ({signal.strsignal(-code)})"
+    return f"exit code {code}"
+
+
+# ==== Libraries: what this node has installed ================================
+
+class Libraries:
+    """One resolution on this server: not built yet, being built, ready, or at fault."""
+
+    def __init__(self, node, resolution):
+        self.node, self.resolution = node, resolution
+        self.environment = None                    # Environment, in use for as long as somebody may want it
+        self.ready = not resolution.pins           # nothing to install: the server's own Python
+        self.building = None                       # the task that does
+        self.fault = ""                            # why it could not be built, with pip's last lines
+        self.failures, self.again = 0, 0.0         # in a row; when to try again, monotonic
+
+    def __repr__(self):
+        return f"<Libraries {self.resolution.hash} {'ready' if self.ready else self.fault or 'not built'}>"
+
+    def hold(self):
+        """The environment, once more in use: for one worker. None: the server's own Python. Raises FileNotFoundError,
+        and builds it anew, if somebody removed it."""
+        if not self.resolution.pins:
+            return None
+        held = self.ready and self.node.environments.use(self.environment.id)
+        if not held:
+            self.ready = False
+            self.node.libraries_of(self.resolution)
+            raise FileNotFoundError(f"environment {self.resolution.hash} was removed; it is built anew")
+        return held
+
+    async def build(self):
+        try:
+            wheels = {}
+            for pin in self.resolution.shipped:
+                data = await self.node.ask("wheel", pin.sha256)
+                if data is not None:
+                    wheels[pin.sha256] = data
+            environment = await self.node.environments.build(
+                self.resolution, wheels, lambda line: self.node.notice(self, line))
+            self.close()
+            self.environment = environment
+            self.ready, self.fault, self.failures = True, "", 0
+        except DependencyError as error:
+            self.failures += 1
+            self.again = clupy_master.next_try(self.failures, time.monotonic(), self.node.settings.sync_interval)
+            self.fault = str(error)
+        finally:
+            self.building = None
+        self.node.libraries_changed(self)
+
+    def close(self):
+        if self.environment:
+            self.environment.close()
+
+
+class NodeLibraries:
+    """All Libraries of this node: those of the cluster, and those that clients brought."""
+
+    def __init__(self, server):
+        self.server = server
+        self.settings, self.link = server.settings, server.link
+        self.environments = Environments(self.settings.environments_dir, self.settings.environments_kept)
+        self.default = Libraries(self, clupy_master.Resolution())       # the cluster's, as far as they are built
+        self.known = {self.default.resolution.hash: self.default}  # {hash of a resolution: Libraries}
+        self.settled = False                       # whether `default` was the cluster's at any time: slots wait for that
+        self.wanted = None                         # hash of the cluster's newest; None until the master has spoken
+        self._questions = {}                       # {(kind, key): future of the master's answer}
+
+    def __repr__(self):
+        return f"<NodeLibraries {len(self.known)}, the cluster's are {self.default.resolution.hash}>"
+
+    def libraries_of(self, resolution):
+        """The Libraries of a resolution; building them begins now if they are not there."""
+        libraries = self.known.get(resolution.hash)
+        if libraries is None:
+            libraries = self.known[resolution.hash] = Libraries(self, resolution)
+        if libraries.building is None and not libraries.ready and time.monotonic() >= libraries.again:
+            libraries.building = asyncio.get_running_loop().create_task(libraries.build())
+        return libraries
+
+    def of_session(self, session):
+        """The Libraries for a slot of a client, or None until they are built."""
+        libraries = session.libraries or self.settled and self.default
+        return libraries if libraries and libraries.ready else None
+
+    def libraries_changed(self, libraries):
+        """A build has ended, well or not."""
+        if libraries.fault:
+            log.error("%s", libraries.fault)
+        for session in list(self.server.sessions.values()):
+            self.tell_libraries(session)
+        self._forget()
+        self.server.workers.look()
+        self.server.state_soon()
+
+    def tell_libraries(self, session):
+        """Say to the client why its libraries cannot be had here, or that its slots with older ones should go back."""
+        wanted = session.libraries or (self.default if self.settled else self.known.get(self.wanted))
+        if wanted and wanted.fault and not wanted.building:
+            session.connection.send("notice", "broken", wanted.fault)
+        elif wanted and wanted.ready and any(slot.process and slot.process.libraries is not wanted
+                                             for slot in session.slots.values()):
+            session.connection.send("notice", "renew", "")
+
+    def _forget(self):
+        """Let go of what neither the cluster nor a connected client wants; workers hold their environments themselves.
+
+        What could not be built is remembered until it may be tried again."""
+        wanted = [self.default, self.known.get(self.wanted), *(session.libraries for session in self.server.sessions.values())]
+        for hash, libraries in list(self.known.items()):
+            if libraries not in wanted and not libraries.building and time.monotonic() >= libraries.again:
+                self.known.pop(hash).close()
+
+    def notice(self, libraries, line):
+        """A line of what pip says, for the clients that wait for these libraries."""
+        for session in self.server.sessions.values():
+            if session.libraries is libraries or session.libraries is None and libraries.resolution.hash == self.wanted:
+                session.connection.send("notice", "building", line)
+
+    def hear(self, hash):
+        """The master has said which libraries are the cluster's."""
+        if hash != self.wanted:
+            if self.wanted in self.known:
+                self.known[self.wanted].again = 0.0        # nobody tries that again: its fault is of no interest
+            self.wanted = hash
+            self.server.spawn(self._synchronize())
+
+    async def keep_in_step(self):
+        while True:
+            await asyncio.sleep(self.settings.sync_interval)
+            await self._synchronize()
+
+    async def _synchronize(self):
+        """Have the environment that the master wants, and switch to it once it is complete."""
+        wanted = self.wanted
+        if wanted is None:
+            return
+        if wanted not in self.known:
+            answer = await self.ask("libraries", wanted)
+            if answer is None:                     # the list has changed again: the next statement names the newer one
+                return
+            self.known[wanted] = Libraries(self, answer)
+        libraries = self.libraries_of(self.known[wanted].resolution)
+        if libraries.building:
+            await asyncio.shield(libraries.building)
+        if libraries.ready and self.wanted == wanted and self.default is not libraries:
+            log.info("the cluster's libraries are now %s", libraries)
+            self.default = libraries
+        if libraries.ready and self.wanted == wanted:
+            self.settled = True
+            for session in self.server.sessions.values():
+                self.tell_libraries(session)
+        self._forget()
+        self.server.workers.look()
+        self.server.state_soon()
+
+    async def ask(self, kind, key):
+        """The master's answer to a question; None if it does not know, or is lost before it answers."""
+        if not self.link.connection:
+            return None
+        question = self._questions.get((kind, key))
+        if question is None:
+            question = self._questions[kind, key] = asyncio.get_running_loop().create_future()
+            self.link.connection.send(kind, key)
+        return await asyncio.shield(question)
+
+    def _answer(self, kind, key, answer):
+        question = self._questions.pop((kind, key), None)
+        if question and not question.done():
+            question.set_result(answer)
+
+    def master_lost(self):
+        for kind, key in list(self._questions):
+            self._answer(kind, key, None)
+
+    def on_libraries(self, _, hash, found):
+        self._answer("libraries", hash, found and clupy_master.Resolution.of(found))
+
+    def on_wheel(self, _, sha256, data):
+        self._answer("wheel", sha256, data)
+
+    def state(self):
+        """What the master and `status` are told."""
+        return {"environment": self.default.resolution.hash if self.default.resolution.pins else None,
+                "environments": [hash for hash, libraries in self.known.items() if libraries.environment],
+                "building": any(libraries.building for libraries in self.known.values()),
+                "faults": [libraries.fault for libraries in self.known.values() if libraries.fault]}
+
+    async def close(self):
+        building = [libraries.building for libraries in self.known.values() if libraries.building]
+        for task in building:
+            task.cancel()
+        await asyncio.gather(*building, return_exceptions=True)
+        for libraries in self.known.values():
+            libraries.close()
+
+
+# ==== Server =================================================================
 
 class Session:
     """One client's control connection.  The methods on_<kind> answer its messages."""
@@ -1259,11 +1796,12 @@ class Session:
 
     def on_hello(self, connection, client, environment, output):
         self.client, self.output = client, output
-        self.copies = clupy.Copies(client)
+        if self.copies is None:
+            self.copies = clupy.Copies(client)
         if environment is not None:
-            self.libraries = self.server.libraries_of(clupy_master.Resolution.of(environment))
+            self.libraries = self.server.libraries.libraries_of(clupy_master.Resolution.of(environment))
         connection.send("welcome", self.id, self.server.name, self.server.versions, self.server.settings.max_nested)
-        self.server.tell_libraries(self)
+        self.server.libraries.tell_libraries(self)
         if self.server.draining:
             connection.send("notice", "draining", "")
 
@@ -1307,104 +1845,41 @@ class Session:
         self.connection.send("output", pid, stream, text, dropped)
 
 
-class Libraries:
-    """One resolution on this server: not built yet, being built, ready, or at fault."""
-
-    def __init__(self, server, resolution):
-        self.server, self.resolution = server, resolution
-        self.environment = None                    # Environment, in use for as long as somebody may want it
-        self.ready = not resolution.pins           # nothing to install: the server's own Python
-        self.building = None                       # the task that does
-        self.fault = ""                            # why it could not be built, with pip's last lines
-        self.failures, self.again = 0, 0.0         # in a row; when to try again, monotonic
-
-    def __repr__(self):
-        return f"<Libraries {self.resolution.hash} {'ready' if self.ready else self.fault or 'not built'}>"
-
-    def hold(self):
-        """The environment, once more in use: for one worker. None: the server's own Python. Raises FileNotFoundError,
-        and builds it anew, if somebody removed it."""
-        if not self.resolution.pins:
-            return None
-        held = self.ready and self.server.environments.use(self.environment.id)
-        if not held:
-            self.ready = False
-            self.server.libraries_of(self.resolution)
-            raise FileNotFoundError(f"environment {self.resolution.hash} was removed; it is built anew")
-        return held
-
-    async def build(self):
-        try:
-            wheels = {}
-            for pin in self.resolution.shipped:
-                data = await self.server.ask("wheel", pin.sha256)
-                if data is not None:
-                    wheels[pin.sha256] = data
-            environment = await self.server.environments.build(
-                self.resolution, wheels, lambda line: self.server.notice(self, line))
-            self.close()
-            self.environment = environment
-            self.ready, self.fault, self.failures = True, "", 0
-        except DependencyError as error:
-            self.failures += 1
-            self.again = clupy_master.next_try(self.failures, time.monotonic(), self.server.settings.sync_interval)
-            self.fault = str(error)
-        finally:
-            self.building = None
-        self.server.libraries_changed(self)
-
-    def close(self):
-        if self.environment:
-            self.environment.close()
-
-
 class Server:
-    """Starts, watches, kills and replaces the workers of one node, and alone counts its slots.  For its loop alone."""
+    """One node: listens for clients, has their sessions, and says to the master what it has.  For its loop alone."""
 
     def __init__(self, settings, secret):
         self.settings, self.secret = settings, secret
         self.id = os.urandom(8).hex()
         self.name = socket.gethostname()
-        self.slots = settings.slots                # how many calls run at once, nested ones aside
         self.services = {}                         # what the master says of Redis and ZooKeeper
         self.sessions = {}                         # {session id: Session}; changed by _serve_control
-        self.processes = {}                        # {pid: Process}, dying ones included
-        self.waiting = collections.deque()         # SlotRows that no worker serves yet, first come first served
         self.draining = False
         self.failed = asyncio.get_running_loop().create_future()     # an error after which it makes no sense to go on
-        self.link = clupy.MasterLink(clupy.masters_of(settings), secret, settings)
-        self.environments = Environments(settings.environments_dir, settings.environments_kept)
-        self.default = Libraries(self, clupy_master.Resolution())       # the cluster's, as far as they are built
-        self.known = {self.default.resolution.hash: self.default}  # {hash of a resolution: Libraries}
-        self.settled = False                       # whether `default` was the cluster's at any time: slots wait for that
-        self.wanted = None                         # hash of the cluster's newest; None until the master has spoken
         self.versions = {"python": "%d.%d.%d" % sys.version_info[:3], "cloudpickle": clupy_master.installed("cloudpickle")}
-        self._questions = {}                       # {(kind, key): future of the master's answer}
         self.tls = settings.tls_cert and clupy.tls_files(settings)            # what a worker needs of it
+        self.link = clupy.MasterLink(clupy.masters_of(settings), secret, settings)
+        self.libraries = NodeLibraries(self)
+        self.workers = Workers(self, settings.slots)
         self._tasks = set()
-        self._endings = set()                      # futures of threads that end ZooKeeper sessions of dead workers
-        self._stating = None
+        self._stating = None                       # TimerHandle, while a statement is due
         self._closing = False
         self._said = ""                            # why there is no master, as the log says; None: there is one
-        self._failures = 0                         # workers in a row that died before they were ready
-        self._pause = None                         # TimerHandle, while no worker is started because it would fail
-        self._retry_after = RETRY_START[0]         # seconds of the next pause
-        self._trouble = ""                         # why a worker could not be started, as the log says
-        self._most = None                          # workers that could be started, if not as many as are wanted
-        clupy.raise_descriptor_limit()
         self._listener = clupy_master.Listener(settings.listen or ("", 0), self._greet)
         self.address = self._listener.address
 
     def __repr__(self):
-        return f"<Server {self.address[1]} {self.open_slots()} of {self.slots} slots, {len(self.processes)} workers>"
+        return f"<Server {self.address[1]} {len(self.sessions)} sessions, {self.workers}>"
+
+    @property
+    def slots(self):
+        return self.workers.slots
 
     async def start(self):
-        self.spawn(self._sweep())
-        self.replenish()
-        self.spawn(self.link.run(self))
-        self.spawn(self._watch())
-        self.spawn(self._repeat())
-        self.spawn(self._keep_in_step())
+        self.workers.look()
+        for life in (self.link.run(self), self.workers.watch(), self._repeat(), self._say_alive(), self._sweep(),
+                     self.libraries.keep_in_step()):
+            self.spawn(life)
 
     def spawn(self, coroutine):
         """Run a coroutine as a task of this server, ended with it."""
@@ -1418,16 +1893,10 @@ class Server:
             log.error("a task of the server failed", exc_info=task.exception())
 
     def descriptors(self):
-        own = self._listener.descriptors()
-        for session in list(self.sessions.values()):
-            own += session.copies.held if session.copies else ()
-        for process in list(self.processes.values()):
-            own += process.descriptors()
-            if process.slot:
-                own.append(process.slot.sock.fileno())
-        return own + [slot.sock.fileno() for slot in list(self.waiting)]
+        copies = [fd for session in list(self.sessions.values()) if session.copies for fd in session.copies.held]
+        return self._listener.descriptors() + copies + self.workers.descriptors()
 
-    # -- connections
+    # -- clients
 
     async def _greet(self, sock, peer, role, preamble):
         if role == CONTROL:
@@ -1467,318 +1936,22 @@ class Server:
         session.numbers.add(number)
         tune(sock, user_timeout=False)
         slot = session.slots[number] = SlotRow(session, number, nested, sock)
-        return self._serve_slot(slot)
+        return self.workers.serve(slot)
 
-    async def _serve_slot(self, slot):
-        """Wait for a free worker and hand the socket over."""
-        if slot.nested and slot.session.nested_slots() >= self.settings.max_nested:    # nobody else's end would make room
-            self._turn_away(slot, Why.MAX_NESTED, f"max_nested is {self.settings.max_nested}")
-            return
-        self.waiting.append(slot)
-        self.replenish()
-        self.assign()
-        try:
-            await slot.waiter
-        except asyncio.CancelledError:             # closed by the client before a worker was free
-            if slot in self.waiting:
-                self.waiting.remove(slot)
-            self._turn_away(slot, Why.CLOSED)
+    def said_to_worker(self, slot):
+        """What a worker is told with the socket of its slot."""
+        return {"key": slot_key(slot.session.connection.key, slot.number).hex(), "server": self.name,
+                "client": slot.session.client, "services": self.services, "tls": self.tls}
 
-    def _turn_away(self, slot, why, reason=""):
-        """End a slot that no worker serves."""
-        slot.session.slots.pop(slot.number, None)
-        slot.sock.close()
-        slot.session.connection.send("ended", slot.number, {"pid": None, "begun": 0, "why": why, "reason": reason})
-
-    # -- slots and workers
-
-    def open_slots(self, nested=None):
-        return sum(1 for process in self.processes.values()
-                   if process.slot and nested in (None, process.slot.nested))
-
-    def assign(self):
-        """Give free workers to the slots that wait, first come first served."""
-        free = [process for process in self.processes.values()
-                if process.ready and not process.why and not process.dead.done()]
-        for slot in list(self.waiting):
-            libraries = self._libraries_for(slot)
-            fitting = [process for process in free if process.libraries is libraries]
-            if not fitting or slot.waiter.done():          # done: cancelled, and about to leave the queue
-                continue
-            if slot.nested and slot.session.nested_slots() >= self.settings.max_nested:
-                continue
-            if not slot.nested and self.open_slots(nested=False) >= self.slots:
-                continue
-            process = fitting[0]
-            free.remove(process)
-            try:
-                process.hand_over(slot, {
-                    "key": slot_key(slot.session.connection.key, slot.number).hex(), "server": self.name,
-                    "client": slot.session.client, "services": self.services, "tls": self.tls})
-            except ConnectionError:
-                continue                           # it died just now; it will be replaced
-            self.waiting.remove(slot)
-            slot.waiter.set_result(None)
-            self._failures = 0
-            if not self._pause:
-                self._retry_after, self._trouble = RETRY_START[0], ""
-            self.state_soon()
-
-    def replenish(self):
-        """Have a worker for every slot, and for the nested ones that are open or waited for: first in the environments
-        that are waited for, then, warm, in the cluster's."""
-        if self._closing or self._pause:
-            return
-        target = self.slots + sum(min(session.nested_slots(waiting=True), self.settings.max_nested)
-                                  for session in self.sessions.values())
-        alive = [process for process in self.processes.values() if not process.dead.done() and not process.why]
-        spare = [process for process in alive if not process.slot]
-        needed = [libraries for slot in self.waiting if (libraries := self._libraries_for(slot))]
-        needed = needed[:target - len(alive) + len(spare)]
-        needed += [self.default] * (target - len(alive) + len(spare) - len(needed))
-        for process in spare:                      # what is there already, and what is not needed any more
-            if process.libraries in needed:
-                needed.remove(process.libraries)
-            else:
-                process.end(Why.NOT_NEEDED)
-        for libraries in needed:
-            try:
-                process = Process(self, libraries)
-            except OSError as error:
-                self._most = sum(1 for process in self.processes.values() if not process.dead.done() and not process.why)
-                self._start_later("cannot start a worker: " + why_no_worker(error))
-                self.state_soon()
-                return
-            self.processes[process.pid] = process
-        self._most = None
-
-    def _start_later(self, why):
-        """Start no worker until a pause is over, which doubles while that does not help; say why, once."""
-        if why != self._trouble:
-            self._trouble = why
-            log.error("%s (%s workers run, for %s slots; trying again from time to time)", why, len(self.processes), self.slots)
-        self._pause = asyncio.get_running_loop().call_later(self._retry_after, self._start_again)
-        self._retry_after = min(2 * self._retry_after, RETRY_START[1])
-
-    def _start_again(self):
-        self._end_pause()
-        self.replenish()
-
-    def _end_pause(self):
-        if self._pause:
-            self._pause.cancel()
-            self._pause, self._failures = None, 0
-
-    def grow(self, slots):
-        """At least so many slots."""
-        if slots > self.slots:
-            self.slots = slots
-            self.replenish()
-            self.state_soon()
-
-    def worker_environ(self):
-        """The environment variables of a worker: without the secret, and with one node's cores divided by its slots."""
-        environ = {name: value for name, value in os.environ.items() if name not in ("CLUPY_SECRET", "CLUPY_MASTER")}
-        threads = str(max(1, clupy.cores() // self.slots))
-        for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS",
-                     "VECLIB_MAXIMUM_THREADS"):
-            environ.setdefault(name, threads)
-        return environ
-
-    def ended(self, process):
-        """A worker is dead: see to its slot, and to a new one in its place."""
-        self.spawn(self._bury(process))
-        if not process.slot and not process.why:
-            self._failures += 1
-            code = process.popen.returncode
-            log.error("worker %s died before it had a slot: %s", process.pid, describe_exit(code))
-        if self._failures >= MAX_FAILURES and not self._pause and not self._closing:
-            self._start_later("workers keep dying at their start")
-        self.replenish()
-
-    async def _bury(self, process):
-        """Let the client read what the worker sent, and then say how it ended."""
-        slot, (code, peak) = process.slot, process.dead.result()
-        if slot:
-            if not process.why:
-                log.info("worker %s of client %s died: %s", process.pid, slot.session.client[:6], describe_exit(code))
-            slot.session.slots.pop(slot.number, None)
-            try:
-                slot.sock.shutdown(socket.SHUT_WR)
-            except OSError:
-                pass                               # the client closed it first
-            begun, _ = process.begun()
-            if self.services.get("zookeeper") and (session := process.zookeeper_session()):
-                self._end_session(session)
-            self._give_base(slot)
-            self._end_pause()                      # there may be room for another now
-        process.last_output()
-        del self.processes[process.pid]
-        self.replenish()
-        self.assign()
-        self.state_soon()
-        if slot:
-            slot.session.connection.send("ended", slot.number, {
-                "pid": process.pid, "begun": begun, "why": process.why or Why.DIED, "reason": describe_exit(code),
-                "code": code, "peak": peak, "limit": self.settings.memory_limit, "lines": list(process.last_lines),
-                "stack": process.stack.decode(errors="replace")})
-            await self._drain_socket(slot.sock)
-
-    def _end_session(self, session):
-        ended = concurrent.futures.Future()
-        ended.set_running_or_notify_cancel()
-        try:
-            threading.Thread(target=end_session, args=(self.services["zookeeper"], session, ended), daemon=True).start()
-        except RuntimeError:
-            return                                 # the interpreter is ending: the session ends by itself
-        ending = asyncio.wrap_future(ended)
-        self._endings.add(ending)
-        ending.add_done_callback(self._endings.discard)
-
-    def _give_base(self, slot):
-        """A slot ended: if it was no nested one, a nested one of its client takes its place among the slots."""
-        if not slot.nested:
-            for other in slot.session.slots.values():
-                if other.nested and other.process:
-                    other.nested = False
-                    return
-
-    # -- libraries
-
-    def libraries_of(self, resolution):
-        """The Libraries of a resolution; building them begins now if they are not there."""
-        libraries = self.known.get(resolution.hash)
-        if libraries is None:
-            libraries = self.known[resolution.hash] = Libraries(self, resolution)
-        if libraries.building is None and not libraries.ready and time.monotonic() >= libraries.again:
-            libraries.building = asyncio.get_running_loop().create_task(libraries.build())
-        return libraries
-
-    def _libraries_for(self, slot):
-        """The Libraries for a slot that waits, or None until they are built."""
-        libraries = slot.session.libraries or self.settled and self.default
-        return libraries if libraries and libraries.ready else None
-
-    def libraries_changed(self, libraries):
-        """A build has ended, well or not."""
-        if libraries.fault:
-            log.error("%s", libraries.fault)
-        for session in list(self.sessions.values()):
-            self.tell_libraries(session)
-        self._forget()
-        self.replenish()
-        self.assign()
-        self.state_soon()
-
-    def tell_libraries(self, session):
-        """Say to the client why its libraries cannot be had here, or that its slots with older ones should go back."""
-        wanted = session.libraries or (self.default if self.settled else self.known.get(self.wanted))
-        if wanted and wanted.fault and not wanted.building:
-            session.connection.send("notice", "broken", wanted.fault)
-        elif wanted and wanted.ready and any(slot.process and slot.process.libraries is not wanted
-                                             for slot in session.slots.values()):
-            session.connection.send("notice", "renew", "")
-
-    def _forget(self):
-        """Let go of what neither the cluster nor a connected client wants; workers hold their environments themselves.
-
-        What could not be built is remembered until it may be tried again."""
-        wanted = [self.default, self.known.get(self.wanted), *(session.libraries for session in self.sessions.values())]
-        for hash, libraries in list(self.known.items()):
-            if libraries not in wanted and not libraries.building and time.monotonic() >= libraries.again:
-                self.known.pop(hash).close()
-
-    def notice(self, libraries, line):
-        """A line of what pip says, for the clients that wait for these libraries."""
+    def tell(self, *notice):
+        """Send a notice to every client."""
         for session in self.sessions.values():
-            if session.libraries is libraries or session.libraries is None and libraries.resolution.hash == self.wanted:
-                session.connection.send("notice", "building", line)
+            session.connection.send("notice", *notice)
 
-    async def _keep_in_step(self):
+    async def _say_alive(self):
         while True:
-            await asyncio.sleep(self.settings.sync_interval)
-            await self._synchronize()
-
-    async def _synchronize(self):
-        """Have the environment that the master wants, and switch to it once it is complete."""
-        wanted = self.wanted
-        if wanted is None:
-            return
-        if wanted not in self.known:
-            answer = await self.ask("libraries", wanted)
-            if answer is None:                     # the list has changed again: the next statement names the newer one
-                return
-            self.known[wanted] = Libraries(self, answer)
-        libraries = self.libraries_of(self.known[wanted].resolution)
-        if libraries.building:
-            await asyncio.shield(libraries.building)
-        if libraries.ready and self.wanted == wanted and self.default is not libraries:
-            log.info("the cluster's libraries are now %s", libraries)
-            self.default = libraries
-        if libraries.ready and self.wanted == wanted:
-            self.settled = True
-            for session in self.sessions.values():
-                self.tell_libraries(session)
-        self._forget()
-        self.replenish()
-        self.assign()
-        self.state_soon()
-
-    async def ask(self, kind, key):
-        """The master's answer to a question; None if it does not know, or is lost before it answers."""
-        if not self.link.connection:
-            return None
-        question = self._questions.get((kind, key))
-        if question is None:
-            question = self._questions[kind, key] = asyncio.get_running_loop().create_future()
-            self.link.connection.send(kind, key)
-        return await asyncio.shield(question)
-
-    def _answer(self, kind, key, answer):
-        question = self._questions.pop((kind, key), None)
-        if question and not question.done():
-            question.set_result(answer)
-
-    def on_libraries(self, _, hash, found):
-        self._answer("libraries", hash, found and clupy_master.Resolution.of(found))
-
-    def on_wheel(self, _, sha256, data):
-        self._answer("wheel", sha256, data)
-
-    async def _drain_socket(self, sock):
-        """Close the socket once the client has: closing one with unread input would lose what is still under way."""
-        try:
-            sock.setblocking(False)
-            async with asyncio.timeout(clupy.CLOSE_TIME):
-                while await asyncio.get_running_loop().sock_recv(sock, 1 << 16):
-                    pass
-        except OSError:
-            pass                                   # reset, or not closed in time
-        finally:
-            sock.close()
-
-    async def _watch(self):
-        """Kill calls that are over their time; say to clients that this server is alive."""
-        said = 0.0
-        while True:
-            await asyncio.sleep(WATCH_TIME if self.open_slots() else 1.0)
-            now = time.monotonic()
-            for process in list(self.processes.values()):
-                if process.slot and not process.dead.done() and not process.why and not process.late:
-                    number, deadline = process.begun()
-                    if 0 < deadline < now:
-                        process.late = True
-                        self.spawn(self._time_out(process, number))
-            if now - said > clupy.ALIVE_TIME:
-                said = now
-                for session in self.sessions.values():
-                    session.connection.send("notice", "alive", "")
-
-    async def _time_out(self, process, number):
-        try:
-            await process.kill_call(number, Why.TIMEOUT)
-        finally:
-            process.late = False                   # it may be the next call that runs by now
+            self.tell("alive", "")
+            await asyncio.sleep(clupy.ALIVE_TIME)
 
     # -- the master
 
@@ -1786,8 +1959,7 @@ class Server:
         self._state()                              # a standby answers with `leader`, the master with `cluster`
 
     def master_lost(self):
-        for kind, key in list(self._questions):
-            self._answer(kind, key, None)
+        self.libraries.master_lost()
         if not self._closing and self.link.why_lost != self._said:
             self._said = self.link.why_lost        # once, however often it is tried again
             log.warning("no master: %s", self._said)
@@ -1813,32 +1985,26 @@ class Server:
         self._stating = None
         if not self.link.connection or self._closing:
             return
-        held = collections.Counter(process.slot.session.client for process in self.processes.values() if process.slot)
+        held = collections.Counter(process.slot.session.client for process in self.workers.processes.values() if process.slot)
         host, port = self.address
         host = None if host in ("0.0.0.0", "::", "") else host
-        slots = self.slots if self._most is None else min(self.slots, self._most)
-        self.link.connection.send("server", self.id, (host, port), slots, dict(held), {
-            "name": self.name, "load": os.getloadavg()[0], "draining": self.draining, **self.versions,
-            "environment": self.default.resolution.hash if self.default.resolution.pins else None,
-            "environments": [hash for hash, libraries in self.known.items() if libraries.environment],
-            "building": any(libraries.building for libraries in self.known.values()),
-            "faults": [libraries.fault for libraries in self.known.values() if libraries.fault]})
+        self.link.connection.send("server", self.id, (host, port), self.workers.usable_slots, dict(held), {
+            "name": self.name, "load": os.getloadavg()[0], "draining": self.draining,
+            **self.versions, **self.libraries.state()})
 
     def on_cluster(self, connection, services, silent, libraries):
         if self._said is not None:
             log.info("connected to the master at %s", connection.peer)
             self._said = None
         self.services = services
-        if libraries != self.wanted:
-            if self.wanted in self.known:
-                self.known[self.wanted].again = 0.0        # nobody tries that again: its fault is of no interest
-            self.wanted = libraries
-            self.spawn(self._synchronize())
-        for session in self.sessions.values():
-            if session.client in silent:           # it is stopped or hangs: its idle slots are of use to others
-                for slot in session.slots.values():
-                    if slot.process and slot.process.begun()[1] == IDLE:
-                        slot.process.end(Why.RELIEVED, GRACE_TIME)
+        self.libraries.hear(libraries)
+        self.workers.relieve(silent)
+
+    def on_libraries(self, *fields):
+        self.libraries.on_libraries(*fields)
+
+    def on_wheel(self, *fields):
+        self.libraries.on_wheel(*fields)
 
     def on_leader(self, _, address):
         self.link.follow(address)
@@ -1847,51 +2013,37 @@ class Server:
         if not self.failed.done():
             self.failed.set_result(error)
 
-    # -- the end
+    # -- more slots, and the end
+
+    def grow(self, slots):
+        """At least so many slots."""
+        if slots > self.slots:
+            self.workers.slots = slots
+            self.workers.look()
+            self.state_soon()
 
     async def drain(self):
         """Take no new slots, and wait until the calls under way are done, `drain_time` at most."""
         self.draining = True
-        log.info("draining: %s slots are open; for %g s at most", self.open_slots(), self.settings.drain_time)
+        log.info("draining: %s slots are open; for %g s at most", self.workers.open_slots(), self.settings.drain_time)
         self._state()
-        for session in self.sessions.values():
-            session.connection.send("notice", "draining", "")
+        self.tell("draining", "")
         deadline = time.monotonic() + self.settings.drain_time
-        while self.open_slots() and time.monotonic() < deadline:
+        while self.workers.open_slots() and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
 
     async def close(self):
         """Kill the workers and close everything."""
         self._closing = True
-        self._end_pause()
         self.link.close()
         await self._listener.close()
-        for process in list(self.processes.values()):
-            process.end(Why.SERVER_CLOSED)
-        if self.processes:
-            await asyncio.wait([process.dead for process in self.processes.values()])
-        while self.processes:
-            await asyncio.sleep(0.002)
-        if self._endings:
-            await asyncio.wait(self._endings, timeout=GRACE_TIME)
+        await self.workers.close()
         for session in list(self.sessions.values()):
             session.connection.close()
-        rest = self._tasks | self._endings | {libraries.building for libraries in self.known.values() if libraries.building}
-        for task in rest:
+        for task in self._tasks:
             task.cancel()
-        if rest:
-            await asyncio.wait(rest)
-        for libraries in self.known.values():
-            libraries.close()
-
-
-def describe_exit(code):
-    """What the exit code of a process means: "signal 9 (Killed)" or "exit code 3"."""
-    if code == UNKNOWN_EXIT:
-        return "exit code unknown: another part of the server's program waited for it"
-    if code < 0:
-        return f"signal {-code} ({signal.strsignal(-code)})"
-    return f"exit code {code}"
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.libraries.close()
 
 
 async def run(settings, secret):

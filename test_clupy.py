@@ -370,6 +370,26 @@ def test_a_handler_that_leaves_by_sys_exit_keeps_nobody_waiting(caplog):
     assert future.wait(PATIENCE) and clupy.wait_all([future], PATIENCE) and "SystemExit" in caplog.text
 
 
+def test_a_handler_may_wait_for_its_own_future():
+    seen = []
+    future = clupy.parallel(square)(3)
+    future.succeed(lambda value: seen.append((future.wait(PATIENCE), clupy.wait_all([future]))))
+    assert future.wait(PATIENCE) and seen == [(True, True)]
+
+
+def test_ctrl_c_between_a_call_and_the_loop_loses_no_later_call(monkeypatch):
+    clupy.connect(slots=1)
+    engine = clupy._engine
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(engine, "soon", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        clupy.parallel(square)(2)
+    monkeypatch.undo()
+    assert clupy.parallel(square)(3).result(PATIENCE) == 9
+
+
 def test_waiting_ends_in_time_when_the_call_does_not():
     future = clupy.parallel(sleepy)(60)
     assert not future.wait(0.1) and not clupy.wait_all([future], time_out=0.1)
@@ -804,7 +824,7 @@ def test_what_fails_at_a_workers_start_is_undone_said_once_and_tried_again(caplo
     clupy.connect(slots=2)
     future = clupy.parallel(square)(3)
     until(lambda: len(tries) >= 5)
-    assert not workers() and all(later - sooner > 0.05 for sooner, later in itertools.pairwise(tries[:5]))
+    assert len(workers()) <= 1 and all(later - sooner > 0.05 for sooner, later in itertools.pairwise(tries[:5]))
     assert len([record for record in caplog.records if "cannot start a worker" in record.getMessage()]) == 1
     failing.clear()
     assert future.result(PATIENCE) == 9
@@ -1031,6 +1051,10 @@ def test_everything_travels_under_tls_where_a_certificate_is_configured(tmp_path
         clupy.close()
         with pytest.raises(clupy.MasterUnreachable):
             clupy.connect(cluster.address, patience=1)          # without TLS
+        subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=other", "-keyout", os.devnull,
+                        "-out", "other.pem"], check=True, capture_output=True, cwd=tmp_path)
+        with pytest.raises(clupy.SecretError, match=f"{cluster.address}: its certificate is not accepted: self-signed"):
+            clupy.connect(cluster.address, tls_ca=str(tmp_path / "other.pem"))
 
 
 def test_importing_clupy_is_light_and_the_command_does_not_load_it_twice(tmp_path):
@@ -1062,7 +1086,8 @@ def test_settings_come_from_yaml_then_environment_then_arguments(tmp_path, monke
     ("slots: many\n", "line 1: slots is 'many', but must be a whole number"),
     ("drain_time: soon\n", "must be a duration"),
     ("- slots\n", "must hold lines of `key: value`"),
-    ("a: [", "not YAML"),
+    ("a: [", "not YAML"), ("slots: 2\nslots: 3\n", "names a key twice"),
+    ("port: 70000\n", "line 1: port is 70000, but must be a port: a whole number up to 65535"),
 ])
 def test_a_wrong_setting_is_refused_with_file_line_and_the_nearest_valid_one(tmp_path, text, message):
     (tmp_path / "clupy.server.yaml").write_text(text)
@@ -1077,6 +1102,16 @@ def test_a_variable_that_is_nearly_a_setting_is_told_of(monkeypatch, caplog):
     clupy.read_settings("client")
     assert [record.getMessage() for record in caplog.records] == [
         "the environment variable CLUPY_SLOTZ is no setting; did you mean CLUPY_SLOTS?"]
+
+
+@pytest.mark.parametrize("host, words", [("127.0.0.1", "in use"), ("a..b", "not known")])
+def test_an_address_that_cannot_be_listened_on_is_an_error_in_words(tmp_path, host, words):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        address = f"{host}:{other.getsockname()[1]}"
+        done = subprocess.run([sys.executable, "-m", "clupy", "master", "--listen", address], env=environ(), timeout=60,
+                              cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert re.search(f"^clupy master: cannot listen on {address}: .*{words}.*--listen", done.stderr)
 
 
 def test_a_memory_limit_in_which_no_worker_can_start_is_refused():
@@ -1095,8 +1130,8 @@ def row(wanted, since=0.0, unreachable=(), **share):
     return clupy_master.ClientRow(wanted=wanted, since=since, heard=100.0, unreachable=frozenset(unreachable), share=share)
 
 
-def server_row(slots, **state):
-    return clupy_master.ServerRow(("h", 1), slots, {}, state)
+def server_row(slots, held={}, **facts):
+    return clupy_master.ServerRow(("h", 1), slots, held, facts)
 
 
 def totals(shares):
@@ -1135,6 +1170,28 @@ def test_idle_slots_stay_with_who_has_them_until_somebody_wants_them():
     assert clupy_master.shares(servers, {"idle": row(0, s1=4)}, 1000.0) == {"idle": {}}
 
 
+def test_the_tables_of_a_new_master_leave_everybody_what_he_has_and_say_what_to_give_back():
+    tables = clupy_master.Tables()
+    assert tables.put_server("s1", server_row(2, held={"old": 2})) and not tables.put_server("s1", server_row(2, held={"old": 2}))
+    assert tables.put_server("s2", server_row(1, draining=True))
+    assert tables.put_client("old", "first connection", 5, [], 100.0)
+    tables.decide(100.0)
+    assert tables.share_of("old") == {"s1": (("h", 1), 2)} and not tables.starving()
+    assert tables.put_client("new", "its connection", 5, [], 100.0) and tables.starving()
+    assert not tables.put_client("new", "its connection", 5, [], 200.0)
+    before = tables.decide(200.0)
+    assert tables.share_of("old", before["old"]) == tables.share_of("new") == {"s1": (("h", 1), 1)}
+    assert tables.put_client("new", "its connection", 0, ["s1"], 300.0)                 # which says that it had no use for it
+    before = tables.decide(300.0)
+    assert tables.share_of("new", before["new"]) == {"s1": (("h", 1), 0)} and tables.share_of("old") == {"s1": (("h", 1), 2)}
+    assert tables.put_server("s1", server_row(2, draining=True))
+    before = tables.decide(300.0)
+    assert tables.share_of("old", before["old"]) == {"s1": (("h", 1), 0)} and tables.share_of("old") == {}
+    assert tables.silent(401.0) == ["old"]
+    assert tables.put_client("old", "second connection", 5, [], 402.0) and not tables.drop("old", "first connection")
+    assert tables.drop("old", "second connection") and list(tables.clients) == ["new"]
+
+
 def test_slots_pass_on_in_turn_when_there_are_more_clients_than_slots():
     servers, clients, had = {"s1": server_row(2)}, {str(n): row(5, since=0.0) for n in range(5)}, {}
     for tick in range(60):
@@ -1145,6 +1202,42 @@ def test_slots_pass_on_in_turn_when_there_are_more_clients_than_slots():
             clients[id].share = share
             had[id] = had.get(id, 0) + sum(share.values())
     assert sum(had.values()) == 120 and min(had.values()) >= 18
+
+
+def test_a_slot_gets_a_worker_of_its_libraries_first_come_first_served_within_the_bounds():
+    def slot(name, nested=False, session="client"):
+        return types.SimpleNamespace(name=name, nested=nested, session=session)
+
+    def chosen(waiting, ready, room=9, **room_nested):
+        ready = [types.SimpleNamespace(libraries=libraries) for libraries in ready]
+        return [(slot.name, worker.libraries) for slot, worker in
+                clupy_server.assignments(waiting, ready, room, {"client": 9, "other": 9, **room_nested})]
+    one, two, three = (slot(name) for name in "123")
+    inner, theirs = slot("inner", nested=True), slot("theirs", nested=True, session="other")
+    assert chosen([(one, "a"), (two, "b"), (three, "a")], "aab") == [("1", "a"), ("2", "b"), ("3", "a")]
+    assert chosen([(one, "a"), (two, "a")], "a") == [("1", "a")]
+    assert chosen([(one, "c"), (two, None), (three, "a")], "ab") == [("3", "a")]         # who cannot be served holds up nobody
+    assert chosen([(one, "a"), (inner, "a"), (two, "a")], "aaa", room=1) == [("1", "a"), ("inner", "a")]
+    assert chosen([(inner, "a"), (inner, "a"), (theirs, "a"), (one, "a")], "aaaa", client=1) == [
+        ("inner", "a"), ("theirs", "a"), ("1", "a")]
+
+
+def test_workers_are_started_where_slots_wait_then_kept_warm_and_ended_where_nobody_needs_them():
+    def changes(most, awaited, spare):
+        missing, needless = clupy_server.changes(most, list(awaited), "d", [types.SimpleNamespace(libraries=x) for x in spare])
+        return "".join(missing), "".join(worker.libraries for worker in needless)
+    assert changes(3, "", "") == ("ddd", "")
+    assert changes(3, "a", "dd") == ("a", "") and changes(3, "a", "ddd") == ("a", "d")
+    assert changes(2, "aaa", "d") == ("aa", "d")
+    assert changes(1, "", "dda") == ("", "da")
+    assert changes(0, "a", "a") == ("", "a") and changes(-1, "aa", "") == ("", "")
+
+
+def test_a_workers_variables_are_without_the_secret_and_share_the_cores():
+    given = {"CLUPY_SECRET": "x", "CLUPY_MASTER": "y", "CLUPY_PREFIX": "z", "MKL_NUM_THREADS": "7"}
+    assert clupy_server.worker_variables(given, 10_000) == {
+        "CLUPY_PREFIX": "z", "MKL_NUM_THREADS": "7", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
+        "NUMEXPR_NUM_THREADS": "1", "VECLIB_MAXIMUM_THREADS": "1"}
 
 
 def test_draining_and_unreachable_servers_are_in_no_share():
@@ -1348,12 +1441,13 @@ class Steps:
         self._back.acquire()
 
     def run(self, when_all_wait):
-        """Go on until all wait without a limit of time; when_all_wait() is called whenever nobody can go on at once."""
+        """Go on until all wait without a limit of time; when_all_wait(whether somebody waits for a limited
+        time) is called whenever nobody can go on at once."""
         while True:
             ready = [actor for actor in self.actors if actor.condition()]
             limited = [actor for actor in self.actors if actor.limited]
             if not ready:
-                when_all_wait()
+                when_all_wait(bool(limited))
             if not ready and not limited or self.errors:
                 break
             stay = self.current in ready and self.chance.random() < 0.6
@@ -1429,19 +1523,19 @@ def test_the_two_threads_of_a_worker_lose_no_work_in_whatever_order_they_go_on(s
                 return ready
 
         def client(steps=steps, arrived=arrived):
-            for number in (1, 2, 4, 8, 3):
+            for number in (1, 2, 8, 3, 4, 5):
                 arrived.append(number)
                 for _ in range(steps.chance.randrange(20)):
                     steps.wait()
 
-        def nothing_waits_for_time(steps=steps, done=done):
-            assert not worker.todo and not arrived, (seed, "work waits while both threads do")
-            assert readers or not worker.idle, (seed, "nobody reads")
+        def work_waits_for_a_long_call_alone(limited, arrived=arrived, readers=readers, seed=seed):
+            assert limited or not arrived and not worker.todo, seed
+            assert not worker.idle or readers and not worker.todo, seed
         worker = Stepped()
         for actor in worker._work, worker._read_beside, client:
             steps.start(actor)
-        steps.run(nothing_waits_for_time)
-        assert done == [1, 2, 4, 8, 3], seed
+        steps.run(work_waits_for_a_long_call_alone)
+        assert done == [1, 2, 8, 3, 4, 5], seed
 
 
 def test_who_is_charged_when_a_worker_dies():
@@ -2342,7 +2436,7 @@ def test_what_the_client_need_not_be_asked_it_is_not_asked(tmp_path, asked):
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     clupy.connect(slots=1)
     assert call(imports) and call(imports) and call(fork) == 1
-    assert asked == ["nowhere"] and call(fork_and_get, [[clupy.share(1)]]) == 2
+    assert asked == ["nowhere"] and call(fork_and_get, [[clupy.share(1).unresolved()]]) == 2
     cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
     try:
         assert call(printed, ValueError()) == "ValueError\n" and __name__ in asked    # though pytest loaded it
@@ -3069,7 +3163,7 @@ def solve(index, *lines):
 
 def python_in(path, code):
     """What a worker's Python in the environment at path prints."""
-    python, variables = clupy_server.worker_environment(path, os.environ)
+    python, variables = clupy_server.worker_command(path, os.environ)
     done = subprocess.run([python, "-P", "-c", code], env=variables, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -3530,6 +3624,23 @@ def test_a_server_that_was_away_while_the_list_changed_follows(tmp_path, index):
         until(lambda: in_step(cluster, 2))
 
 
+def test_what_is_remembered_of_lists_is_bounded_by_number_and_by_bytes_of_wheels(monkeypatch):
+    async def story():
+        monkeypatch.setattr(clupy_master, "RESOLVED_BYTES", 1000)
+        monkeypatch.setattr(clupy_master, "RESOLVED_KEPT", 5)
+        lists, connection = clupy_master.Lists(None, 60.0, lambda: None), type("Deaf", (), {"send": lambda *_: None})()
+        for n in range(20):                        # lists without libraries, for which no pip is asked; all have one wheel
+            wheels = {"all": bytes(500), str(n): bytes(400 if n < 10 else 1)}
+            await lists._resolutions.of(clupy_master.Dependencies((), (str(n),)), wheels)
+            assert len(lists._resolutions.wheels()) == (1 if n < 10 else min(n - 8, 5))
+        assert [*map(set, lists._resolutions.wheels())] == [{"all", str(n)} for n in range(15, 20)]
+        assert lists.wheel("3") is None and lists.wheel("19") == b"\0"
+        lists.ask(connection, clupy_master.Dependencies(), {"3": b"its client is still there", "19": b"\0"})
+        assert lists.wheel("3") == b"its client is still there" and lists.clients[connection][1]["19"] is lists.wheel("19")
+        await lists.close()
+    asyncio.run(story())
+
+
 def test_a_clients_list_waits_for_the_masters_and_no_answer_of_yesterday_comes_late(tmp_path, index):
     """A connection by hand, whose question is there before the master has looked at its own list."""
     class ByHand(list):
@@ -3554,14 +3665,14 @@ def test_a_clients_list_waits_for_the_masters_and_no_answer_of_yesterday_comes_l
         try:
             master.on_resolve(connection, ["own"], list_of(index).pip_options, {})
             assert await answer(1) == ["figures 1.0", "own 1.0"]
-            master.list = list_of(index, "figures")                # it changes while pip looks at the old one
+            master.lists.masters = list_of(index, "figures")                # it changes while pip looks at the old one
             master.on_resolve(connection, ["own"], list_of(index).pip_options, {})
             await asyncio.sleep(0)
             await asyncio.sleep(0)
-            master.list = list_of(index, "figures==2.0")
+            master.lists.masters = list_of(index, "figures==2.0")
             master.on_resolve(connection, ["own"], list_of(index).pip_options, {})
             assert await answer(2) == ["figures 2.0", "own 1.0"]
-            await asyncio.gather(*[answer.task for answer in master.resolutions._answers.values()])
+            await asyncio.gather(*[answer.task for answer in master.lists._resolutions._answers.values()])
             await asyncio.sleep(0.1)
             assert len(answers) == 2
         finally:
@@ -3620,7 +3731,7 @@ def test_differences_are_a_warning_an_error_or_nothing(tmp_path, index):
 
 def test_the_advice_for_a_missing_library_works(tmp_path, index):
     here = asyncio.run(clupy_server.Environments(tmp_path / "here").build(solve(index, "figures<2")))
-    python, _ = clupy_server.worker_environment(here.path, os.environ)     # of a user who has installed figures
+    python, _ = clupy_server.worker_command(here.path, os.environ)     # of a user who has installed figures
     here.close()
 
     def run():
@@ -5229,6 +5340,28 @@ def test_what_all_masters_say_and_no_patience_mends_is_an_error_at_once(tmp_path
             server = subprocess.run([sys.executable, "-m", "clupy", "serve", "--master", f"{bad[kind]},{another}"], timeout=60,
                                     env=environ(CLUPY_SECRET=os.environ["CLUPY_SECRET"]), capture_output=True, text=True)
             assert server.returncode == 1 and server.stderr.splitlines()[-1] == f"clupy serve: {caught.value}"
+
+
+def test_the_commands_say_in_words_why_no_master_answers(tmp_path):
+    async def story():                             # one closes as it is asked, one stops and says nothing
+        async def greet(sock, peer, role, preamble):
+            connection = await clupy_master.admit(sock, peer, preamble, SECRET.encode(), clupy.default_settings("master"))
+            await connection.receive()
+            connection.abort()
+        closing = clupy_master.Listener(("127.0.0.1", 0), greet)
+        addresses = [closing.address, *(clupy.parse_address(bad[kind], 7878) for kind in ("a..b", "other Python"))]
+        try:
+            settings = clupy.read_settings("client", master=["%s:%s" % address for address in addresses])
+            with pytest.raises(clupy.MasterUnreachable, match="connection and did not answer.*no name.*runs Python 3.99"):
+                await clupy_master.ask_master(settings, "status")
+        finally:
+            await closing.close()
+    with bad_masters(tmp_path) as bad:
+        asyncio.run(story())
+        done = subprocess.run([sys.executable, "-m", "clupy", "status", "--master", bad["other secret"]],
+                              env=environ(), capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+        assert done.stderr.startswith(f"clupy status: {bad['other secret']}: it has another secret")
 
 
 def test_two_masters_that_stand_by_and_name_each_other_are_asked_once_between_two_pauses(monkeypatch):
