@@ -1080,7 +1080,7 @@ _MAINS = ("__main__", "__mp_main__")      # the second is the first's name in a 
 _MAIN = b"_main__"                # in a pickle that names either
 _RAW = {bytes, bytearray}         # what travels as a _Raw, if it is large
 _ABSENT = type("absent", (), {"__repr__": lambda self: "<absent>"})()     # the value of a name that has none
-UNRESOLVED = {}         # {Ref: what makes one that arrives as a Ref, wherever it is}
+UNRESOLVED = {}                   # {Ref: what makes one that arrives as a Ref, wherever it is}
 
 
 class Pickling(threading.local):
@@ -1405,7 +1405,7 @@ class Function:
         self.payload, self.name = payload, name
         self.setup = setup                        # payload of a function that a worker must have called first, or None
         self.size = payload_size(payload) + payload_size(setup)     # bytes that it takes at either end of a slot
-        self.mean = None                          # seconds that a call takes, as far as is known
+        self.mean = None                          # seconds that a call takes, as far as the engine knows
         self.refs = ()                            # the Refs in it, which live as long
 
     def __repr__(self):

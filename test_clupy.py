@@ -3353,7 +3353,7 @@ WAYS_TO_SPOIL = [               # what is called, the type of its failure, words
     (functools.partial(chain, 5000), ValueError, "4999",
      lambda e: str(cause(e, 100)) == "ValueError: 4899" and cause(e, 101) is None),
     (circle, ValueError, "a", lambda e: e.__cause__.__cause__ is e.itself is e and e.other is e.__cause__),
-    (within_itself, clupy.RemoteError, ", 7)", lambda e: "RecursionError" in e.__notes__[0]),
+    (within_itself, clupy.RemoteError, ", 7)", lambda e: "recursion" in e.__notes__[0].lower()),
     (because_of(lambda: foreign()), ValueError, "main", lambda e: "No module" in e.__cause__.__notes__[0]),
     (because_of(lambda: ValueError(threading.Lock())), ValueError, "main",
      lambda e: "unlocked _thread.lock" in str(e.__cause__) and type(e.__cause__.__cause__) is KeyError),
