@@ -49,9 +49,9 @@ import traceback
 
 import clupy
 from clupy import (CONTROL, PYTHON, SLOT, DependencyError, ProtocolError, VersionMismatch, dispatch, encode, proof,
-                   slot_head, slot_key, tune)
+                   resource, slot_head, slot_key, tune)
 # Imported at first use, and never in a worker:
-from clupy import asyncio, clupy_master, pathlib, platform, resource, shutil, site, subprocess, sysconfig, tempfile
+from clupy import asyncio, clupy_master, pathlib, platform, shutil, site, subprocess, sysconfig, tempfile
 
 log = logging.getLogger("clupy.server")
 
@@ -125,7 +125,6 @@ def live_by(run):
 
 def limit_resources(files, memory):
     """Let this process have so many files, and bytes of data (None: any number), where the system can count them."""
-    import resource
     with contextlib.suppress(OSError, ValueError):         # the server's own limit stands, which is higher
         resource.setrlimit(resource.RLIMIT_NOFILE, (files, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
     if memory:
