@@ -107,9 +107,6 @@ def work(arguments):
     slot = receive_slot(channel)
     if slot:
         live_by(lambda: Worker(board, given["memory_limit"], *slot).run())
-        end = threading.Timer(GRACE_TIME, os._exit, (0,))      # Python waits for threads that calls left, and we no longer
-        end.daemon = True
-        end.start()
 
 
 def live_by(run):
@@ -306,7 +303,7 @@ class Worker:
 
     def _await_work(self):
         self.idle = True
-        if not self.todo:
+        if not self.todo and not self.ended:
             with self._reading:
                 if not self.todo and not self.ended:       # the reader thread may have left something
                     self._read()
@@ -423,7 +420,12 @@ class Worker:
         return bool(poller.poll(milliseconds))
 
     def _end(self):
-        self.ended = True
+        """The slot is over, and this process soon: what calls have left may end by itself for as long as a server allows."""
+        if not self.ended:
+            self.ended = True
+            end = threading.Timer(GRACE_TIME, os._exit, (0,))      # Python would wait for threads, for ever
+            end.daemon = True
+            end.start()
         self.todo.clear()
         for answer in list(self.requests.values()):
             answer.put(None)
