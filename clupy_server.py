@@ -4,17 +4,19 @@
       control  <------ close, kill ------>   +------------------------+   starts    +--------------------------+
                <--- ended, output, ... ----- | Server                 | ----------> | Worker                   |
                                              |  Session  per client   |   lifeline  |  main thread: user code  |
-      slot     ------ preamble, MAC ------>  |  Process  per worker   | ----------> |  reader thread: socket   |
-         ^                                   +------------------------+  the socket +--------------------------+
-         |                                      ^ stdout, stderr, stack, board           |
-         |                                      +----------------------------------------+
-         +------------------------- calls, results, sources -----------------------------+
+      slot     ------ preamble, MAC ------>  | Workers                | ----------> |  reader thread: socket   |
+         ^                                   |  Process  per worker   |  the socket +--------------------------+
+         |                                   | NodeLibraries          |                |
+         |                                   |  Libraries  per list   | <--------------+ stdout, stderr, stack, board
+         |                                   +------------------------+                |
+         +------------------------- calls, results, sources ---------------------------+
 
-- Server   reads statements of its clients and the board of each worker; starts, watches, kills and replaces workers;
-           alone counts its slots.
-- Session  is one client's control connection, and the slots it has.
-- Process  is a worker as its server sees it.
-- Worker   is the state of the worker process itself; it never imports asyncio and never has the cluster's secret.
+- Server         listens, answers its clients, and says to the master what this node has.
+- Session        is one client's control connection, and the slots it has.
+- Workers        starts, watches, kills and replaces workers, and alone counts slots.
+- Process        is a worker as its server sees it: its board, its output, its end.
+- NodeLibraries  knows which environments are here, which are built, and which are the cluster's.
+- Worker         is the state of the worker process itself; it never imports asyncio and never has the cluster's secret.
 
 The *board* is a page of memory shared by a worker and its server, on which the worker notes number and deadline of the
 call it begins.  So the server knows what had begun when a worker died, measures time-outs also while C code holds the
@@ -47,14 +49,14 @@ import traceback
 
 import clupy
 from clupy import (CONTROL, SLOT, DependencyError, ProtocolError, Why, dispatch, encode, pickling, proof,
-                   slot_head, slot_key, tune)
+                   resource, slot_head, slot_key, tune)
 # Imported at first use, and never in a worker:
-from clupy import asyncio, clupy_master, pathlib, platform, resource, shutil, site, subprocess, sysconfig, tempfile
+from clupy import asyncio, clupy_master, pathlib, platform, shutil, site, subprocess, sysconfig, tempfile
 
 log = logging.getLogger("clupy.server")
 
-BOARD = struct.Struct("=qd")       # number of the call begun last; its deadline (monotonic), 0: none, IDLE: it is over
-IDLE = -1.0
+BOARD = struct.Struct("=qd")       # number of the call begun last, 0 before the first; its deadline (monotonic), or:
+UNBOUND, IDLE = 0.0, -1.0          # it runs and has no deadline; it is over, and no call runs
 SESSION = struct.Struct("=q16s")   # id and password of the worker's ZooKeeper session, id 0: none
 SESSION_AT = 64                    # where on the board
 HOLD_TIME = 0.0002                 # results younger than this wait for more; more is fewer frames, and later results
@@ -106,9 +108,6 @@ def work(arguments):
     slot = receive_slot(channel)
     if slot:
         live_by(lambda: Worker(board, given["memory_limit"], *slot).run())
-        end = threading.Timer(GRACE_TIME, os._exit, (0,))      # Python waits for threads that calls left, and we no longer
-        end.daemon = True
-        end.start()
 
 
 def live_by(run):
@@ -124,7 +123,6 @@ def live_by(run):
 
 def limit_resources(files, memory):
     """Let this process have so many files, and bytes of data (None: any number), where the system can count them."""
-    import resource
     with contextlib.suppress(OSError, ValueError):         # the server's own limit stands, which is higher
         resource.setrlimit(resource.RLIMIT_NOFILE, (files, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
     if memory:
@@ -307,7 +305,7 @@ class Worker:
 
     def _await_work(self):
         self.idle = True
-        if not self.todo:
+        if not self.todo and not self.ended:
             with self._reading:
                 if not self.todo and not self.ended:       # the reader thread may have left something
                     self._read()
@@ -319,7 +317,7 @@ class Worker:
         begin = time.perf_counter()
         if self.results and begin - self.held_since > HOLD_TIME:
             self.send_results()
-        BOARD.pack_into(self.board, 0, number, time.monotonic() + timeout if timeout else 0.0)
+        BOARD.pack_into(self.board, 0, number, time.monotonic() + timeout if timeout else UNBOUND)
         self.current = number
         succeeded, value = self.functions.outcome(function, arguments)
         if os.getpid() != self.pid:                # a forked child came back from the call: only its parent answers
@@ -424,7 +422,12 @@ class Worker:
         return bool(poller.poll(milliseconds))
 
     def _end(self):
-        self.ended = True
+        """The slot is over, and this process soon: what calls have left may end by itself for as long as a server allows."""
+        if not self.ended:
+            self.ended = True
+            end = threading.Timer(GRACE_TIME, os._exit, (0,))      # Python would wait for threads, for ever
+            end.daemon = True
+            end.start()
         self.todo.clear()
         for answer in list(self.requests.values()):
             answer.put(None)
@@ -470,6 +473,8 @@ def follow_threads(worker):
         start(thread)
 
     def submit_for_call(pool, function, /, *args, **kwargs):
+        if isinstance(pool, getattr(concurrent.futures, "InterpreterPoolExecutor", ())):
+            return submit(pool, function, *args, **kwargs)         # of Python 3.14; it pickles what it is given
         return submit(pool, run_for_call, worker.call_of_this_thread(), function, *args, **kwargs)
 
     def run_for_call(number, function, /, *args, **kwargs):
@@ -650,8 +655,8 @@ class Finder:
     def __init__(self, fetch, own, server):
         self.fetch, self.own, self.server = fetch, frozenset(own), server
         self.pid = os.getpid()
-        self.answers = {}                          # {module name: what the client said}; any importing thread adds
-        self.packages = set()                      # names of packages that came from the client; any importing thread adds
+        self.answers = {}                          # {module's name: what the client said}; any importing thread adds
+        self.packages = set()                      # names of packages that came from the client; likewise
 
     def __repr__(self):
         return f"<Finder {self.server} {len(self.answers)} modules asked for>"
@@ -661,8 +666,10 @@ class Finder:
         sys.meta_path.append(self)
 
     def find_spec(self, name, path=None, target=None):
-        """The module's spec from the client, or None.  Does not raise for a missing module, as optional libraries are looked
-        for with importlib.util.find_spec: _missing_modules has the error's text."""
+        """The module's spec from the client, or None.
+
+        Does not raise for a missing module, as optional libraries are looked for with importlib.util.find_spec:
+        clupy._missing_modules has the error's text."""
         parent = name.rpartition(".")[0]
         if os.getpid() != self.pid or parent and parent not in self.packages or clupy.is_every_servers(name):
             return None
@@ -681,7 +688,7 @@ class Finder:
         return spec
 
     def on_namespace(self, name, path, places):
-        here = importlib.machinery.PathFinder.find_spec(name, path)     # its libraries may be installed here
+        here = importlib.machinery.PathFinder.find_spec(name, path)     # parts of the package may be installed here
         spec = importlib.machinery.ModuleSpec(name, None, is_package=True)
         spec.submodule_search_locations = places + list(here.submodule_search_locations or () if here else ())
         self.packages.add(name)
@@ -690,9 +697,8 @@ class Finder:
     def on_library(self, name, path, distribution, version):
         line = f"{distribution}=={version}" if version else distribution
         clupy._missing_modules[name] = (
-            f"No module named {name!r} on {self.server}; the client has {distribution} "
-            f"{version or 'of no version'}: add the line `- {line}` under `libraries:` "
-            f"in clupy.client.dependency.yaml")
+            f"No module named {name!r} on {self.server}; the client has {distribution} {version or 'of no version'}: "
+            f"add the line `- {line}` under `libraries:` in clupy.client.dependency.yaml")
 
     def on_refused(self, name, path, why):
         clupy._missing_modules[name] = f"No module named {name!r} on {self.server}: {why}"
@@ -702,7 +708,7 @@ class Finder:
 
 
 class _OwnFirst:
-    """The Finder for the client's own top-level modules alone, and for what is in packages that came from it."""
+    """The Finder's first place on sys.meta_path: for the client's own modules alone."""
 
     def __init__(self, finder):
         self.finder = finder
@@ -725,22 +731,21 @@ class _Loader:
         exec(compile(self.text, self.filename, "exec", dont_inherit=True), vars(module))
 
     def get_source(self, name):
-        """For inspect and linecache."""
+        """The text, for inspect and linecache."""
         return self.text
 
     def get_data(self, path):
-        """What pkgutil.get_data asks, and importlib.resources before it reads a file."""
+        """Raise what pkgutil.get_data expects where there is no file, and importlib.resources before it reads one."""
         raise OSError(f"{path} is not on this worker: of the client's modules only source is sent; pass what is in the "
                       "file as an argument, or share() it")
 
     get_resource_reader = get_data
 
 
-# ==== Libraries: environments ================================================
-# An environment is a virtual environment that has exactly the libraries of one Resolution.
-# It is never changed, only replaced: built beside the live ones, at its final place (its scripts have
-# absolute paths in them), and it exists once its last file does. The server's own Python is never touched,
-# and its libraries follow behind:
+# ==== Environments ===========================================================
+# An environment is a virtual environment that has exactly the libraries of one Resolution.  It is never changed, only
+# replaced: built beside the live ones, at its final place (its scripts have absolute paths in them), and it exists once
+# its last file does.  The server's own Python is never touched, and its libraries follow behind:
 #
 #   folder/lock                  held by the one builder of this machine, and by its pip
 #   folder/3f2a.../bin/python    what workers run
@@ -749,81 +754,92 @@ class _Loader:
 #                                Who uses the environment has a shared lock on it; its time is the last use's
 #   folder/trash-...             on its way out
 #
-# Locks are flock's: they end with the last process that has the descriptor. The builder's pip inherits its
-# lock, so the pip of a server that was killed cannot write into what the next builder builds.
+# Locks are flock's: they end with the last process that has the descriptor.  The builder's pip inherits its lock, so the
+# pip of a server that was killed cannot write into what the next builder builds.
 
-LOCK_POLL = 0.2             # seconds between looks at another's lock: a wait inside flock cannot be cancelled
+LOCK_POLL = 0.2                    # seconds between looks at another's lock: a wait inside flock cannot be cancelled
 
 
 def default_environments_dir():
-    """In the user's cache folder: losing it costs time only."""
+    """The folder for environments in the user's cache: losing it costs time only."""
     return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache", "clupy", "environments")
 
 
 def server_paths():
-    """The folders in which the server's own libraries are, which its environments lead on to: PYTHONPATH,
-    site-packages, the user's site-packages."""
+    """The folders of the server's own libraries, to which its environments lead on: PYTHONPATH, site-packages, the
+    user's site-packages."""
     given = [os.path.abspath(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     user = [site.getusersitepackages()] if site.ENABLE_USER_SITE else []
     return [path for path in given + site.getsitepackages() + user if os.path.isdir(path)]
 
 
 def environment_id(pins, python=None, system=None):
-    """The name of the environment of these Pins for this Python, or that: text that tells interpreters and
-    what they have from each other, and systems on which a wheel may differ."""
+    """The name of the environment of these Pins.
+
+    python: text that tells interpreters, and what they have, from each other; None: this one.  system: likewise text for
+    systems on which a wheel may differ."""
     python = python or f"{sys.implementation.cache_tag} {sys.version} {sys._base_executable} {server_paths()}"
     return clupy_master.digest(sorted(pins), python, system or f"{sysconfig.get_platform()} {platform.libc_ver()}")
 
 
-def worker_command(path, environ):
-    """(python, variables) to start a worker with in the environment at path, or in the server's own Python
-    for None. PYTHONPATH would come before the environment: what it names comes behind, by `server_paths`."""
+def worker_command(path, variables):
+    """(python, variables) to start a worker with in the environment at path; None: in the server's own Python.
+
+    PYTHONPATH would come before the environment: what it names comes behind, by `server_paths`."""
     if path is None:
-        return sys.executable, dict(environ)
-    kept = {key: value for key, value in environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
-    search = os.pathsep.join(filter(None, [str(pathlib.Path(path, "bin")), environ.get("PATH")]))
+        return sys.executable, dict(variables)
+    kept = {key: value for key, value in variables.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
+    search = os.pathsep.join(filter(None, [str(pathlib.Path(path, "bin")), variables.get("PATH")]))
     return str(pathlib.Path(path, "bin", "python")), kept | {"VIRTUAL_ENV": str(path), "PATH": search}
 
 
 def _touch(descriptor):
     now = time.time_ns()
-    os.utime(descriptor, ns=(now, now))     # finer than the kernel's own idea of now, which has ties
+    os.utime(descriptor, ns=(now, now))            # finer than the kernel's own idea of now, which has ties
 
 
 class Environment:
-    """A complete environment that is in use, and so stays, until `close`. From Environments."""
-    def __init__(self, path, descriptor): self.path, self._descriptor = path, descriptor
+    """A complete environment that is in use, and so stays, until `close`.  From Environments."""
 
-    def __repr__(self): return f"<Environment {self.id}{' closed' if self._descriptor is None else ''}>"
+    def __init__(self, path, descriptor):
+        self.path, self._descriptor = path, descriptor
+
+    def __repr__(self):
+        return f"<Environment {self.id}{' closed' if self._descriptor is None else ''}>"
 
     @property
-    def id(self): return self.path.name
+    def id(self):
+        return self.path.name
 
     def close(self):
-        """The use is over, and its time noted. A second call does nothing."""
+        """End the use, and note its time.  A second call does nothing."""
         if self._descriptor is not None:
             _touch(self._descriptor)
             os.close(self._descriptor)
             self._descriptor = None
 
-    def __enter__(self): return self
+    def __enter__(self):
+        return self
 
-    def __exit__(self, *_): self.close()
+    def __exit__(self, *_):
+        self.close()
 
 
 class Environments:
-    """The environments in a folder, which servers of one machine may share. At most `kept` complete ones
-    remain after a build, unless more are in use. Used in any loop; the folder is the only state."""
+    """The environments in a folder, which servers of one machine may share.  At most `kept` complete ones remain after a
+    build, unless more are in use.  Used in any loop; the folder is the only state."""
+
     def __init__(self, folder=None, kept=10):
         self.folder, self.kept = pathlib.Path(folder or default_environments_dir()).absolute(), kept
 
-    def __repr__(self): return f"<Environments {self.folder}: {', '.join(self.complete()) or 'none'}>"
+    def __repr__(self):
+        return f"<Environments {self.folder}: {', '.join(self.complete()) or 'none'}>"
 
     def complete(self):
         """The ids of those that are complete, the most recently used first."""
         times = {}
         for marker in self.folder.glob("*/clupy.json"):
-            with contextlib.suppress(FileNotFoundError):        # somebody removes it just now
+            with contextlib.suppress(FileNotFoundError):       # somebody removes it just now
                 times[marker.parent.name] = marker.stat().st_mtime_ns
         return sorted(times, key=times.get, reverse=True)
 
@@ -836,23 +852,25 @@ class Environments:
                 undo.callback(os.close, descriptor)
                 fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 if not os.path.samestat(os.fstat(descriptor), os.stat(marker)):
-                    return None                                 # removed between the lines above
-            except (FileNotFoundError, BlockingIOError):        # not there, or being removed
+                    return None                    # removed between the lines above
+            except (FileNotFoundError, BlockingIOError):       # not there, or being removed
                 return None
             _touch(descriptor)
             undo.pop_all()
         return Environment(marker.parent, descriptor)
 
     async def build(self, resolution, wheels={}, progress=lambda line: None):
-        """The Environment for a Resolution with pins, in use: the one that is there, or built now, after
-        whoever else builds on this machine. wheels: {sha256: bytes} of `resolution.shipped`. Raises
-        DependencyError. Afterwards, also if cancelled, there is all of it or nothing."""
+        """The Environment for a Resolution with pins, in use: the one that is there, or built now, after whoever else
+        builds on this machine.
+
+        wheels: {sha256: bytes} of `resolution.shipped`.  Raises DependencyError.  Afterwards, also if cancelled, there is
+        all of it or nothing."""
         name = environment_id(resolution.pins)
         try:
             if environment := self.use(name):
                 return environment
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with open(self.folder / "lock", "a") as lock:       # closed, and pip ended: unlocked
+            with open(self.folder / "lock", "a") as lock:      # closed, and pip ended: unlocked
                 await self._acquire(lock, progress)
                 if environment := self.use(name):
                     return environment
@@ -889,12 +907,12 @@ class Environments:
             requirements.write_text("\n".join(lines), "utf-8")
             # Not --no-deps: a server of another platform may need a library that the master's does not.
             await clupy_master.pip(["--python", str(path / "bin" / "python"), "install", *resolution.pip_options,
-                       "-r", str(requirements)], what, progress, keep=(lock,))
-            await asyncio.to_thread(shutil.rmtree, path / "wheels", ignore_errors=True)     # absent, mostly
-            # After pip, which would take the server's libraries for its own. ascii: of any locale.
+                                    "-r", str(requirements)], what, progress, keep=(lock,))
+            await asyncio.to_thread(shutil.rmtree, path / "wheels", ignore_errors=True)        # absent, mostly
+            # After pip, which would take the server's libraries for its own.  ascii: of any locale.
             pathlib.Path(sysconfig.get_path("purelib", "venv", {"base": str(path)}), "zz-server.pth").write_text(
                 "".join(f"import site; site.addsitedir({folder!a})\n" for folder in server_paths()))
-            await asyncio.to_thread(os.sync)    # a power cut must not leave the marker without the rest
+            await asyncio.to_thread(os.sync)       # a power cut must not leave the marker without the rest
             marker = path / "clupy.json.new"
             marker.write_text(json.dumps({"libraries": pins}, indent=1))
             marker.rename(path / "clupy.json")
@@ -912,8 +930,7 @@ class Environments:
             await self._discard(path)
 
     async def _discard(self, path):
-        """Take path away at once, then free its space. What cannot be removed, the next builder tries
-        again."""
+        """Take path away at once, then free its space. What cannot be removed, the next builder tries again."""
         trash = self.folder / f"trash-{os.urandom(8).hex()}"
         with contextlib.suppress(FileNotFoundError):
             path.rename(trash)
@@ -959,6 +976,7 @@ class Process:
             board = make_board()
             theirs.callback(os.close, board)
             self.board = ours.enter_context(mmap.mmap(board, mmap.PAGESIZE))
+            BOARD.pack_into(self.board, 0, 0, IDLE)
             keep_reserve(board, sum(not other.slot for other in self.workers.processes.values()))
             given = {"channel": channel.fileno(), "lifeline": lifeline, "stack": stack, "board": board,
                      "memory_limit": self.workers.settings.memory_limit, "files": clupy.raise_descriptor_limit()}
@@ -1116,7 +1134,7 @@ class Process:
         if self.environment:
             self.environment.close()
         self.dead.set_result((code, peak))
-        self.workers.ended(self)
+        self.workers.died(self)
 
     def descriptors(self):
         own = [self.channel.fileno(), *self.output.pipes, self.pidfd, self.lifeline]
@@ -1318,7 +1336,7 @@ class Pause:
     """The time in which no worker is started, because it would fail: one timer, longer each time, told once."""
 
     def __init__(self, then):
-        self._then = then                          # called when it is over
+        self._then = then                          # called when it is over, to end it
         self._timer = None
         self._length, self._why = RETRY_START[0], ""
 
@@ -1330,12 +1348,8 @@ class Pause:
         if why != self._why:
             self._why = why
             log.error("%s (%s workers run, for %s slots; trying again from time to time)", why, *details)
-        self._timer = asyncio.get_running_loop().call_later(self._length, self._over)
+        self._timer = asyncio.get_running_loop().call_later(self._length, self._then)
         self._length = min(2 * self._length, RETRY_START[1])
-
-    def _over(self):
-        self.end()
-        self._then()
 
     def end(self):
         """End it early, as something has changed."""
@@ -1359,7 +1373,7 @@ class Workers:
         self.waiting = collections.deque()         # SlotRows that no worker serves yet, first come first served
         self.started = None                        # how many workers could be started, if not all that are needed
         self._failures = 0                         # workers in a row that died before they had a slot
-        self._pause = Pause(self._try_again)
+        self._pause = Pause(self.try_again)
         self._endings = set()                      # futures of threads that end ZooKeeper sessions of dead workers
         self._closing = False
         clupy.raise_descriptor_limit()
@@ -1448,13 +1462,15 @@ class Workers:
             self.processes[process.pid] = process
         self.started = None
 
-    def _try_again(self):
+    def try_again(self):
+        """What made workers fail at their start may be over: look at once."""
+        self._pause.end()
         self._failures = 0
         self.look()
 
     # -- the end of a worker
 
-    def ended(self, process):
+    def died(self, process):
         """A worker is dead: see to its slot, and to a new one in its place."""
         self.server.spawn(self._bury(process))
         if not process.slot and not process.why:
@@ -1519,7 +1535,7 @@ class Workers:
             for process in list(self.processes.values()):
                 if process.slot and process.usable and not process.late:
                     number, deadline = process.begun()
-                    if 0 < deadline < now:
+                    if deadline not in (UNBOUND, IDLE) and deadline < now:
                         process.late = True
                         self.server.spawn(self._time_out(process, number))
 
@@ -1672,7 +1688,7 @@ class NodeLibraries:
         for session in list(self.server.sessions.values()):
             self.tell_libraries(session)
         self._forget()
-        self.server.workers.look()
+        self.server.workers.try_again()
         self.server.state_soon()
 
     def tell_libraries(self, session):

@@ -813,6 +813,21 @@ def test_a_client_with_few_descriptors_uses_the_slots_that_it_can_open(tmp_path)
     assert 1 < int(done.stdout) < 12 and done.stderr.count("raise the limit (ulimit -n)") == 1
 
 
+def test_the_board_tells_a_call_without_a_deadline_from_no_call():
+    clupy.connect(slots=1)
+    assert clupy.parallel(square, timeout=1000)(2).result(PATIENCE) == 4
+    boards = clupy._engine.embedded[1].workers.processes.values
+
+    def states():
+        with contextlib.suppress(RuntimeError, ValueError):            # a worker comes or goes just now
+            return [process.begun() for process in list(boards())]
+    until(lambda: states() and all(deadline == clupy_server.IDLE for _, deadline in states() or [(0, 0)]))
+    future = clupy.parallel(sleepy)(60)
+    until(lambda: any(number and deadline == clupy_server.UNBOUND for number, deadline in states() or ()))
+    future.cancel()
+    until(lambda: states() == [(0, clupy_server.IDLE)])                # the next worker has not begun anything
+
+
 def test_a_program_that_ignores_or_takes_the_ends_of_its_children_still_hears_of_dead_workers(tmp_path):
     for how in "signal.signal(signal.SIGCHLD, signal.SIG_IGN)", "threading.Thread(target=reap, daemon=True).start()":
         done = run_script(tmp_path, f"""
@@ -4465,6 +4480,17 @@ def test_a_worker_that_is_killed_in_a_lock_frees_it_at_once(tmp_path, zookeeper_
         until(lambda: path.exists() and future.cancel())
         with clupy.lock("x", timeout=5):
             pass
+
+
+def test_at_a_programs_very_end_where_no_thread_starts_a_dead_workers_session_ends_by_itself(monkeypatch):
+    workers = clupy_server.Workers.__new__(clupy_server.Workers)
+    workers.server, workers._endings = types.SimpleNamespace(services={"zookeeper": "127.0.0.1:1"}), set()
+
+    def refuse(thread):
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    workers._end_session((1, b"password"))
+    assert not workers._endings
 
 
 def total(values):
