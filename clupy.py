@@ -1080,20 +1080,20 @@ _MAINS = ("__main__", "__mp_main__")      # the second is the first's name in a 
 _MAIN = b"_main__"                # in a pickle that names either
 _RAW = {bytes, bytearray}         # what travels as a _Raw, if it is large
 _ABSENT = type("absent", (), {"__repr__": lambda self: "<absent>"})()     # the value of a name that has none
-UNRESOLVED = {}                   # {Ref: what makes one that arrives as a Ref, wherever it is}
+_UNRESOLVED = {}                  # {Ref: what makes one that arrives as a Ref, wherever it is}
 
 
-class Pickling(threading.local):
+class _Pickling(threading.local):
     """What this thread pickles or unpickles just now."""
     refs = None         # the Refs that were met so far, where somebody wants to know
     resolve = False     # the arguments of a call: a Ref among them arrives as its value
     of_client = False   # in a worker: what its client sent, so that the classes in it are the client's
 
 
-pickling = Pickling()
+pickling = _Pickling()
 
 
-def noting_refs(pack, *args, resolve=False):
+def _noting_refs(pack, *args, resolve=False):
     """(what pack(*args) returns, the Refs that it met): while they live, their values can be had."""
     before = pickling.refs, pickling.resolve
     pickling.refs, pickling.resolve = refs, _ = [], resolve
@@ -1170,7 +1170,7 @@ def pack_arguments(function_name, args, kwargs, func=None):
     if kwargs:
         kwargs = {name: _raw(value) for name, value in kwargs.items()}
     try:
-        return noting_refs(_pack, (args, kwargs), _by_value, resolve=True)
+        return _noting_refs(_pack, (args, kwargs), _by_value, resolve=True)
     except Exception as error:      # whatever a class of the user's raises while it is pickled
         named = [*_numbered(args, func), *((f"argument {name!r}", kwargs[name]) for name in kwargs)]
         raise pickle.PicklingError(f"{function_name} cannot be called: {_culprit(named, 'its arguments')} "
@@ -1231,12 +1231,12 @@ def _leave_refs(state):
     """In what cloudpickle makes of a function that is an argument: Refs that its code names stay Refs, as in a function
     that is called, since the code asks them for their values."""
     for name, value in state["__globals__"].items():
-        if type(value) in UNRESOLVED:
-            state["__globals__"][name] = UNRESOLVED[type(value)](value)
+        if type(value) in _UNRESOLVED:
+            state["__globals__"][name] = _UNRESOLVED[type(value)](value)
     cells = list(state["__closure__"] or ())
     for index, value in enumerate(_contents(cell, None) for cell in cells):
-        if type(value) in UNRESOLVED:
-            cells[index] = types.CellType(UNRESOLVED[type(value)](value))
+        if type(value) in _UNRESOLVED:
+            cells[index] = types.CellType(_UNRESOLVED[type(value)](value))
     state["__closure__"] = tuple(cells) or None
 
 
@@ -1490,7 +1490,7 @@ def _capture(func):
     reads = _reads(func)                          # first: what changes while it is pickled is seen by the next capture
     buffers = _Buffers(snapshot=False)
     try:
-        data, refs = noting_refs(_by_value, func, buffers)
+        data, refs = _noting_refs(_by_value, func, buffers)
     except Exception as error:                    # whatever a class of the user's raises while it is pickled
         raise pickle.PicklingError(f"{name} cannot be sent to a worker: {_culprit(_used(func), 'it')} cannot "
                                    f"be pickled: {error}") from error
@@ -4919,7 +4919,7 @@ def share(value, ttl=None):
     With Redis configured it lives `ttl` seconds after its last use (None: the setting, 0: for ever), also without this
     process.  Without, it lives as long as the program has the Ref, or a call or function that was given it.  Later changes
     of `value` do not matter."""
-    name, (buffers, refs) = uuid.uuid4().hex, noting_refs(_buffers_of, value)
+    name, (buffers, refs) = uuid.uuid4().hex, _noting_refs(_buffers_of, value)
     in_redis = "redis" in _settings().given and bool(_settings().redis)
     ref = Ref(name, in_redis, _ttl(ttl))
     if in_redis:
@@ -4939,11 +4939,11 @@ def _release(name, folders, _refs=()):
     In a forked child it finds no engine, and concerns that process alone.  _refs: those in the value, which live as long."""
     served.pop(name, None)
     for engine in list(_engines):
-        unlink_copies(folders, engine.id, [name])
+        _unlink_copies(folders, engine.id, [name])
         if release := getattr(engine, "release", None):
             release([name])
     if _own:
-        unlink_copies(folders, _own.client, [name])
+        _unlink_copies(folders, _own.client, [name])
 
 
 FETCHES["release"] = lambda name: _release(name, _ref_folders())
@@ -4995,7 +4995,7 @@ class Ref:
         return other
 
 
-UNRESOLVED[Ref] = Ref.unresolved
+_UNRESOLVED[Ref] = Ref.unresolved
 
 
 def _ref(name, *fields):
@@ -5049,7 +5049,7 @@ class Copies:
         return f"<Copies {self.client}>"
 
     def release(self, names):
-        unlink_copies(_ref_folders(), self.client, names)
+        _unlink_copies(_ref_folders(), self.client, names)
 
     def close(self):
         """Hold them no longer, and remove them if nobody else does."""
@@ -5058,7 +5058,7 @@ class Copies:
         remove_copies(self.client)
 
 
-def unlink_copies(folders, client, names):
+def _unlink_copies(folders, client, names):
     """Remove the copies of these Refs of a client."""
     for path in [os.path.join(folder, client, name) for folder in folders for name in names]:
         with contextlib.suppress(FileNotFoundError):
@@ -5125,7 +5125,7 @@ def _machine_copy(ref):
         except OSError as error:       # Docker's /dev/shm has 64 MB: on disk, then
             log.debug("no copy of %r at %s: %s", ref, path, error)
     found = found or _mapped(paths)
-    return _noting_use(ref, *found) if found else buffers or _fetched(ref)
+    return _refreshed(ref, *found) if found else buffers or _fetched(ref)
 
 
 @contextlib.contextmanager
@@ -5169,7 +5169,7 @@ def _mapped(paths):
     return None
 
 
-def _noting_use(ref, path, buffers):
+def _refreshed(ref, path, buffers):
     """The buffers; Redis is told of their use once in a quarter of their time to live: else the original would expire."""
     with contextlib.suppress(FileNotFoundError):        # it was given up in this moment
         if ref.in_redis and ref.ttl and time.time() - os.stat(path).st_mtime > ref.ttl / 4000:
