@@ -1494,6 +1494,16 @@ def test_a_cancelled_parents_children_are_cancelled(tmp_path):
     until(lambda: not pids & workers())
 
 
+def test_a_call_may_cancel_a_nested_call_and_its_worker_is_free_for_the_next(tmp_path):
+    def outer(path):
+        child = clupy.parallel(note_start)(path, 1, 60)
+        while not os.path.exists(path):
+            time.sleep(0.02)
+        return child.cancel(), child.cancelled(), clupy.parallel(square)(3).result()
+    clupy.connect(slots=1, max_nested=1)
+    assert clupy.parallel(outer)(str(tmp_path / "child")).result(PATIENCE) == (True, True, 9)
+
+
 def test_two_clients_with_calls_inside_calls_do_not_wait_for_each_other(tmp_path):
     text = textwrap.dedent("""
         import clupy
@@ -1805,6 +1815,24 @@ def test_calls_go_on_without_a_master_and_with_the_next_one(tmp_path):
         cluster.start_master(cluster.address)
         until(lambda: len(cluster.status()["servers"]) == 1 and len(cluster.status()["clients"]) == 1)
         assert clupy.parallel(square)(3).result(PATIENCE) == 9
+
+
+def test_a_new_master_leaves_clients_what_they_hold(tmp_path):
+    """Idle slots, which nobody else wants; the client is stopped until the new master has heard of them from their server."""
+    def rows():
+        return [(row["wanted"], row["share"]) for row in cluster.status()["clients"].values()]
+    script = "import clupy, time\nclupy.wait_all([clupy.parallel(time.sleep)(0.5) for _ in range(2)])\ntime.sleep(60)"
+    with Cluster(tmp_path) as cluster, Program(tmp_path / "client", "-c", script, CLUPY_MASTER=cluster.address) as client:
+        until(lambda: rows() == [(0, 2)])
+        before = workers()
+        client.process.send_signal(signal.SIGSTOP)
+        cluster.master.process.kill()
+        cluster.master.process.wait()
+        cluster.start_master(cluster.address)
+        until(lambda: [row["used"] for row in cluster.status()["servers"].values()] == [2])
+        client.process.send_signal(signal.SIGCONT)
+        until(lambda: rows() == [(0, 2)])
+        assert workers() == before
 
 
 def test_without_master_and_slots_calls_fail_after_patience(tmp_path):
