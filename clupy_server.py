@@ -1097,7 +1097,7 @@ class Process:
         """Kill the worker if it runs this call, and no other; False if it does not.
 
         Its Python stack is taken first; it is stopped while the board is read, so that no call can begin between."""
-        if why == "timeout" and self.runs(number):
+        if why == "timeout" and not self.dead.done() and self.runs(number):
             self._signal(STACK_SIGNAL, group=False)
             await asyncio.sleep(STACK_TIME)
         async with self._stopping:
@@ -1492,19 +1492,10 @@ class Workers:
     # -- the end of a worker
 
     def died(self, process):
-        """A worker is dead: see to its slot, and to a new one in its place."""
-        self.server.spawn(self._bury(process))
-        if not process.slot and not process.why:
-            self._failures += 1
-            log.error("worker %s died before it had a slot: %s", process.pid, describe_exit(process.dead.result()[0]))
-        if self._failures >= MAX_FAILURES and not self._pause and not self._closing:
-            self._pause.begin("workers keep dying at their start", len(self.processes) - 1, self.slots)
-        self.look()
-
-    async def _bury(self, process):
-        """Let the client read what the worker sent, and then say how it ended."""
+        """Let the client read what a dead worker sent, say to it how it ended, and have a new one in its place."""
         slot, (code, peak) = process.slot, process.dead.result()
         begun, _ = process.begun()
+        del self.processes[process.pid]
         if slot:
             if not process.why:
                 log.info("worker %s of client %s died: %s", process.pid, slot.session.client[:6], describe_exit(code))
@@ -1516,17 +1507,21 @@ class Workers:
             self._end_session(process.zookeeper_session())
             give_base(slot)
             self._pause.end()                      # there may be room for another now
+        elif not process.why:
+            log.error("worker %s died before it had a slot: %s", process.pid, describe_exit(code))
+            self._failures += 1
+            if self._failures >= MAX_FAILURES and not self._pause and not self._closing:
+                self._pause.begin("workers keep dying at their start", len(self.processes), self.slots)
         process.output.close()
         process.board.close()
-        del self.processes[process.pid]
-        self.look()
-        self.server.state_soon()
         if slot:
             slot.session.connection.send("ended", slot.number, {
                 "pid": process.pid, "begun": begun, "why": process.why or "died", "reason": describe_exit(code),
                 "code": code, "peak": peak, "limit": self.settings.memory_limit, "lines": list(process.output.last_lines),
                 "stack": process.output.stack.decode(errors="replace")})
-            await drain_socket(slot.sock)
+            self.server.spawn(drain_socket(slot.sock))
+        self.look()
+        self.server.state_soon()
 
     def _end_session(self, session):
         hosts = self.server.services.get("zookeeper")
@@ -1567,15 +1562,13 @@ class Workers:
             process.late = False                   # it may be the next call that runs by now
 
     async def close(self):
-        """Kill the workers, and wait until they are buried."""
+        """Kill the workers, and wait until they are dead."""
         self._closing = True
         self._pause.end()
         for process in list(self.processes.values()):
             process.end("server closed")
         if self.processes:
             await asyncio.wait([process.dead for process in self.processes.values()])
-        while self.processes:
-            await asyncio.sleep(0.002)
         if self._endings:
             await asyncio.wait(self._endings, timeout=GRACE_TIME)
         for ending in self._endings:
