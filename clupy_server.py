@@ -665,7 +665,7 @@ def unpack_call(payload):
 
 
 class Finder:
-    """Imports the client's modules from it; stands twice on sys.meta_path: first for the client's own top-level modules,
+    """The importer of the client's modules.  It stands twice on sys.meta_path: first for the client's own top-level modules,
     so that another version installed here is not taken, last for all others.
 
     fetch(name, parent's __path__) -> clupy.module_source's answer; it blocks, and any thread may call it.  What it says
@@ -740,7 +740,7 @@ class _OwnFirst:
 
 
 class _Loader:
-    """Runs the client's text under the client's file name."""
+    """What runs the client's text under the client's file name."""
 
     def __init__(self, text, filename):
         self.text, self.filename = text, filename

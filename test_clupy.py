@@ -1304,83 +1304,91 @@ class Steps:
         assert not self.errors
 
 
+class SteppedBell:
+    def __init__(self, steps):
+        self.steps, self.rung = steps, False
+
+    def ring(self):
+        self.rung = True
+
+    def wait(self, timeout):
+        self.steps.wait(lambda: self.rung, limited=timeout is not None)
+        self.rung = False
+
+
+class SteppedLock:
+    def __init__(self, steps):
+        self.steps, self.held = steps, False
+
+    def acquire(self, blocking=True):
+        if blocking:
+            self.steps.wait(lambda: not self.held)
+        taken, self.held = not self.held, True
+        return taken
+
+    def release(self):
+        self.held = False
+
+    def __enter__(self):
+        self.acquire()
+
+    def __exit__(self, *_):
+        self.release()
+
+
+class SteppedWorker(clupy_server.Worker):
+    """A worker without a socket: `arrived` are the numbers of calls that its client has sent."""
+
+    def __init__(self, steps):
+        self.steps, self.arrived, self.sent, self.reader = steps, [], [], None
+        self.todo, self.results = collections.deque(), collections.deque()
+        self.ended = self.idle = self._dozing = False
+        self._reading, self._bell = SteppedLock(steps), SteppedBell(steps)
+
+    def _has_input(self, milliseconds):
+        assert self._reading.held and self.reader is None
+        self.reader = self.steps.current
+        ready = self.steps.wait(lambda: self.arrived, limited=milliseconds is not None)
+        self.reader = None
+        return ready
+
+    def _read(self):
+        self._has_input(None)
+        self.todo.append((self.arrived.pop(0), None, None, None))
+
+    def _run_call(self, number, *_):
+        for _ in range(number):
+            self.steps.wait()
+        if number == 8:                            # it goes on once the next one has been read
+            self.steps.wait(lambda: any(item[0] == 3 for item in self.todo))
+        self.results.append(number)
+
+    def send_results(self):
+        self.sent.extend(self.results)
+        self.results.clear()
+
+    def send_calls(self):
+        for number in (1, 2, 8, 3, 4, 5):
+            self.arrived.append(number)
+            for _ in range(self.steps.chance.randrange(20)):
+                self.steps.wait()
+
+    def work_waits_for_a_long_call_alone(self, limited):
+        assert limited or not self.arrived and not self.todo
+        assert not self.idle or self.reader and not self.todo
+
+
 @pytest.mark.parametrize("seeds", [range(start, start + 150) for start in range(0, 600, 150)])
 def test_the_two_threads_of_a_worker_lose_no_work_in_whatever_order_they_go_on(seeds):
     kind = clupy_server.Worker
     code = {method.__code__ for method in (kind._work, kind._await_work, kind._read_beside, kind._read_while_busy)}
     for seed in seeds:
-        steps, arrived, done, readers = Steps(seed, code), [], [], []
-
-        class Bell:
-            rung = False
-
-            def ring(self):
-                self.rung = True
-
-            def wait(self, timeout, steps=steps):
-                steps.wait(lambda: self.rung, limited=timeout is not None)
-                self.rung = False
-
-        class Lock:
-            held = False
-
-            def acquire(self, blocking=True, steps=steps):
-                if blocking:
-                    steps.wait(lambda: not self.held)
-                taken, self.held = not self.held, True
-                return taken
-
-            def release(self):
-                self.held = False
-
-            def __enter__(self):
-                self.acquire()
-
-            def __exit__(self, *_):
-                self.release()
-
-        class Stepped(kind):
-            def __init__(self):
-                self.todo, self.results = collections.deque(), collections.deque()
-                self.ended = self.idle = self._dozing = False
-                self._reading, self._bell, self.arrived = Lock(), Bell(), arrived
-
-            def _run_call(self, number, *_, steps=steps, done=done):
-                for _ in range(number):
-                    steps.wait()
-                if number == 8:                            # it goes on once the next one has been read
-                    steps.wait(lambda: any(item[0] == 3 for item in self.todo))
-                self.results.append(number)
-
-            def send_results(self, done=done):
-                done.extend(self.results)
-                self.results.clear()
-
-            def _read(self):
-                self._has_input(None)
-                self.todo.append((self.arrived.pop(0), None, None, None))
-
-            def _has_input(self, limit, steps=steps, arrived=arrived, readers=readers):
-                assert self._reading.held and not readers
-                readers.append(steps.current)
-                ready = steps.wait(lambda: arrived, limited=limit is not None)
-                readers.clear()
-                return ready
-
-        def client(steps=steps, arrived=arrived):
-            for number in (1, 2, 8, 3, 4, 5):
-                arrived.append(number)
-                for _ in range(steps.chance.randrange(20)):
-                    steps.wait()
-
-        def work_waits_for_a_long_call_alone(limited, arrived=arrived, readers=readers, seed=seed):
-            assert limited or not arrived and not worker.todo, seed
-            assert not worker.idle or readers and not worker.todo, seed
-        worker = Stepped()
-        for actor in worker._work, worker._read_beside, client:
+        steps = Steps(seed, code)
+        worker = SteppedWorker(steps)
+        for actor in worker._work, worker._read_beside, worker.send_calls:
             steps.start(actor)
-        steps.run(work_waits_for_a_long_call_alone)
-        assert done == [1, 2, 8, 3, 4, 5], seed
+        steps.run(worker.work_waits_for_a_long_call_alone)
+        assert worker.sent == [1, 2, 8, 3, 4, 5], seed
 
 
 def test_who_is_charged_when_a_worker_dies():
