@@ -319,7 +319,7 @@ def parse_address(value, port=0):
 
 def _addresses(value):
     """[(host, port), ...] of a text with commas or a list; a port that is not named is None."""
-    parts = value.split(",") if isinstance(value, (str, int)) and str(value).strip() else value
+    parts = str(value).split(",") if isinstance(value, (str, int)) and str(value).strip() else value
     if not isinstance(parts, (list, tuple)) or not parts:
         raise ValueError("an address, or several: HOST:PORT,HOST:PORT")
     return [parse_address(part, None) for part in parts]
@@ -567,7 +567,8 @@ def find_secret(settings, create=False):
 # client -> server  kill      number, call                                 ended, late the future has its outcome already
 # server -> client  ended     number, {pid, begun, why (one of Why),       -           1 s after the slot's end: Why.LOST
 #                             reason (a text), code, peak, limit, lines,
-#                             stack}
+#                             stack, base: the nested slot that has its
+#                             place now}
 # server -> client  late      number, call: it is over, or has not begun   -           asked again while it is out
 # server -> client  output    pid, stream, text, dropped lines             seen        over UNSEEN_OUTPUT: dropped
 # client -> server  seen      characters                                   -
@@ -2922,6 +2923,8 @@ class ServerLink:
 
     def on_ended(self, _, number, how):
         self.heard = time.monotonic()
+        if base := self.slots.get(how.get("base")):
+            base.nested = False                   # it has the other's place now
         if slot := self.slots.get(number):
             slot.ended = how
             self.engine.pool.ending(slot)
@@ -3167,9 +3170,7 @@ class Feeder:
             self._remove(slot, call)
         slot.recalled = "answered" if slot.calls else None
         self.put_back([call for call in calls if call._state not in _DONE])
-        for call in list(slot.calls.values()):
-            if call._state in _DONE:              # cancelled while others waited behind it
-                slot.link.kill(slot, call._number)
+        self._kill_cancelled(slot)
         self._engine.pool.end_if_empty(slot)
         self._engine.pool.balance()               # a nested call may want a slot of its own
 
@@ -3202,6 +3203,7 @@ class Feeder:
             slot.recalled = None
         self.finish(outcomes)
         self._engine.pool.end_if_empty(slot)
+        self._kill_cancelled(slot)
         self.fill(slot)
         if self._backlog.queued and any(not other.calls for other in self._engine.pool.slots() if other is not slot):
             self.feed()
@@ -3244,7 +3246,13 @@ class Feeder:
             return
         if len(slot.calls) > 1:
             slot.recall()                         # `take_back` kills it if it is not among what comes back
-        else:
+        self._kill_cancelled(slot)
+
+    @staticmethod
+    def _kill_cancelled(slot):
+        """Kill the call that runs, or is next, if it was cancelled: C code may keep its worker from answering a recall."""
+        call = next(iter(slot.calls.values()), None)
+        if call and call._state in _DONE:
             slot.link.kill(slot, call._number)
 
     def fail_waiting(self, error):
@@ -3264,7 +3272,7 @@ def slot_changes(slots, granted, draining, starving, now):
     may be one more, a nested slot.  starving: a nested call there must run, whatever else does."""
     staying = [slot for slot in slots if slot.state <= OPEN or slot.state == LEAVING and slot.suspended]
     active = [slot for slot in staying if not slot.suspended]
-    idle = [slot for slot in active if not slot.calls]
+    idle = [slot for slot in active if not slot.calls and (slot.state == OPEN or slot.nested)]     # others may have to wait
     if draining:
         granted = int(len(active) < len(staying))              # nothing new, but children must run
     missing = granted - len(active)

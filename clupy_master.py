@@ -288,6 +288,9 @@ class Tables:
     def put_server(self, id, row):
         """Replace what a server said; whether that asks for a decision."""
         before, self.servers[id] = self.servers.get(id), row
+        if before is None:             # a new master may have heard clients first: what they hold there, let them keep
+            for client in row.held.keys() & self.clients.keys():
+                self.clients[client].share.setdefault(id, row.held[client])
         return before is None or (before.slots, before.usable) != (row.slots, row.usable)
 
     def put_client(self, id, connection, wanted, unreachable, has_list, now):

@@ -74,7 +74,8 @@ WORKER_FILES = 9                   # descriptors of a worker here: channel, life
 RESERVED_FILES = 20                # descriptors that no worker takes: for clients, the master, and what a start needs shortly
 RETRY_START = 1.0, 30.0            # seconds until a worker that could not be started is tried again: at first, and at most
 LAST_LINES = 10                    # of standard error that an error message shows
-LINE_SIZE = 16 << 10               # bytes after which a line is passed on without its end
+LINE_SIZE = 16 << 10               # bytes of one line that an error message or a stack shows
+LONGEST_LINE = 1 << 20             # bytes after which a line is passed on without its end; more is memory for each worker
 
 
 # ==== Worker: the process that runs calls ====================================
@@ -644,8 +645,8 @@ def unpack_call(payload):
 
 
 class Finder:
-    """Imports the client's modules from it; stands twice on sys.meta_path: first for the client's own top-level modules, so
-    that another version installed here is not taken, last for all others.
+    """The importer of the client's modules.  It stands twice on sys.meta_path: first for the client's own top-level modules,
+    so that another version installed here is not taken, last for all others.
 
     fetch(name, parent's __path__) -> clupy.module_source's answer; it blocks, and any thread may call it.  What it says is
     kept for the life of the worker, "no" included: a module has one version per slot.  Never asked: for the standard
@@ -719,7 +720,7 @@ class _OwnFirst:
 
 
 class _Loader:
-    """Runs the client's text under the client's file name."""
+    """What runs the client's text under the client's file name."""
 
     def __init__(self, text, filename):
         self.text, self.filename = text, filename
@@ -1076,7 +1077,7 @@ class Process:
         """Kill the worker if it runs this call, and no other; False if it does not.
 
         Its Python stack is taken first; it is stopped while the board is read, so that no call can begin between."""
-        if why == Why.TIMEOUT and self.runs(number):
+        if why == Why.TIMEOUT and not self.dead.done() and self.runs(number):
             self._signal(STACK_SIGNAL, group=False)
             await asyncio.sleep(STACK_TIME)
         async with self._stopping:
@@ -1182,7 +1183,7 @@ class Output:
     def _pass_on(self, stream, data):
         """Send whole lines to the client."""
         process, data = self.process, self._tails[stream] + data
-        end = data.rfind(b"\n") + 1 or (len(data) if len(data) > LINE_SIZE else 0)
+        end = data.rfind(b"\n") + 1 or (whole_characters(data) if len(data) > LONGEST_LINE else 0)
         lines, self._tails[stream] = data[:end], data[end:]
         if not lines:
             return
@@ -1204,6 +1205,15 @@ class Output:
                     break
             if fd in self.pipes:
                 self._close(fd)
+
+
+def whole_characters(data):
+    """How many bytes of UTF-8 there are without a last character that is not all there."""
+    for back in range(1, min(4, len(data)) + 1):
+        if data[-back] & 0xC0 != 0x80:             # the first byte of the last character tells its length
+            length = 1 if data[-back] < 0xC0 else 2 if data[-back] < 0xE0 else 3 if data[-back] < 0xF0 else 4
+            return len(data) if length <= back else len(data) - back
+    return len(data)
 
 
 def end_session(hosts, session, ended):
@@ -1471,19 +1481,10 @@ class Workers:
     # -- the end of a worker
 
     def died(self, process):
-        """A worker is dead: see to its slot, and to a new one in its place."""
-        self.server.spawn(self._bury(process))
-        if not process.slot and not process.why:
-            self._failures += 1
-            log.error("worker %s died before it had a slot: %s", process.pid, describe_exit(process.dead.result()[0]))
-        if self._failures >= MAX_FAILURES and not self._pause and not self._closing:
-            self._pause.begin("workers keep dying at their start", len(self.processes) - 1, self.slots)
-        self.look()
-
-    async def _bury(self, process):
-        """Let the client read what the worker sent, and then say how it ended."""
+        """Let the client read what a dead worker sent, say to it how it ended, and have a new one in its place."""
         slot, (code, peak) = process.slot, process.dead.result()
-        begun, _ = process.begun()
+        begun, base = process.begun()[0], None
+        del self.processes[process.pid]
         if slot:
             if not process.why:
                 log.info("worker %s of client %s died: %s", process.pid, slot.session.client[:6], describe_exit(code))
@@ -1493,19 +1494,23 @@ class Workers:
             except OSError:
                 pass                               # the client closed it first
             self._end_session(process.zookeeper_session())
-            give_base(slot)
+            base = give_base(slot)
             self._pause.end()                      # there may be room for another now
+        elif not process.why:
+            log.error("worker %s died before it had a slot: %s", process.pid, describe_exit(code))
+            self._failures += 1
+            if self._failures >= MAX_FAILURES and not self._pause and not self._closing:
+                self._pause.begin("workers keep dying at their start", len(self.processes), self.slots)
         process.output.close()
         process.board.close()
-        del self.processes[process.pid]
-        self.look()
-        self.server.state_soon()
         if slot:
             slot.session.connection.send("ended", slot.number, {
                 "pid": process.pid, "begun": begun, "why": process.why or Why.DIED, "reason": describe_exit(code),
                 "code": code, "peak": peak, "limit": self.settings.memory_limit, "lines": list(process.output.last_lines),
-                "stack": process.output.stack.decode(errors="replace")})
-            await drain_socket(slot.sock)
+                "stack": process.output.stack.decode(errors="replace"), "base": base})
+            self.server.spawn(drain_socket(slot.sock))
+        self.look()
+        self.server.state_soon()
 
     def _end_session(self, session):
         hosts = self.server.services.get("zookeeper")
@@ -1546,15 +1551,13 @@ class Workers:
             process.late = False                   # it may be the next call that runs by now
 
     async def close(self):
-        """Kill the workers, and wait until they are buried."""
+        """Kill the workers, and wait until they are dead."""
         self._closing = True
         self._pause.end()
         for process in list(self.processes.values()):
             process.end(Why.SERVER_CLOSED)
         if self.processes:
             await asyncio.wait([process.dead for process in self.processes.values()])
-        while self.processes:
-            await asyncio.sleep(0.002)
         if self._endings:
             await asyncio.wait(self._endings, timeout=GRACE_TIME)
         for ending in self._endings:
@@ -1562,12 +1565,16 @@ class Workers:
 
 
 def give_base(slot):
-    """A slot ended: if it was no nested one, a nested one of its client takes its place among the slots."""
-    if not slot.nested:
-        for other in slot.session.slots.values():
-            if other.nested and other.process:
-                other.nested = False
-                return
+    """A slot ended that was no nested one: its place among the slots goes to one of its client that waits for it, else to a
+    nested one, which is none from now on.  The number of that one, which the client is told, or None."""
+    others = list(slot.session.slots.values())
+    if slot.nested or any(not other.nested and not other.process for other in others):
+        return None
+    for other in others:
+        if other.nested and other.process:
+            other.nested = False
+            return other.number
+    return None
 
 
 async def drain_socket(sock):

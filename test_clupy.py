@@ -1051,7 +1051,7 @@ def test_slots_are_served_in_the_order_in_which_they_came_and_each_number_once(t
     async def story():
         nonlocal control, session
         control = await clupy.dial(address, clupy.CONTROL, SECRET.encode(), clupy.read_settings("client"))
-        control.send("hello", "by hand", clupy.PYTHON, None, True)
+        control.send("hello", "by hand", ((), ()), {}, True)
         session, *_ = await until_said("welcome")
         waiting = [(number, ask_for(number)) for number in (7, 5, 6, 4)]
         assert ask_for(5).recv(1) == b""                       # a replay of what opens a slot
@@ -1346,21 +1346,21 @@ def test_the_tables_of_a_new_master_leave_everybody_what_he_has_and_say_what_to_
     tables = clupy_master.Tables()
     assert tables.put_server("s1", server_row(2, held={"old": 2})) and not tables.put_server("s1", server_row(2, held={"old": 2}))
     assert tables.put_server("s2", server_row(1, draining=True))
-    assert tables.put_client("old", "first connection", 5, [], 100.0)
+    assert tables.put_client("old", "first connection", 5, [], False, 100.0)
     tables.decide(100.0)
     assert tables.share_of("old") == {"s1": (("h", 1), 2)} and not tables.starving()
-    assert tables.put_client("new", "its connection", 5, [], 100.0) and tables.starving()
-    assert not tables.put_client("new", "its connection", 5, [], 200.0)
+    assert tables.put_client("new", "its connection", 5, [], False, 100.0) and tables.starving()
+    assert not tables.put_client("new", "its connection", 5, [], False, 200.0)
     before = tables.decide(200.0)
     assert tables.share_of("old", before["old"]) == tables.share_of("new") == {"s1": (("h", 1), 1)}
-    assert tables.put_client("new", "its connection", 0, ["s1"], 300.0)                 # which says that it had no use for it
+    assert tables.put_client("new", "its connection", 0, ["s1"], False, 300.0)                 # which says that it had no use for it
     before = tables.decide(300.0)
     assert tables.share_of("new", before["new"]) == {"s1": (("h", 1), 0)} and tables.share_of("old") == {"s1": (("h", 1), 2)}
     assert tables.put_server("s1", server_row(2, draining=True))
     before = tables.decide(300.0)
     assert tables.share_of("old", before["old"]) == {"s1": (("h", 1), 0)} and tables.share_of("old") == {}
     assert tables.silent(401.0) == ["old"]
-    assert tables.put_client("old", "second connection", 5, [], 402.0) and not tables.drop("old", "first connection")
+    assert tables.put_client("old", "second connection", 5, [], False, 402.0) and not tables.drop("old", "first connection")
     assert tables.drop("old", "second connection") and list(tables.clients) == ["new"]
 
 
@@ -1664,83 +1664,91 @@ class Steps:
         assert not self.errors
 
 
+class SteppedBell:
+    def __init__(self, steps):
+        self.steps, self.rung = steps, False
+
+    def ring(self):
+        self.rung = True
+
+    def wait(self, timeout):
+        self.steps.wait(lambda: self.rung, limited=timeout is not None)
+        self.rung = False
+
+
+class SteppedLock:
+    def __init__(self, steps):
+        self.steps, self.held = steps, False
+
+    def acquire(self, blocking=True):
+        if blocking:
+            self.steps.wait(lambda: not self.held)
+        taken, self.held = not self.held, True
+        return taken
+
+    def release(self):
+        self.held = False
+
+    def __enter__(self):
+        self.acquire()
+
+    def __exit__(self, *_):
+        self.release()
+
+
+class SteppedWorker(clupy_server.Worker):
+    """A worker without a socket: `arrived` are the numbers of calls that its client has sent."""
+
+    def __init__(self, steps):
+        self.steps, self.arrived, self.sent, self.reader = steps, [], [], None
+        self.todo, self.results = collections.deque(), collections.deque()
+        self.ended = self.idle = self._dozing = False
+        self._reading, self._bell = SteppedLock(steps), SteppedBell(steps)
+
+    def _has_input(self, milliseconds):
+        assert self._reading.held and self.reader is None
+        self.reader = self.steps.current
+        ready = self.steps.wait(lambda: self.arrived, limited=milliseconds is not None)
+        self.reader = None
+        return ready
+
+    def _read(self):
+        self._has_input(None)
+        self.todo.append((self.arrived.pop(0), None, None, None))
+
+    def _run_call(self, number, *_):
+        for _ in range(number):
+            self.steps.wait()
+        if number == 8:                            # it goes on once the next one has been read
+            self.steps.wait(lambda: any(item[0] == 3 for item in self.todo))
+        self.results.append(number)
+
+    def send_results(self):
+        self.sent.extend(self.results)
+        self.results.clear()
+
+    def send_calls(self):
+        for number in (1, 2, 8, 3, 4, 5):
+            self.arrived.append(number)
+            for _ in range(self.steps.chance.randrange(20)):
+                self.steps.wait()
+
+    def work_waits_for_a_long_call_alone(self, limited):
+        assert limited or not self.arrived and not self.todo
+        assert not self.idle or self.reader and not self.todo
+
+
 @pytest.mark.parametrize("seeds", [range(start, start + 150) for start in range(0, 600, 150)])
 def test_the_two_threads_of_a_worker_lose_no_work_in_whatever_order_they_go_on(seeds):
     kind = clupy_server.Worker
     code = {method.__code__ for method in (kind._work, kind._await_work, kind._read_beside, kind._read_while_busy)}
     for seed in seeds:
-        steps, arrived, done, readers = Steps(seed, code), [], [], []
-
-        class Bell:
-            rung = False
-
-            def ring(self):
-                self.rung = True
-
-            def wait(self, timeout, steps=steps):
-                steps.wait(lambda: self.rung, limited=timeout is not None)
-                self.rung = False
-
-        class Lock:
-            held = False
-
-            def acquire(self, blocking=True, steps=steps):
-                if blocking:
-                    steps.wait(lambda: not self.held)
-                taken, self.held = not self.held, True
-                return taken
-
-            def release(self):
-                self.held = False
-
-            def __enter__(self):
-                self.acquire()
-
-            def __exit__(self, *_):
-                self.release()
-
-        class Stepped(kind):
-            def __init__(self):
-                self.todo, self.results = collections.deque(), collections.deque()
-                self.ended = self.idle = self._dozing = False
-                self._reading, self._bell, self.arrived = Lock(), Bell(), arrived
-
-            def _run_call(self, number, *_, steps=steps, done=done):
-                for _ in range(number):
-                    steps.wait()
-                if number == 8:                            # it goes on once the next one has been read
-                    steps.wait(lambda: any(item[0] == 3 for item in self.todo))
-                self.results.append(number)
-
-            def send_results(self, done=done):
-                done.extend(self.results)
-                self.results.clear()
-
-            def _read(self):
-                self._has_input(None)
-                self.todo.append((self.arrived.pop(0), None, None, None))
-
-            def _has_input(self, limit, steps=steps, arrived=arrived, readers=readers):
-                assert self._reading.held and not readers
-                readers.append(steps.current)
-                ready = steps.wait(lambda: arrived, limited=limit is not None)
-                readers.clear()
-                return ready
-
-        def client(steps=steps, arrived=arrived):
-            for number in (1, 2, 8, 3, 4, 5):
-                arrived.append(number)
-                for _ in range(steps.chance.randrange(20)):
-                    steps.wait()
-
-        def work_waits_for_a_long_call_alone(limited, arrived=arrived, readers=readers, seed=seed):
-            assert limited or not arrived and not worker.todo, seed
-            assert not worker.idle or readers and not worker.todo, seed
-        worker = Stepped()
-        for actor in worker._work, worker._read_beside, client:
+        steps = Steps(seed, code)
+        worker = SteppedWorker(steps)
+        for actor in worker._work, worker._read_beside, worker.send_calls:
             steps.start(actor)
-        steps.run(work_waits_for_a_long_call_alone)
-        assert done == [1, 2, 8, 3, 4, 5], seed
+        steps.run(worker.work_waits_for_a_long_call_alone)
+        assert worker.sent == [1, 2, 8, 3, 4, 5], seed
 
 
 def test_who_is_charged_when_a_worker_dies():
@@ -2025,6 +2033,15 @@ def test_recalled_calls_begin_in_the_order_in_which_they_were_made(tmp_path):
 
 
 
+def test_a_call_in_c_code_can_be_cancelled_though_others_wait_behind_it():
+    clupy.connect(slots=1)
+    assert clupy.wait_all([clupy.parallel(busy)("not at all") for _ in range(50)], PATIENCE)      # it seems to take no time
+    calls = [clupy.parallel(busy)(how) for how in ("c", "c", *["not at all"] * 20)]
+    until(calls[0].running)
+    time.sleep(0.2)
+    assert calls[0].cancel() and calls[1].cancel() and clupy.wait_all(calls, PATIENCE)
+
+
 def test_cancelling_kills_exactly_that_call(tmp_path):
     clupy.connect(slots=2)
     path = str(tmp_path / "x")
@@ -2303,6 +2320,17 @@ def test_what_calls_print_appears_with_server_and_pid_and_in_order(tmp_path):
     assert [line for line in done.stdout.splitlines() if mark in line] == [f"{mark} line 1", f"{mark} from C 1"]
     for words in ("error 1", "warned 1", "logged 1"):
         assert any(line.startswith(mark) and words in line for line in done.stderr.splitlines())
+
+
+def test_one_long_line_of_any_characters_is_shown_whole(tmp_path):
+    done = run_script(tmp_path, """
+        import clupy
+        clupy.parallel(print)("x" + "\u00fc" * 100_000 + "\u20ac").result(30)
+        clupy.parallel(print)("\u20ac" * 700_000).result(30)
+        clupy.close()
+        """, PYTHONIOENCODING="utf-8")
+    first, *rest = [line.partition("] ")[2] for line in done.stdout.splitlines() if "not shown" not in line]
+    assert first == "x" + "\u00fc" * 100_000 + "\u20ac" and set("".join(rest)) == {"\u20ac"}
 
 
 def test_the_last_lines_are_shown_when_the_program_ends_at_once(tmp_path, cluster):
@@ -5922,7 +5950,7 @@ def test_what_was_heard_of_a_handshake_opens_no_other(cluster):
         """The master's answer to our hello, and whether it takes proof(its nonce, its proof) for ours."""
         with socket.create_connection((host, int(port)), timeout=PATIENCE) as sock:
             sock.sendall(hello)
-            answer = sock.recv(nonces[1] + clupy.PROOF_SIZE, socket.MSG_WAITALL)
+            answer = sock.makefile("rb").read(nonces[1] + clupy.PROOF_SIZE)
             sock.sendall(proof(answer[nonces[0]:nonces[1]], answer[nonces[1]:]) + b"".join(clupy.encode(("status",))))
             with contextlib.suppress(ConnectionError):
                 return answer, bool(sock.recv(1))
@@ -5930,8 +5958,10 @@ def test_what_was_heard_of_a_handshake_opens_no_other(cluster):
 
     def impersonate():
         with listener.accept()[0] as sock:
-            sock.recv(len(hello), socket.MSG_WAITALL)
-            sock.sendall(recorded)
+            sock.recv(clupy.PREAMBLE_SIZE, socket.MSG_WAITALL)
+            sock.sendall(recorded[:clupy.PREAMBLE_SIZE])
+            sock.recv(clupy.NONCE_SIZE, socket.MSG_WAITALL)
+            sock.sendall(recorded[clupy.PREAMBLE_SIZE:])
             assert sock.recv(1) == b""
 
     def ours(nonce, _):
