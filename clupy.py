@@ -899,11 +899,15 @@ async def read_exactly(sock, count):
 
 async def connect_socket(host, port):
     """A connected, non-blocking socket; tries each address of the host in turn. Raises OSError, with words."""
-    loop = asyncio.get_running_loop()
+    loop, family = asyncio.get_running_loop(), socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except ValueError as error:                    # "a..b" cannot even be asked for
-        raise OSError(f"{host!r} is no name of a host: {error}") from None
+        socket.inet_pton(family, host)             # numeric: resolving takes a thread, and none is left at a program's end
+        found = [(family, socket.SOCK_STREAM, 0, "", (host, port))]
+    except OSError:
+        try:
+            found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except ValueError as error:                # "a..b" cannot even be asked for
+            raise OSError(f"{host!r} is no name of a host: {error}") from None
     failure = OSError(f"{host} has no address")
     for family, kind, protocol, _, address in found:
         sock = socket.socket(family, kind, protocol)

@@ -1689,13 +1689,18 @@ class NodeLibraries:
         """A build has ended, well or not."""
         if libraries.fault:
             log.error("%s", libraries.fault)
-        if libraries is self.wanted and libraries.ready and self.default is not libraries:
-            log.info("the cluster's libraries are now %s", libraries)
-            self.default = libraries
+        self._switch()
+        self.server.workers.try_again()
+
+    def _switch(self):
+        """Have the cluster's newest libraries in use, if they are built, and let everybody know what changed."""
+        if self.wanted and self.wanted.ready and self.default is not self.wanted:
+            log.info("the cluster's libraries are now %s", self.wanted)
+            self.default = self.wanted
         for session in list(self.server.sessions.values()):
             self.tell_libraries(session)
         self._forget()
-        self.server.workers.try_again()
+        self.server.workers.look()
         self.server.state_soon()
 
     def tell_libraries(self, session):
@@ -1730,8 +1735,7 @@ class NodeLibraries:
         if self.wanted:
             self.wanted.again = 0.0                # nobody tries that again: its fault is of no interest
         self.wanted = self.libraries_of(clupy_master.Resolution.of(said[1]), said[2])
-        if not self.wanted.building:
-            self.libraries_changed(self.wanted)
+        self._switch()
 
     async def keep_in_step(self):
         """Try again, from time to time, what could not be built, and build anew what somebody removed."""

@@ -1248,6 +1248,8 @@ def test_settings_come_from_yaml_then_environment_then_arguments(tmp_path, monke
     monkeypatch.setenv("CLUPY_SLOTS", "4")
     assert clupy.read_settings("server").slots == 4
     assert clupy.read_settings("server", slots=5).slots == 5
+    (tmp_path / "clupy.client.yaml").write_text("master: 7000\n")
+    assert clupy.masters_of(clupy.read_settings("client")) == [("localhost", 7000)]
     (tmp_path / "clupy.client.yaml").write_text("library_check: off\noutput: off\n")      # YAML reads both as false
     settings = clupy.read_settings("client")
     assert (settings.library_check, settings.output) == ("off", False)
@@ -1344,16 +1346,20 @@ def test_idle_slots_stay_with_who_has_them_until_somebody_wants_them():
 
 def test_the_tables_of_a_new_master_leave_everybody_what_he_has_and_say_what_to_give_back():
     tables = clupy_master.Tables()
-    assert tables.put_server("s1", server_row(2, held={"old": 2})) and not tables.put_server("s1", server_row(2, held={"old": 2}))
+    held = {"old": 2}
+    assert tables.put_server("s1", server_row(2, held=held)) and not tables.put_server("s1", server_row(2, held=held))
     assert tables.put_server("s2", server_row(1, draining=True))
     assert tables.put_client("old", "first connection", 5, [], False, 100.0)
+    late = clupy_master.Tables()                            # it hears the client before the server
+    late.put_client("old", "its connection", 0, [], False, 100.0)
+    assert late.put_server("s1", server_row(2, held=held)) and late.share_of("old") == {"s1": (("h", 1), 2)}
     tables.decide(100.0)
     assert tables.share_of("old") == {"s1": (("h", 1), 2)} and not tables.starving()
     assert tables.put_client("new", "its connection", 5, [], False, 100.0) and tables.starving()
     assert not tables.put_client("new", "its connection", 5, [], False, 200.0)
     before = tables.decide(200.0)
     assert tables.share_of("old", before["old"]) == tables.share_of("new") == {"s1": (("h", 1), 1)}
-    assert tables.put_client("new", "its connection", 0, ["s1"], False, 300.0)                 # which says that it had no use for it
+    assert tables.put_client("new", "its connection", 0, ["s1"], False, 300.0)     # which says that it had no use for it
     before = tables.decide(300.0)
     assert tables.share_of("new", before["new"]) == {"s1": (("h", 1), 0)} and tables.share_of("old") == {"s1": (("h", 1), 2)}
     assert tables.put_server("s1", server_row(2, draining=True))
