@@ -3684,7 +3684,9 @@ class MasterSide:
             self.state()
         if self.link:
             self.link.look(now)
-        if self._engine.pool.slots() or not self._engine.backlog.queued or not self.count_wanted():
+        answered = self.link and self.link.connection
+        if (self._engine.pool.slots() or not self._engine.backlog.queued
+                or answered and not self.count_wanted()):          # pip resolves our list, say
             self._unserved = None
             return
         if self._unserved is None:
@@ -4124,7 +4126,7 @@ def _is_complete(func):
     return func.__globals__.get(func.__name__) is func
 
 
-def parallel(func=None, *, max=None, timeout=None, retries=2):
+def parallel(func=_ABSENT, *, max=None, timeout=None, retries=2):
     """The function, wrapped so that its calls run in the cluster; also a decorator, with or without options.
 
     max: how many calls of it may run at once, over the whole cluster; None: as many as there are slots.
@@ -4133,7 +4135,7 @@ def parallel(func=None, *, max=None, timeout=None, retries=2):
     function itself is never retried.  The function is captured here, as it is now (one that is being decorated: at each
     call, since what it uses may be defined further down); arguments are pickled when the call is made.  Any thread may
     call it."""
-    if func is None:
+    if func is _ABSENT:
         return functools.partial(parallel, max=max, timeout=timeout, retries=retries)
     if not callable(func):
         raise TypeError(f"parallel() wraps a function, not {type(func).__name__} {func!r}; did you call it already?")

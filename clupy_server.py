@@ -223,8 +223,8 @@ class Functions:
 #      main thread      works              while `todo` has something
 #                       idle, reads        has `_reading`, until something came
 #                       idle, waits        for `_reading`, which the reader thread gives up once something came
-#      reader thread    dozes              while the main thread is idle, until the bell rings
-#                       watches            while it works, for SHORT_TIME or until the bell rings
+#      reader thread    dozes              while the main thread is idle and no call began for SHORT_TIME, until the bell rings
+#                       watches            else, for SHORT_TIME or until the bell rings
 #                       reads              has `_reading`, until the main thread is idle
 #
 # So while the main thread is idle one of them reads.  No wake-up is lost, since each writes first and looks then:
@@ -393,12 +393,14 @@ class Worker:
 
     def _read_beside(self):
         """The reader thread: read while a call takes long."""
+        seen = None
         while not self.ended:
-            if self.idle:
+            if self.idle and seen == self.current:
                 self._dozing = True
                 self._bell.wait(None if self.idle else SHORT_TIME)
                 self._dozing = False
-            else:
+            else:                                  # short calls come one by one: it is not woken for each of them
+                seen = self.current
                 self._bell.wait(SHORT_TIME)
             if not self.idle and self._reading.acquire(blocking=False):
                 try:

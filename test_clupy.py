@@ -1709,6 +1709,7 @@ class SteppedWorker(clupy_server.Worker):
         self.steps, self.arrived, self.sent, self.reader = steps, [], [], None
         self.todo, self.results = collections.deque(), collections.deque()
         self.ended = self.idle = self._dozing = False
+        self.current = 0
         self._reading, self._bell = SteppedLock(steps), SteppedBell(steps)
 
     def _has_input(self, milliseconds):
@@ -1723,6 +1724,7 @@ class SteppedWorker(clupy_server.Worker):
         self.todo.append((self.arrived.pop(0), None, None, None))
 
     def _run_call(self, number, *_):
+        self.current = number
         for _ in range(number):
             self.steps.wait()
         if number == 8:                            # it goes on once the next one has been read
@@ -2626,6 +2628,15 @@ def test_without_master_and_slots_calls_fail_after_patience(tmp_path):
     with pytest.raises(clupy.MasterUnreachable):
         clupy.close()
         clupy.connect(cluster.address, patience=1)
+
+
+def test_a_master_that_never_answers_is_told_of_and_waited_for_no_longer_than_patience(tmp_path):
+    for master in f"127.0.0.1:{free_port()}", "nobody.invalid":
+        done = run_script(tmp_path, """
+            import clupy
+            print(type(clupy.parallel(abs)(-1).exception(30)).__name__)
+            """, CLUPY_MASTER=master, CLUPY_PATIENCE="4s")
+        assert done.stdout == "MasterUnreachable\n" and "calls wait (1), for 4 s at most: no master" in done.stderr
 
 
 def test_all_servers_gone_and_one_back_later(tmp_path):
