@@ -4159,33 +4159,23 @@ def wait_all(results, time_out=None, progress=False):
 
     progress: show on standard error how many have."""
     results = list(results)
-    deadline = None if time_out is None else time.monotonic() + _duration(time_out)
-    shown = -1
+    deadline = math.inf if time_out is None else time.monotonic() + _duration(time_out)
+    step = 0.5 if progress else math.inf
     try:
-        for index, future in enumerate(results):
-            while not future._wait_for_handlers(_next_look(deadline, progress)):
-                if deadline is not None and time.monotonic() >= deadline:
+        for future in results:
+            while not future._wait_for_handlers(min(step, deadline - time.monotonic())):
+                if time.monotonic() >= deadline:
                     return False
-                shown = _show_progress(results, index, shown)
-            if progress and index == len(results) - 1:
-                shown = _show_progress(results, len(results), shown)
+                if progress:
+                    _show_progress(results, "")
         return True
     finally:
-        if shown >= 0:
-            print(file=sys.stderr)
+        if progress:
+            _show_progress(results, "\n")
 
 
-def _next_look(deadline, progress):
-    """Seconds to wait at once: up to the deadline, but in steps where progress is to be shown."""
-    left = None if deadline is None else max(0.0, deadline - time.monotonic())
-    return left if not progress else 0.5 if left is None else min(0.5, left)
-
-
-def _show_progress(results, index, shown):
-    done = index + sum(future.completed for future in results[index:])
-    if done != shown:
-        print(f"\r{done}/{len(results)} calls", end="", file=sys.stderr, flush=True)
-    return done
+def _show_progress(results, end):
+    print(f"\r{sum(future.completed for future in results)}/{len(results)} calls", end=end, file=sys.stderr, flush=True)
 
 
 def as_completed(results, time_out=None):
@@ -4515,14 +4505,10 @@ def _retried(command, name=None):
             _reached.add(url)
             return result
         except redis.RedisError as error:
-            failure = _redis_failure(error, name)
-            if failure is error:
-                raise
-            if not isinstance(failure, Unavailable) or isinstance(error, _refusals()):
-                raise failure from error
+            why = _why_lost(error, name)
             deadline = deadline or time.monotonic() + _settings().patience
             if time.monotonic() >= deadline:
-                raise failure from error
+                raise _unavailable("redis", why) from error
         time.sleep(min(0.01 * 2 ** attempt, 0.5))
 
 
@@ -4535,30 +4521,21 @@ def _once(command, name):
     try:
         return command(_redis())
     except redis.RedisError as error:
-        failure = _redis_failure(error, name)
-        if failure is error:
-            raise
-        if isinstance(failure, Unavailable) and not isinstance(error, _refusals()):
-            failure = _unavailable("redis", f"the answer to a change of {name!r} was lost ({error}); it may have been made "
-                                            "or not, look before you repeat it")
-        raise failure from error
+        why = _why_lost(error, name)
+        raise _unavailable("redis", f"the answer to a change of {name!r} was lost ({why}); it may have been made or not, "
+                                    "look before you repeat it") from error
 
 
-def _refusals():
-    """What waiting does not cure: a wrong password, or a user that may not."""
-    return redis.AuthenticationError, redis.exceptions.AuthorizationError, redis.exceptions.NoPermissionError
-
-
-def _redis_failure(error, name):
-    """What to raise for an error of redis-py."""
-    if isinstance(error, _refusals()):
-        return _unavailable("redis", f"password or rights are missing ({error}), expected "
-                                     "redis://:password@host:6379/0 or redis://user:password@...")
-    if isinstance(error, (redis.ConnectionError, redis.TimeoutError)):
-        return _unavailable("redis", str(error).rstrip("."))
+def _why_lost(error, name):
+    """Why Redis did not answer.  Raises what waiting does not cure: a wrong password, a user that may not, a wrong command."""
+    if isinstance(error, (redis.AuthenticationError, redis.exceptions.AuthorizationError, redis.exceptions.NoPermissionError)):
+        raise _unavailable("redis", f"password or rights are missing ({error}), expected "
+                                    "redis://:password@host:6379/0 or redis://user:password@...") from error
     if "WRONGTYPE" in str(error):
-        return TypeError(f"{name!r} is the name of {_kind(name)}, which does not know this operation")
-    return error
+        raise TypeError(f"{name!r} is the name of {_kind(name)}, which does not know this operation") from error
+    if not isinstance(error, (redis.ConnectionError, redis.TimeoutError)):
+        raise error
+    return str(error).rstrip(".")
 
 
 def _key(name, kind="data"):
@@ -5368,9 +5345,8 @@ class _Wait:
 
     def answer(self, pending):
         """The answer that kazoo's asynchronous result gets, as for ask()."""
-        left = self.deadline - time.monotonic()
         try:
-            return pending.get(timeout=None if left == math.inf else max(left, 1.0))
+            return pending.get(timeout=max(1.0, bounded(self.deadline - time.monotonic())))
         except kazoo_threads.KazooTimeoutError:
             raise self.late() from None
 
@@ -5378,13 +5354,11 @@ class _Wait:
         """For watches.  Also called when the connection is lost, as the watch is then."""
         self.changed.set()
 
-    def until(self, look):
-        """The first true result of look(), which is called again after a change it watches, and after a lost connection."""
+    def persist(self, look):
+        """The result of look(), which is called again after a lost connection."""
         while True:
-            self.changed.clear()
             try:
-                if result := look():
-                    return result
+                return look()
             except _lost_connection():
                 if _is_over(self.client):
                     reason = f"{self.what}: away for longer than {_settings().patience:g} s"
@@ -5392,9 +5366,14 @@ class _Wait:
                 if time.monotonic() > self.deadline:
                     raise self.late() from None
                 time.sleep(0.05)       # kazoo needs a moment to replace an ended session
-                continue
-            left = self.deadline - time.monotonic()
-            if not self.changed.wait(None if left == math.inf else max(left, 0)):
+
+    def until(self, look):
+        """The first true result of look(), which is called again after a change it watches, and after a lost connection."""
+        while True:
+            self.changed.clear()
+            if result := self.persist(look):
+                return result
+            if not self.changed.wait(bounded(self.deadline - time.monotonic())):
                 raise self.late()
 
     def late(self):
@@ -5477,20 +5456,17 @@ class _Place(_Wait):
 
     def leave(self):
         """Delete our node; False if it was gone already."""
-        lost = False
+        tries = itertools.count()
 
-        def look():
-            nonlocal lost
+        def delete():
+            again = next(tries) > 0
             try:
                 self.ask("delete", f"{self.path}/{self.node}")
             except kazoo_errors.NoNodeError:       # by us, if that answer was lost and the session is the same
-                return "left" if lost and self.same_session() else "gone"
-            except _lost_connection():
-                lost = True
-                raise
-            return "left"
+                return again and self.same_session()
+            return True
 
-        return self.until(look) == "left"
+        return self.persist(delete)
 
     def abandon(self):
         """Give the place up, even if ZooKeeper is away: a node left behind would block others while we live."""
@@ -5502,16 +5478,15 @@ class _Place(_Wait):
         """Delete every node of ours, whenever that can be done."""
         self.deadline = math.inf
 
-        def look():
+        def delete():
             self.ask("sync", self.path)
             for node in filter(self.is_ours, self.ask("get_children", self.path)):
                 with contextlib.suppress(kazoo_errors.NoNodeError):
                     self.ask("delete", f"{self.path}/{node}")
-            return True
 
         # Unavailable: the node ends with its session; NoNodeError: there is no queue.
         with contextlib.suppress(Unavailable, kazoo_errors.NoNodeError):
-            self.until(look)
+            self.persist(delete)
 
 
 def _path(kind, name):
@@ -5583,7 +5558,7 @@ class _Holding:
         place = self._place
         if place is None or place.pid != os.getpid():
             raise LockLost(f"{self._what} is not held by this process")
-        if place.until(lambda: "held" if place.check_node() else "lost") == "lost":
+        if not place.persist(place.check_node):
             raise LockLost(f"{self._what} is not held any more: its session ended")
 
 
@@ -5627,16 +5602,13 @@ class Election(_Holding):
         wait = _Wait(self._what, self._path, None)
 
         def look():
-            try:
-                nodes = wait.children()
-            except kazoo_errors.NoNodeError:
-                nodes = []
-            for node in nodes:
-                with contextlib.suppress(kazoo_errors.NoNodeError):    # gone meanwhile: the next one leads
-                    return [wait.ask("get", f"{self._path}/{node}")[0].decode()]
-            return [None]
+            with contextlib.suppress(kazoo_errors.NoNodeError):        # nobody ever wanted to lead
+                for node in wait.children():
+                    with contextlib.suppress(kazoo_errors.NoNodeError):    # gone meanwhile: the next one leads
+                        return wait.ask("get", f"{self._path}/{node}")[0].decode()
+            return None
 
-        return wait.until(look)[0]
+        return wait.persist(look)
 
 
 def barrier(name, n, timeout=None):
@@ -5703,35 +5675,33 @@ class Event:
     def __repr__(self):
         return f"clupy.event({self.name!r})"
 
-    def _until(self, timeout, look):
-        """The first true result of look(wait), as _Wait.until."""
-        wait = _Wait(f"event {self.name!r}", self._path, timeout)
-        return wait.until(lambda: look(wait))
+    def _wait(self, timeout=None):
+        return _Wait(f"event {self.name!r}", self._path, timeout)
+
+    def _change(self, request, done, **options):
+        """Make a request; done: the error that says it was done already."""
+        wait = self._wait()
+        with contextlib.suppress(done):
+            wait.persist(lambda: wait.ask(request, self._path, **options))
 
     def set(self):
         """Set it; whoever waits goes on."""
-        def look(wait):
-            with contextlib.suppress(kazoo_errors.NodeExistsError):
-                wait.ask("create", self._path, makepath=True)
-            return True
-        self._until(None, look)
+        self._change("create", kazoo_errors.NodeExistsError, makepath=True)
 
     def clear(self):
         """Have whoever waits from now on wait until it is set again."""
-        def look(wait):
-            with contextlib.suppress(kazoo_errors.NoNodeError):
-                wait.ask("delete", self._path)
-            return True
-        self._until(None, look)
+        self._change("delete", kazoo_errors.NoNodeError)
 
     def is_set(self):
         """Whether it is set."""
-        return self._until(None, lambda wait: "set" if wait.ask("exists", self._path) else "clear") == "set"
+        wait = self._wait()
+        return wait.persist(lambda: wait.ask("exists", self._path)) is not None
 
     def wait(self, timeout=None):
         """Whether it was set within `timeout` seconds (None: for ever); returns as soon as it is."""
+        wait = self._wait(timeout)
         try:
-            return bool(self._until(timeout, lambda wait: wait.ask("exists", self._path, wait.wake)))
+            return bool(wait.until(lambda: wait.ask("exists", self._path, wait.wake)))
         except TimeoutError:
             return False
 
