@@ -78,6 +78,137 @@ LINE_SIZE = 16 << 10               # bytes of one line that an error message or 
 LONGEST_LINE = 1 << 20             # bytes after which a line is passed on without its end; more is memory for each worker
 
 
+# ==== Worker: the client's classes and modules ===============================
+# The client's classes are only named in results (clupy._client_class).  A class that was made here, or came with the
+# result of a nested call, is one that the client does not know: it goes by value.
+
+def note_client_classes():
+    """Note the classes that come from the client, from now on: wrap the function by which cloudpickle makes or finds them.
+    Once, when a worker starts."""
+    tracker = clupy._class_tracker()
+    lookup = tracker._lookup_class_or_track
+
+    def noting(tracker_id, cls):
+        cls = lookup(tracker_id, cls)
+        if pickling.of_client:
+            clupy._client_classes.add(cls)
+        return cls
+    tracker._lookup_class_or_track = noting
+
+
+def unpack_arguments(arguments):
+    """(args, kwargs) of a call."""
+    return clupy.unpack_arguments(arguments, unpack_call)
+
+
+def unpack_call(payload):
+    """clupy.unpack for functions and arguments; nested calls' results are for clupy.unpack itself."""
+    before, pickling.of_client = pickling.of_client, True
+    try:
+        return clupy.unpack(payload)
+    finally:
+        pickling.of_client = before
+
+
+class Finder:
+    """The importer of the client's modules.  It stands twice on sys.meta_path: first for the client's own top-level modules,
+    so that another version installed here is not taken, last for all others.
+
+    fetch(name, parent's __path__) -> clupy.module_source's answer; it blocks, and any thread may call it.  What it says is
+    kept for the life of the worker, "no" included: a module has one version per slot.  Never asked: for the standard
+    library, for submodules of packages that did not come from the client, and in a child that the call forked, as the
+    socket is its parent's.  A child of multiprocessing's spawn has no Finder: it sees only what is installed."""
+
+    def __init__(self, fetch, own, server):
+        self.fetch, self.own, self.server = fetch, frozenset(own), server
+        self.pid = os.getpid()
+        self.answers = {}                          # {module's name: what the client said}; any importing thread adds
+        self.packages = set()                      # names of packages that came from the client; likewise
+
+    def __repr__(self):
+        return f"<Finder {self.server} {len(self.answers)} modules asked for>"
+
+    def install(self):
+        sys.meta_path.insert(0, _OwnFirst(self))
+        sys.meta_path.append(self)
+
+    def find_spec(self, name, path=None, target=None):
+        """The module's spec from the client, or None.
+
+        Does not raise for a missing module, as optional libraries are looked for with importlib.util.find_spec:
+        clupy._missing_modules has the error's text."""
+        parent = name.rpartition(".")[0]
+        if os.getpid() != self.pid or parent and parent not in self.packages or clupy.is_every_servers(name):
+            return None
+        if name not in self.answers:
+            self.answers[name] = self.fetch(name, path and list(path))
+        kind, *answer = self.answers[name]
+        return getattr(self, f"on_{kind}")(name, path, *answer)
+
+    def on_source(self, name, path, text, filename, package_path):
+        linecache.cache[filename] = len(text), None, text.splitlines(keepends=True), filename
+        spec = importlib.machinery.ModuleSpec(name, _Loader(text, filename), origin=filename)
+        spec.has_location = True                   # sets __file__
+        spec.submodule_search_locations = package_path
+        if package_path is not None:
+            self.packages.add(name)
+        return spec
+
+    def on_namespace(self, name, path, places):
+        here = importlib.machinery.PathFinder.find_spec(name, path)     # parts of the package may be installed here
+        spec = importlib.machinery.ModuleSpec(name, None, is_package=True)
+        spec.submodule_search_locations = places + list(here.submodule_search_locations or () if here else ())
+        self.packages.add(name)
+        return spec
+
+    def on_library(self, name, path, distribution, version):
+        line = f"{distribution}=={version}" if version else distribution
+        clupy._missing_modules[name] = (
+            f"No module named {name!r} on {self.server}; the client has {distribution} {version or 'of no version'}: "
+            f"add the line `- {line}` under `libraries:` in clupy.client.dependency.yaml")
+
+    def on_refused(self, name, path, why):
+        clupy._missing_modules[name] = f"No module named {name!r} on {self.server}: {why}"
+
+    def on_no(self, name, path):
+        return None
+
+
+class _OwnFirst:
+    """The Finder's first place on sys.meta_path: for the client's own modules alone."""
+
+    def __init__(self, finder):
+        self.finder = finder
+
+    def find_spec(self, name, path=None, target=None):
+        first = name.partition(".")[0] in self.finder.own or name.rpartition(".")[0] in self.finder.packages
+        return self.finder.find_spec(name, path) if first else None
+
+
+class _Loader:
+    """What runs the client's text under the client's file name."""
+
+    def __init__(self, text, filename):
+        self.text, self.filename = text, filename
+
+    def create_module(self, spec):
+        return None
+
+    def exec_module(self, module):
+        exec(compile(self.text, self.filename, "exec", dont_inherit=True), vars(module))
+
+    def get_source(self, name):
+        """The text, for inspect and linecache."""
+        return self.text
+
+    def get_data(self, path):
+        """Raise what pkgutil.get_data expects where there is no file, and importlib.resources before it reads one."""
+        raise OSError(f"{path} is not on this worker: of the client's modules only source is sent; pass what is in the "
+                      "file as an argument, or share() it")
+
+    get_resource_reader = get_data
+
+
 # ==== Worker: the process that runs calls ====================================
 # Started as `python -P -c BOOT fds`, so that nothing of the server's folder can be imported by accident and `__main__`
 # is clean.  It says "r" on its channel when it is warm, and waits there for one slot's socket.
@@ -444,11 +575,9 @@ class Worker:
 
     def on_recall(self, _):
         back = []
-        while True:
-            try:
+        with contextlib.suppress(IndexError):      # the main thread may take the last one
+            while True:
                 back.append(self.todo.pop())
-            except IndexError:
-                break
         back.reverse()
         self.todo.extend(item for item in back if not item[0])     # functions stay, in their order
         self.send_results()                        # first: what is neither in these nor returned runs just now
@@ -553,10 +682,8 @@ class TlsSocket:
 def flush_output():
     """What was printed without a line's end is shown before the worker waits."""
     for stream in (sys.stdout, sys.stderr):
-        try:
+        with contextlib.suppress(AttributeError, OSError, ValueError):     # the call set it to None or closed it: its affair
             stream.flush()
-        except (AttributeError, OSError, ValueError):
-            pass                                   # the call set it to None or closed it: its own affair
 
 
 class NestedCalls(clupy.BaseEngine):
@@ -610,137 +737,6 @@ class NestedCalls(clupy.BaseEngine):
         """In a forked child of a call: the slot's socket is the parent's alone."""
         os.close(self._worker.sock.detach())
         clupy.use_client(self._worker.client)
-
-
-# ==== Worker: the client's classes and modules ===============================
-# The client's classes are only named in results (clupy._client_class).  A class that was made here, or came with the
-# result of a nested call, is one that the client does not know: it goes by value.
-
-def note_client_classes():
-    """Note the classes that come from the client, from now on: wrap the function by which cloudpickle makes or finds them.
-    Once, when a worker starts."""
-    tracker = clupy._class_tracker()
-    lookup = tracker._lookup_class_or_track
-
-    def noting(tracker_id, cls):
-        cls = lookup(tracker_id, cls)
-        if pickling.of_client:
-            clupy._client_classes.add(cls)
-        return cls
-    tracker._lookup_class_or_track = noting
-
-
-def unpack_arguments(arguments):
-    """(args, kwargs) of a call."""
-    return clupy.unpack_arguments(arguments, unpack_call)
-
-
-def unpack_call(payload):
-    """clupy.unpack for functions and arguments; nested calls' results are for clupy.unpack itself."""
-    before, pickling.of_client = pickling.of_client, True
-    try:
-        return clupy.unpack(payload)
-    finally:
-        pickling.of_client = before
-
-
-class Finder:
-    """The importer of the client's modules.  It stands twice on sys.meta_path: first for the client's own top-level modules,
-    so that another version installed here is not taken, last for all others.
-
-    fetch(name, parent's __path__) -> clupy.module_source's answer; it blocks, and any thread may call it.  What it says is
-    kept for the life of the worker, "no" included: a module has one version per slot.  Never asked: for the standard
-    library, for submodules of packages that did not come from the client, and in a child that the call forked, as the
-    socket is its parent's.  A child of multiprocessing's spawn has no Finder: it sees only what is installed."""
-
-    def __init__(self, fetch, own, server):
-        self.fetch, self.own, self.server = fetch, frozenset(own), server
-        self.pid = os.getpid()
-        self.answers = {}                          # {module's name: what the client said}; any importing thread adds
-        self.packages = set()                      # names of packages that came from the client; likewise
-
-    def __repr__(self):
-        return f"<Finder {self.server} {len(self.answers)} modules asked for>"
-
-    def install(self):
-        sys.meta_path.insert(0, _OwnFirst(self))
-        sys.meta_path.append(self)
-
-    def find_spec(self, name, path=None, target=None):
-        """The module's spec from the client, or None.
-
-        Does not raise for a missing module, as optional libraries are looked for with importlib.util.find_spec:
-        clupy._missing_modules has the error's text."""
-        parent = name.rpartition(".")[0]
-        if os.getpid() != self.pid or parent and parent not in self.packages or clupy.is_every_servers(name):
-            return None
-        if name not in self.answers:
-            self.answers[name] = self.fetch(name, path and list(path))
-        kind, *answer = self.answers[name]
-        return getattr(self, f"on_{kind}")(name, path, *answer)
-
-    def on_source(self, name, path, text, filename, package_path):
-        linecache.cache[filename] = len(text), None, text.splitlines(keepends=True), filename
-        spec = importlib.machinery.ModuleSpec(name, _Loader(text, filename), origin=filename)
-        spec.has_location = True                   # sets __file__
-        spec.submodule_search_locations = package_path
-        if package_path is not None:
-            self.packages.add(name)
-        return spec
-
-    def on_namespace(self, name, path, places):
-        here = importlib.machinery.PathFinder.find_spec(name, path)     # parts of the package may be installed here
-        spec = importlib.machinery.ModuleSpec(name, None, is_package=True)
-        spec.submodule_search_locations = places + list(here.submodule_search_locations or () if here else ())
-        self.packages.add(name)
-        return spec
-
-    def on_library(self, name, path, distribution, version):
-        line = f"{distribution}=={version}" if version else distribution
-        clupy._missing_modules[name] = (
-            f"No module named {name!r} on {self.server}; the client has {distribution} {version or 'of no version'}: "
-            f"add the line `- {line}` under `libraries:` in clupy.client.dependency.yaml")
-
-    def on_refused(self, name, path, why):
-        clupy._missing_modules[name] = f"No module named {name!r} on {self.server}: {why}"
-
-    def on_no(self, name, path):
-        return None
-
-
-class _OwnFirst:
-    """The Finder's first place on sys.meta_path: for the client's own modules alone."""
-
-    def __init__(self, finder):
-        self.finder = finder
-
-    def find_spec(self, name, path=None, target=None):
-        first = name.partition(".")[0] in self.finder.own or name.rpartition(".")[0] in self.finder.packages
-        return self.finder.find_spec(name, path) if first else None
-
-
-class _Loader:
-    """What runs the client's text under the client's file name."""
-
-    def __init__(self, text, filename):
-        self.text, self.filename = text, filename
-
-    def create_module(self, spec):
-        return None
-
-    def exec_module(self, module):
-        exec(compile(self.text, self.filename, "exec", dont_inherit=True), vars(module))
-
-    def get_source(self, name):
-        """The text, for inspect and linecache."""
-        return self.text
-
-    def get_data(self, path):
-        """Raise what pkgutil.get_data expects where there is no file, and importlib.resources before it reads one."""
-        raise OSError(f"{path} is not on this worker: of the client's modules only source is sent; pass what is in the "
-                      "file as an argument, or share() it")
-
-    get_resource_reader = get_data
 
 
 # ==== Environments ===========================================================
@@ -819,12 +815,6 @@ class Environment:
             os.close(self._descriptor)
             self._descriptor = None
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()
-
 
 class Environments:
     """The environments in a folder, which servers of one machine may share.  At most `kept` complete ones remain after a
@@ -832,9 +822,6 @@ class Environments:
 
     def __init__(self, folder=None, kept=10):
         self.folder, self.kept = pathlib.Path(folder or default_environments_dir()).absolute(), kept
-
-    def __repr__(self):
-        return f"<Environments {self.folder}: {', '.join(self.complete()) or 'none'}>"
 
     def complete(self):
         """The ids of those that are complete, the most recently used first."""
@@ -939,6 +926,16 @@ class Environments:
 
 
 # ==== Process: a worker as its server sees it ================================
+
+def worker_variables(environ, slots):
+    """The environment variables of a worker: without the secret, and with one node's cores divided by its slots."""
+    variables = {name: value for name, value in environ.items() if name not in ("CLUPY_SECRET", "CLUPY_MASTER")}
+    threads = str(max(1, clupy.cores() // slots))
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS",
+                 "VECLIB_MAXIMUM_THREADS"):
+        variables.setdefault(name, threads)
+    return variables
+
 
 class Process:
     """One worker process: its board, and how it begins and ends.  For the server's loop alone.
@@ -1289,12 +1286,17 @@ class SlotRow:
     def __repr__(self):
         return f"slot {self.number} of {self.session.client[:6]}"
 
+    def end(self, why):
+        """End it, by the end of its worker if it has one."""
+        if self.process:
+            self.process.end(why, GRACE_TIME)
+        else:
+            self.waiter.cancel()
+
     def hang_up(self):
         """Let the worker read the end."""
-        try:
+        with contextlib.suppress(OSError):         # the client's end is gone already
             self.sock.shutdown(socket.SHUT_RD)
-        except OSError:
-            pass                                   # the client's end is gone already
 
 
 def assignments(waiting, ready, room, room_nested):
@@ -1330,16 +1332,6 @@ def changes(most, awaited, default, spare):
         else:
             needless.append(worker)
     return missing, needless
-
-
-def worker_variables(environ, slots):
-    """The environment variables of a worker: without the secret, and with one node's cores divided by its slots."""
-    variables = {name: value for name, value in environ.items() if name not in ("CLUPY_SECRET", "CLUPY_MASTER")}
-    threads = str(max(1, clupy.cores() // slots))
-    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS",
-                 "VECLIB_MAXIMUM_THREADS"):
-        variables.setdefault(name, threads)
-    return variables
 
 
 class Pause:
@@ -1489,10 +1481,8 @@ class Workers:
             if not process.why:
                 log.info("worker %s of client %s died: %s", process.pid, slot.session.client[:6], describe_exit(code))
             slot.session.slots.pop(slot.number, None)
-            try:
+            with contextlib.suppress(OSError):     # the client closed it first
                 slot.sock.shutdown(socket.SHUT_WR)
-            except OSError:
-                pass                               # the client closed it first
             self._end_session(process.zookeeper_session())
             base = give_base(slot)
             self._pause.end()                      # there may be room for another now
@@ -1508,7 +1498,7 @@ class Workers:
                 "pid": process.pid, "begun": begun, "why": process.why or Why.DIED, "reason": describe_exit(code),
                 "code": code, "peak": peak, "limit": self.settings.memory_limit, "lines": list(process.output.last_lines),
                 "stack": process.output.stack.decode(errors="replace"), "base": base})
-            self.server.spawn(drain_socket(slot.sock))
+            self.server.tasks.spawn(drain_socket(slot.sock))
         self.look()
         self.server.state_soon()
 
@@ -1542,7 +1532,7 @@ class Workers:
                     number, deadline = process.begun()
                     if deadline not in (UNBOUND, IDLE) and deadline < now:
                         process.late = True
-                        self.server.spawn(self._time_out(process, number))
+                        self.server.tasks.spawn(self._time_out(process, number))
 
     async def _time_out(self, process, number):
         try:
@@ -1579,15 +1569,11 @@ def give_base(slot):
 
 async def drain_socket(sock):
     """Close the socket once the client has: closing one with unread input would lose what is still under way."""
-    try:
+    with sock, contextlib.suppress(OSError):       # reset, or not closed in time
         sock.setblocking(False)
         async with asyncio.timeout(clupy.CLOSE_TIME):
             while await asyncio.get_running_loop().sock_recv(sock, 1 << 16):
                 pass
-    except OSError:
-        pass                                       # reset, or not closed in time
-    finally:
-        sock.close()
 
 
 def describe_exit(code):
@@ -1737,13 +1723,11 @@ class NodeLibraries:
         self.wanted = self.libraries_of(clupy_master.Resolution.of(said[1]), said[2])
         self._switch()
 
-    async def keep_in_step(self):
-        """Try again, from time to time, what could not be built, and build anew what somebody removed."""
-        while True:
-            await asyncio.sleep(self.settings.sync_interval)
-            for libraries in {self.wanted, *(session.libraries for session in self.server.sessions.values())} - {None}:
-                self.libraries_of(libraries.resolution, {})
-            self._forget()
+    def keep_in_step(self):
+        """Try again what could not be built, and build anew what somebody removed; to be called from time to time."""
+        for libraries in {self.wanted, *(session.libraries for session in self.server.sessions.values())} - {None}:
+            self.libraries_of(libraries.resolution, {})
+        self._forget()
 
     def state(self):
         """What the master and `status` are told."""
@@ -1799,15 +1783,13 @@ class Session:
         if slot is None:                           # it ended by itself, or was never opened
             self.numbers.add(number)
             self.connection.send("ended", number, {"pid": None, "begun": 0, "why": Why.CLOSED})
-        elif slot.process:
-            slot.process.end(Why.CLOSED, GRACE_TIME)
         else:
-            slot.waiter.cancel()
+            slot.end(Why.CLOSED)
 
     def on_kill(self, _, number, call):
         slot = self.slots.get(number)
         if slot and slot.process:
-            self.server.spawn(self._kill(slot, call))
+            self.server.tasks.spawn(self._kill(slot, call))
 
     async def _kill(self, slot, call):
         if not await slot.process.kill_call(call, Why.CANCELLED):
@@ -1844,13 +1826,13 @@ class Server:
         self.services = {}                         # what the master says of Redis and ZooKeeper
         self.sessions = {}                         # {session id: Session}; changed by _serve_control
         self.draining = False
-        self.failed = asyncio.get_running_loop().create_future()     # an error after which it makes no sense to go on
+        self.over = asyncio.get_running_loop().create_future()       # None, or an error: it makes no sense to go on
         self.versions = {"python": "%d.%d.%d" % sys.version_info[:3], "cloudpickle": clupy_master.installed("cloudpickle")}
         self.tls = settings.tls_cert and clupy.tls_files(settings)            # what a worker needs of it
         self.link = clupy.MasterLink(clupy.masters_of(settings), secret, settings)
         self.libraries = NodeLibraries(self)
         self.workers = Workers(self, settings.slots)
-        self._tasks = set()
+        self.tasks = clupy_master.Tasks("the server")
         self._stating = None                       # TimerHandle, while a statement is due
         self._closing = False
         self._said = ""                            # why there is no master, as the log says; None: there is one
@@ -1866,20 +1848,12 @@ class Server:
 
     async def start(self):
         self.workers.look()
-        for life in (self.link.run(self), self.workers.watch(), self._repeat(), self._say_alive(), self._sweep(),
-                     self.libraries.keep_in_step()):
-            self.spawn(life)
-
-    def spawn(self, coroutine):
-        """Run a coroutine as a task of this server, ended with it."""
-        task = asyncio.get_running_loop().create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._done)
-
-    def _done(self, task):
-        self._tasks.discard(task)
-        if not task.cancelled() and task.exception():
-            log.error("a task of the server failed", exc_info=task.exception())
+        self.tasks.spawn(self.link.run(self))
+        self.tasks.spawn(self.workers.watch())
+        self.tasks.repeat(clupy.STATEMENT_TIME, self._restate)
+        self.tasks.repeat(clupy.ALIVE_TIME, self.tell, "alive", "")
+        self.tasks.repeat(self.settings.sync_interval, self.libraries.keep_in_step)
+        self.tasks.repeat(SWEEP_TIME, clupy.remove_copies)         # of clients and servers that were killed together
 
     def descriptors(self):
         copies = [fd for session in list(self.sessions.values()) if session.copies for fd in session.copies.held]
@@ -1904,10 +1878,7 @@ class Server:
         finally:
             del self.sessions[session.id]
             for slot in list(session.slots.values()):
-                if slot.process:
-                    slot.process.end(Why.CLIENT_GONE, GRACE_TIME)
-                else:
-                    slot.waiter.cancel()
+                slot.end(Why.CLIENT_GONE)
             if session.copies:
                 session.copies.close()
 
@@ -1937,11 +1908,6 @@ class Server:
         for session in self.sessions.values():
             session.connection.send("notice", *notice)
 
-    async def _say_alive(self):
-        while True:
-            self.tell("alive", "")
-            await asyncio.sleep(clupy.ALIVE_TIME)
-
     # -- the master
 
     def master_joined(self, connection):
@@ -1952,17 +1918,9 @@ class Server:
             self._said = self.link.why_lost        # once, however often it is tried again
             log.warning("no master: %s", self._said)
 
-    async def _repeat(self):
-        while True:
-            await asyncio.sleep(clupy.STATEMENT_TIME)
-            self.link.look(time.monotonic())
-            self._state()
-
-    async def _sweep(self):
-        """Remove copies that were left by clients and servers that were killed together."""
-        while True:
-            clupy.remove_copies()
-            await asyncio.sleep(SWEEP_TIME)
+    def _restate(self):
+        self.link.look(time.monotonic())
+        self._state()
 
     def state_soon(self):
         """After a change: state it, gathered for GATHER_TIME."""
@@ -1992,8 +1950,11 @@ class Server:
         self.link.follow(address)
 
     def master_refused(self, error):
-        if not self.failed.done():
-            self.failed.set_result(error)
+        self._is_over(error)
+
+    def _is_over(self, error=None):
+        if not self.over.done():
+            self.over.set_result(error)
 
     # -- more slots, and the end
 
@@ -2004,15 +1965,23 @@ class Server:
             self.workers.look()
             self.state_soon()
 
-    async def drain(self):
+    async def _drain(self):
         """Take no new slots, and wait until the calls under way are done, `drain_time` at most."""
-        self.draining = True
         log.info("draining: %s slots are open; for %g s at most", self.workers.open_slots(), self.settings.drain_time)
         self._state()
         self.tell("draining", "")
         deadline = time.monotonic() + self.settings.drain_time
         while self.workers.open_slots() and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
+        self._is_over()
+
+    def terminate(self):
+        """For SIGTERM: drain; end at once when it comes again."""
+        if self.draining:
+            self._is_over()
+        else:
+            self.draining = True
+            self.tasks.spawn(self._drain())
 
     async def close(self):
         """Kill the workers and close everything."""
@@ -2022,9 +1991,7 @@ class Server:
         await self.workers.close()
         for session in list(self.sessions.values()):
             session.connection.close()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.tasks.close()
         await self.libraries.close()
 
 
@@ -2032,31 +1999,10 @@ async def run(settings, secret):
     """Be a server until cancelled or refused by the master; SIGTERM drains, a second one ends at once."""
     server = Server(settings, secret)
     log.info("server listens on %s:%s, %s slots", *server.address, server.slots)
-    drained = loop_signals(server)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, server.terminate)
     try:
         await server.start()
-        await asyncio.wait([server.failed, drained], return_when=asyncio.FIRST_COMPLETED)
-        if server.failed.done():
-            raise server.failed.result()
+        if error := await server.over:
+            raise error
     finally:
         await server.close()
-
-
-def loop_signals(server):
-    """A future that is done when SIGTERM has drained the server, or a second one came."""
-    loop = asyncio.get_running_loop()
-    drained = loop.create_future()
-
-    async def drain():
-        await server.drain()
-        if not drained.done():
-            drained.set_result(None)
-
-    def terminate():
-        if server.draining and not drained.done():
-            drained.set_result(None)
-        elif not server.draining:
-            server.spawn(drain())
-
-    loop.add_signal_handler(signal.SIGTERM, terminate)
-    return drained

@@ -3672,7 +3672,8 @@ def test_an_environments_versions_win_and_the_servers_own_follow(tmp_path, index
         write_wheel(tmp_path / "server", name, "0.1")
         (tmp_path / "server" / f"{name}.py").write_text("version = '0.1'")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "server"))
-    with asyncio.run(clupy_server.Environments(tmp_path / "environments").build(solve(index, "algebra"))) as environment:
+    built = asyncio.run(clupy_server.Environments(tmp_path / "environments").build(solve(index, "algebra")))
+    with contextlib.closing(built) as environment:
         look = "import figures, odd, cloudpickle; print(figures.version, odd.version, cloudpickle.__file__)"
         import cloudpickle
         assert python_in(environment.path, look) == f"1.0 0.1 {cloudpickle.__file__}"
