@@ -4159,7 +4159,7 @@ def wait_all(results, time_out=None, progress=False):
 
     progress: show on standard error how many have."""
     results = list(results)
-    deadline = math.inf if time_out is None else time.monotonic() + _duration(time_out)
+    deadline = _deadline(time_out)
     step = 0.5 if progress else math.inf
     try:
         for future in results:
@@ -4172,6 +4172,11 @@ def wait_all(results, time_out=None, progress=False):
     finally:
         if progress:
             _show_progress(results, "\n")
+
+
+def _deadline(seconds):
+    """The time.monotonic() after a duration; None: never."""
+    return math.inf if seconds is None else time.monotonic() + _duration(seconds)
 
 
 def _show_progress(results, end):
@@ -4614,7 +4619,6 @@ PIECE = 1 << 20                   # bytes; half or twice that is no faster
 WINDOW = 4                        # pieces per command; more do not fit a processor's cache, 64 take twice as long
 LONGEST_ITEM = 512 << 20          # bytes of a string of Redis: one item of a queue, one message
 
-_MISSING = object()
 _shared_here = weakref.WeakValueDictionary()       # {name: the Ref that share() gave for one of these}
 _own = None                            # this process's Copies where it is no worker, made when it first needs one
 _client = None                         # a worker's: the id of its client, whose copies it uses;
@@ -4645,13 +4649,13 @@ def put(name, value, ttl=None):
     _store(_key(name), "value", _buffers_of(value), _ttl(ttl))
 
 
-def get(name, default=_MISSING):
+def get(name, default=_ABSENT):
     """The value put under `name`; of a file: its bytes.  Without one: `default`, or KeyError if there is none.
 
     Never half of an old and half of a new value.  Unpickling runs code: whoever writes to this Redis is trusted."""
-    found = _load(_key(name), name, _memory)
+    found = _load(_key(name), name)
     if found is None:
-        if default is _MISSING:
+        if default is _ABSENT:
             raise KeyError(name)
         return default
     kind, _, buffers = found
@@ -4781,7 +4785,7 @@ def _store(key, kind, buffers, ttl):
 _REFRESH = "if redis.pcall('hget', KEYS[1], 'h') == ARGV[1] then redis.call('pexpire', KEYS[1], ARGV[2]) end"
 
 
-def _load(key, name, allocate):
+def _load(key, name, allocate=lambda sizes: [memory(size) for size in sizes]):
     """(kind, ttl, buffers) of what is stored under the key, or None; its time to live begins anew.
 
     allocate(sizes) -> writable buffers of these sizes; called again if the value was replaced while it was read."""
@@ -4809,10 +4813,6 @@ def _load(key, name, allocate):
 def _window(key, name, start, count):
     """[header, piece, ...]: so many pieces from the start-th on."""
     return _retried(lambda client: client.hmget(key, "h", *range(start, start + count)), name)
-
-
-def _memory(sizes):
-    return [memory(size) for size in sizes]
 
 
 def open(name, mode="r", encoding="utf-8", newline=None):
@@ -5000,7 +5000,7 @@ def _value_of(*fields):
 def _fetched(ref):
     """The buffers of a Ref, from Redis or from the client that serves it."""
     if ref.in_redis:
-        found = _load(_key(ref.name, "ref"), ref.name, _memory)
+        found = _load(_key(ref.name, "ref"), ref.name)
         buffers = found and found[2]
     else:
         buffers = _fetch and _fetch("ref", ref.name)
@@ -5241,7 +5241,7 @@ class Queue(_Used):
 
         No item is lost or doubled, except that one under way when Redis or this process dies is lost: Unavailable if that
         may be."""
-        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        deadline = _deadline(timeout)
         item = _once(self._use("lpop"), self.name)
         while item is None:
             left = deadline - time.monotonic()
@@ -5298,7 +5298,7 @@ class Subscription:
         self._listener.close()
 
     def __next__(self):
-        deadline = math.inf if self.timeout is None else time.monotonic() + self.timeout
+        deadline = _deadline(self.timeout)
         while True:
             left = deadline - time.monotonic()
             try:
@@ -5335,7 +5335,7 @@ class _Wait:
 
     def __init__(self, what, path, timeout):
         self.what, self.path, self.timeout = what, path, timeout
-        self.deadline = math.inf if timeout is None else time.monotonic() + timeout
+        self.deadline = _deadline(timeout)
         self.client = _zookeeper()
         self.changed = threading.Event()
 
@@ -5378,7 +5378,7 @@ class _Wait:
 
     def late(self):
         """The error to raise at the deadline."""
-        return TimeoutError(f"{self.what}: not within {self.timeout:g} s")
+        return TimeoutError(f"{self.what}: not within {_duration(self.timeout):g} s")
 
     def children(self, watch=None):
         """The nodes in the order of their numbers."""

@@ -24,6 +24,7 @@ GIL, and kills one call and no other: it stops the worker, reads the board, and 
 ZooKeeper session is there, too: the server ends it with the worker, so that a lock of a killed call is free at once.
 """
 
+import codecs
 import collections
 import concurrent.futures
 import contextlib
@@ -74,8 +75,8 @@ WORKER_FILES = 9                   # descriptors of a worker here: channel, life
 RESERVED_FILES = 20                # descriptors that no worker takes: for clients, the master, and what a start needs shortly
 RETRY_START = 1.0, 30.0            # seconds until a worker that could not be started is tried again: at first, and at most
 LAST_LINES = 10                    # of standard error that an error message shows
-LINE_SIZE = 16 << 10               # bytes of one line that an error message or a stack shows
-LONGEST_LINE = 1 << 20             # bytes after which a line is passed on without its end; more is memory for each worker
+LINE_SIZE = 16 << 10               # characters of one line that an error message or a stack shows
+LONGEST_LINE = 1 << 20             # characters after which a line is passed on without its end; more is memory for each worker
 
 
 # ==== Worker: the client's classes and modules ===============================
@@ -1149,7 +1150,8 @@ class Output:
         self.stack = b""                           # what faulthandler wrote
         self.last_lines = collections.deque(maxlen=LAST_LINES)     # of standard error, since this call began:
         self._call = 0
-        self._tails = {"out": b"", "err": b""}     # without a line's end yet
+        self._tails = {"out": "", "err": ""}       # without a line's end yet
+        self._decoders = {stream: codecs.getincrementaldecoder("utf-8")("replace") for stream in self._tails}
         loop = asyncio.get_running_loop()
         for fd in pipes:
             os.set_blocking(fd, False)
@@ -1174,25 +1176,27 @@ class Output:
         asyncio.get_running_loop().remove_reader(fd)
         stream = self.pipes.pop(fd)
         os.close(fd)
-        if self._tails.get(stream):
-            self._pass_on(stream, b"\n")
+        if stream != "stack":
+            self._pass_on(stream, b"", final=True)
 
-    def _pass_on(self, stream, data):
-        """Send whole lines to the client."""
-        process, data = self.process, self._tails[stream] + data
-        end = data.rfind(b"\n") + 1 or (whole_characters(data) if len(data) > LONGEST_LINE else 0)
-        lines, self._tails[stream] = data[:end], data[end:]
+    def _pass_on(self, stream, data, final=False):
+        """Send whole lines to the client; final: and what has no end."""
+        process, text = self.process, self._tails[stream] + self._decoders[stream].decode(data, final)
+        if final and text:
+            text += "\n"
+        end = text.rfind("\n") + 1 or (len(text) if len(text) > LONGEST_LINE else 0)
+        lines, self._tails[stream] = text[:end], text[end:]
         if not lines:
             return
         if stream == "err":
             if self._call != (call := process.begun()[0]):
                 self._call = call
                 self.last_lines.clear()
-            self.last_lines.extend(lines[-LINE_SIZE:].decode(errors="replace").splitlines())
+            self.last_lines.extend(lines[-LINE_SIZE:].splitlines())
         if process.slot:
             process.slot.session.show(process.pid, stream, lines)
         else:
-            log.info("worker %s: %s", process.pid, lines.decode(errors="replace").rstrip())
+            log.info("worker %s: %s", process.pid, lines.rstrip())
 
     def close(self):
         """Read what the pipes still hold, and close them: all that the worker wrote is there, whoever else has them."""
@@ -1202,15 +1206,6 @@ class Output:
                     break
             if fd in self.pipes:
                 self._close(fd)
-
-
-def whole_characters(data):
-    """How many bytes of UTF-8 there are without a last character that is not all there."""
-    for back in range(1, min(4, len(data)) + 1):
-        if data[-back] & 0xC0 != 0x80:             # the first byte of the last character tells its length
-            length = 1 if data[-back] < 0xC0 else 2 if data[-back] < 0xE0 else 3 if data[-back] < 0xF0 else 4
-            return len(data) if length <= back else len(data) - back
-    return len(data)
 
 
 def end_session(hosts, session, ended):
@@ -1281,7 +1276,6 @@ class SlotRow:
         self.session, self.number, self.nested = session, number, nested
         self.sock = sock                           # kept open until the client has read to the end
         self.process = None                        # Process, once a worker is free
-        self.waiter = asyncio.get_running_loop().create_future()
 
     def __repr__(self):
         return f"slot {self.number} of {self.session.client[:6]}"
@@ -1291,7 +1285,7 @@ class SlotRow:
         if self.process:
             self.process.end(why, GRACE_TIME)
         else:
-            self.waiter.cancel()
+            self.session.server.workers.withdraw(self, why)
 
     def hang_up(self):
         """Let the worker read the end."""
@@ -1401,19 +1395,18 @@ class Workers:
 
     # -- slots
 
-    async def serve(self, slot):
-        """Wait for a free worker and hand the socket over."""
+    def serve(self, slot):
+        """Hand the slot's socket over, as soon as a worker is free."""
         if slot.nested and slot.session.nested_slots() >= self.settings.max_nested:    # nobody else's end would make room
             self._turn_away(slot, Why.MAX_NESTED, f"max_nested is {self.settings.max_nested}")
             return
         self.waiting.append(slot)
         self.look()
-        try:
-            await slot.waiter
-        except asyncio.CancelledError:             # closed by the client before a worker was free
-            if slot in self.waiting:
-                self.waiting.remove(slot)
-            self._turn_away(slot, Why.CLOSED)
+
+    def withdraw(self, slot, why):
+        """End a slot that waits for a worker."""
+        self.waiting.remove(slot)
+        self._turn_away(slot, why)
 
     def _turn_away(self, slot, why, reason=""):
         """End a slot that no worker serves."""
@@ -1427,7 +1420,7 @@ class Workers:
         self._assign()
 
     def _assign(self):
-        waiting = [(slot, self.server.libraries.of_session(slot.session)) for slot in self.waiting if not slot.waiter.done()]
+        waiting = [(slot, self.server.libraries.of_session(slot.session)) for slot in self.waiting]
         room_nested = {slot.session: self.settings.max_nested - slot.session.nested_slots() for slot, _ in waiting}
         ready = [process for process in self.processes.values() if process.ready and process.usable]
         for slot, process in assignments(waiting, ready, self.slots - self.open_slots(nested=False), room_nested):
@@ -1436,7 +1429,6 @@ class Workers:
             except ConnectionError:
                 continue                           # it died just now, and is replaced: the slot waits on
             self.waiting.remove(slot)
-            slot.waiter.set_result(None)
             self._failures = 0
             self._pause.forget()
             self.server.state_soon()
@@ -1801,19 +1793,18 @@ class Session:
     def on_seen(self, _, count):
         self._unseen -= count
         if self._dropped and not self._unseen:
-            self.show(0, "err", b"")
+            self.show(0, "err", "")
 
     def show(self, pid, stream, lines):
         """Send lines on, unless the client has not seen what was sent before."""
         if not self.output:
             return
         if self._unseen + len(lines) > clupy.UNSEEN_OUTPUT and self._unseen:
-            self._dropped += lines.count(b"\n")
+            self._dropped += lines.count("\n")
             return
-        text = lines.decode(errors="replace")
         dropped, self._dropped = self._dropped, 0
-        self._unseen += len(text)
-        self.connection.send("output", pid, stream, text, dropped)
+        self._unseen += len(lines)
+        self.connection.send("output", pid, stream, lines, dropped)
 
 
 class Server:
@@ -1841,10 +1832,6 @@ class Server:
 
     def __repr__(self):
         return f"<Server {self.address[1]} {len(self.sessions)} sessions, {self.workers}>"
-
-    @property
-    def slots(self):
-        return self.workers.slots
 
     async def start(self):
         self.workers.look()
@@ -1896,7 +1883,8 @@ class Server:
         session.numbers.add(number)
         tune(sock, user_timeout=False)
         slot = session.slots[number] = SlotRow(session, number, nested, sock)
-        return self.workers.serve(slot)
+        self.workers.serve(slot)
+        return None
 
     def said_to_worker(self, slot):
         """What a worker is told with the socket of its slot."""
@@ -1960,7 +1948,7 @@ class Server:
 
     def grow(self, slots):
         """At least so many slots."""
-        if slots > self.slots:
+        if slots > self.workers.slots:
             self.workers.slots = slots
             self.workers.look()
             self.state_soon()
@@ -1998,7 +1986,7 @@ class Server:
 async def run(settings, secret):
     """Be a server until cancelled or refused by the master; SIGTERM drains, a second one ends at once."""
     server = Server(settings, secret)
-    log.info("server listens on %s:%s, %s slots", *server.address, server.slots)
+    log.info("server listens on %s:%s, %s slots", *server.address, server.workers.slots)
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, server.terminate)
     try:
         await server.start()
