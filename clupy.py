@@ -4261,9 +4261,7 @@ class Executor(concurrent.futures.Executor):
         self._engine = self._own_engine or _current_engine()
         self._limit = ("executor", os.urandom(8).hex()), max_workers
         _executors.add(self)
-        self._setup = None
-        if initializer is not None:
-            self._setup = capture(functools.partial(initializer, *initargs))
+        self._setup = None if initializer is None else capture(functools.partial(initializer, *initargs))
         self._shut = False
         if max_workers:
             self._engine.grow(max_workers)
@@ -4653,7 +4651,7 @@ def get(name, default=_ABSENT):
     """The value put under `name`; of a file: its bytes.  Without one: `default`, or KeyError if there is none.
 
     Never half of an old and half of a new value.  Unpickling runs code: whoever writes to this Redis is trusted."""
-    found = _load(_key(name), name)
+    found = _load(_key(name), name, _memory)
     if found is None:
         if default is _ABSENT:
             raise KeyError(name)
@@ -4785,7 +4783,7 @@ def _store(key, kind, buffers, ttl):
 _REFRESH = "if redis.pcall('hget', KEYS[1], 'h') == ARGV[1] then redis.call('pexpire', KEYS[1], ARGV[2]) end"
 
 
-def _load(key, name, allocate=lambda sizes: [memory(size) for size in sizes]):
+def _load(key, name, allocate):
     """(kind, ttl, buffers) of what is stored under the key, or None; its time to live begins anew.
 
     allocate(sizes) -> writable buffers of these sizes; called again if the value was replaced while it was read."""
@@ -4813,6 +4811,10 @@ def _load(key, name, allocate=lambda sizes: [memory(size) for size in sizes]):
 def _window(key, name, start, count):
     """[header, piece, ...]: so many pieces from the start-th on."""
     return _retried(lambda client: client.hmget(key, "h", *range(start, start + count)), name)
+
+
+def _memory(sizes):
+    return [memory(size) for size in sizes]
 
 
 def open(name, mode="r", encoding="utf-8", newline=None):
@@ -5000,7 +5002,7 @@ def _value_of(*fields):
 def _fetched(ref):
     """The buffers of a Ref, from Redis or from the client that serves it."""
     if ref.in_redis:
-        found = _load(_key(ref.name, "ref"), ref.name)
+        found = _load(_key(ref.name, "ref"), ref.name, _memory)
         buffers = found and found[2]
     else:
         buffers = _fetch and _fetch("ref", ref.name)
@@ -5033,9 +5035,6 @@ class Copies:
                 os.makedirs(path, 0o700, exist_ok=True)
                 self.held.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
                 fcntl.flock(self.held[-1], fcntl.LOCK_SH)
-
-    def __repr__(self):
-        return f"<Copies {self.client}>"
 
     def release(self, names):
         _unlink_copies(_ref_folders(), self.client, names)
@@ -5776,29 +5775,29 @@ def main(argv=None):
     status.add_argument("--json", action="store_true", help="for scripts")
     libraries = commands.add_parser("libraries", help="show the cluster's libraries, and how those here differ")
     libraries.add_argument("--master", metavar="HOST:PORT", help="the master (default: localhost)")
-    for command, role in ((master, "master"), (serve, "server"), (status, "client"), (libraries, "client")):
+    for command, role, run in ((master, "master", _run_master), (serve, "server", _run_server),
+                               (status, "client", _show_status), (libraries, "client", _show_libraries)):
         command.add_argument("--config", metavar="FILE", help=f"a YAML file instead of clupy.{role}.yaml here")
+        command.set_defaults(role=role, run=run)
 
-    arguments = vars(parser.parse_args(argv))
-    command = arguments.pop("command")
+    arguments = parser.parse_args(argv)
+    given = {key: value for key, value in vars(arguments).items() if key in SETTINGS}
     logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s", level=logging.INFO)
     try:
-        return {"master": _command_master, "serve": _command_serve, "status": _command_status,
-                "libraries": _command_libraries}[command](arguments)
+        arguments.run(read_settings(arguments.role, arguments.config, **given), arguments)
+        return 0
     except ClupyError as error:
-        print(f"clupy {command}: {error}", file=sys.stderr)
+        print(f"clupy {arguments.command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
 
 
-def _command_master(arguments):
-    settings = read_settings("master", arguments.pop("config"), **arguments)
+def _run_master(settings, _):
     asyncio.run(clupy_master.run(settings, find_secret(settings, create=True)))
 
 
-def _command_serve(arguments):
-    settings = read_settings("server", arguments.pop("config"), **arguments)
+def _run_server(settings, _):
     asyncio.run(clupy_server.run(settings, _await_secret(settings)))
 
 
@@ -5813,14 +5812,10 @@ def _await_secret(settings):
     return find_secret(settings)
 
 
-def _command_status(arguments):
-    as_json = arguments.pop("json")
-    settings = read_settings("client", arguments.pop("config"), **arguments)
+def _show_status(settings, arguments):
     tables = asyncio.run(clupy_master.ask_master(settings, "status"))
-    print(json.dumps(tables, indent=2) if as_json else clupy_master.status_text(tables))
+    print(json.dumps(tables, indent=2) if arguments.json else clupy_master.status_text(tables))
 
 
-def _command_libraries(arguments):
-    settings = read_settings("client", arguments.pop("config"), **arguments)
-    tables = asyncio.run(clupy_master.ask_master(settings, "status"))
-    print(clupy_master.libraries_text(tables))
+def _show_libraries(settings, _):
+    print(clupy_master.libraries_text(asyncio.run(clupy_master.ask_master(settings, "status"))))

@@ -764,10 +764,6 @@ class Resolutions:
         self._answers = {}          # {"3f2a...": _Answer}, the one asked for last at the end
         self._turn = asyncio.Semaphore(RESOLVERS)
 
-    def __repr__(self):
-        running = sum(not answer.task.done() for answer in self._answers.values())
-        return f"<Resolutions {len(self._answers)}{f', {running} under way' if running else ''}>"
-
     async def of(self, dependencies, wheels={}, progress=None):
         """The Resolution of Dependencies, as by `resolve`.
 
@@ -968,9 +964,6 @@ class Leadership:
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._stand, name="clupy-election", daemon=True)
         self._thread.start()
-
-    def __repr__(self):
-        return f"<Leadership {'leads' if self.sure(time.monotonic()) else f'of {self.leader}'}>"
 
     def sure(self, now):
         """Whether this master leads at `now`, by its own clock: asked before everything it says."""

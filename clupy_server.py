@@ -126,9 +126,6 @@ class Finder:
         self.answers = {}                          # {module's name: what the client said}; any importing thread adds
         self.packages = set()                      # names of packages that came from the client; likewise
 
-    def __repr__(self):
-        return f"<Finder {self.server} {len(self.answers)} modules asked for>"
-
     def install(self):
         sys.meta_path.insert(0, _OwnFirst(self))
         sys.meta_path.append(self)
@@ -403,9 +400,6 @@ class Worker:
         if given["tls"]:
             self.sock = TlsSocket(sock, *given["tls"])
         self.sock.sendall(proof(bytes.fromhex(given["key"]), b"opened"))
-
-    def __repr__(self):
-        return f"<Worker {self.pid} {len(self.todo)} calls to do>"
 
     def call_of_this_thread(self):
         """The number of the call that this thread works for, which may be over; see `follow_threads`."""
@@ -801,9 +795,6 @@ class Environment:
 
     def __init__(self, path, descriptor):
         self.path, self._descriptor = path, descriptor
-
-    def __repr__(self):
-        return f"<Environment {self.id}{' closed' if self._descriptor is None else ''}>"
 
     @property
     def id(self):
