@@ -13,6 +13,7 @@
 - Tables   says who is there and who may use what; shares() decides that: a plain function of the tables and the time,
            max-min fair by slots.
 - Lists    has the libraries that the master and its clients ask for resolved to exact versions, once for all.
+- Listener accepts connections, here and for a server; Leadership elects one of several masters.
 
 A share is leave to ask.  A server alone counts its slots and lets a connection wait rather than exceed them, so a
 share that is out of date, or that two masters gave at once, does no harm.

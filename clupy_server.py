@@ -58,8 +58,8 @@ log = logging.getLogger("clupy.server")
 
 BOARD = struct.Struct("=qd")       # number of the call begun last, 0 before the first; its deadline (monotonic), or:
 UNBOUND, IDLE = 0.0, -1.0          # it runs and has no deadline; it is over, and no call runs
-SESSION = struct.Struct("=q16s")   # id and password of the worker's ZooKeeper session, id 0: none
-SESSION_AT = 64                    # where on the board
+KEEPER = struct.Struct("=q16s")    # id and password of the worker's ZooKeeper session, id 0: none
+KEEPER_AT = 64                     # where on the board
 HOLD_TIME = 0.0002                 # results younger than this wait for more; more is fewer frames, and later results
 SHORT_TIME = 0.005                 # seconds a call may run before the reader thread reads; less wakes it more often
 FLUSH_TICK = 20                    # milliseconds; after so long a call has left results behind that are not sent
@@ -407,7 +407,7 @@ class Worker:
 
     def _note_session(self, session):
         if os.getpid() == self.pid:                # a forked child has a session of its own
-            SESSION.pack_into(self.board, SESSION_AT, *(session or (0, b"")))
+            KEEPER.pack_into(self.board, KEEPER_AT, *(session or (0, b"")))
 
     def run(self):
         """Run calls until the slot ends."""
@@ -689,7 +689,7 @@ class NestedCalls(clupy.BaseEngine):
         self._calls = {}                           # {number: call} without an outcome
         self._numbers = iter(range(1, 1 << 62))
         self._known = clupy.Known()                # the functions that the client has
-        self._sending = threading.Lock()               # so that no call overtakes its function
+        self._sending = threading.Lock()           # so that no call overtakes its function
 
     def submit(self, call):
         worker, function = self._worker, call._function
@@ -955,13 +955,14 @@ class Process:
     def _start(self):
         """Start the process. What fails on the way undoes it all: no process, descriptor or reader is left."""
         loop = asyncio.get_running_loop()
-        with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:      # theirs are closed here in any case
-            self.environment = self.libraries.hold()   # in use until this worker is dead; None: our own Python
-            if self.environment:
-                ours.callback(self.environment.close)
+        # In any case theirs are closed here; held is closed when the worker is dead; ours are closed by what they are.
+        with contextlib.ExitStack() as held, contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
+            environment = self.libraries.hold()    # None: our own Python
+            if environment:
+                held.callback(environment.close)
             self.channel, channel = (stack.enter_context(end)
-                                     for stack, end in zip((ours, theirs), socket.socketpair(), strict=True))
-            lifeline, self.lifeline = make_pipe(theirs, ours)
+                                     for stack, end in zip((held, theirs), socket.socketpair(), strict=True))
+            lifeline, self.lifeline = make_pipe(theirs, held)
             (out_here, out), (err_here, err), (stack_here, stack) = (make_pipe(ours, theirs) for _ in range(3))
             board = make_board()
             theirs.callback(os.close, board)
@@ -971,7 +972,7 @@ class Process:
             given = {"channel": channel.fileno(), "lifeline": lifeline, "stack": stack, "board": board,
                      "memory_limit": self.workers.settings.memory_limit, "files": clupy.raise_descriptor_limit()}
             boot = BOOT.format(folder=os.path.dirname(os.path.abspath(__file__)), arguments=json.dumps(given))
-            python, variables = worker_command(self.environment and self.environment.path,
+            python, variables = worker_command(environment and environment.path,
                                                worker_variables(os.environ, self.workers.slots))
             self.popen = subprocess.Popen(
                 [python, "-P", "-c", boot], stdin=subprocess.DEVNULL, stdout=out, stderr=err,
@@ -980,10 +981,11 @@ class Process:
             ours.callback(self._undo)
             self.channel.setblocking(False)
             loop.add_reader(self.channel, self._channel_readable)
-            ours.callback(loop.remove_reader, self.channel)
-            self.pidfd = self._watch_end(loop, ours)
+            held.callback(loop.remove_reader, self.channel)
             self.output = Output(self, {out_here: "out", err_here: "err", stack_here: "stack"}, ours)
+            self.pidfd = self._watch_end(loop, held)   # last: nothing that is watched is undone
             ours.pop_all()
+            self._held = held.pop_all()
 
     def _undo(self):
         """The start failed after the process was there."""
@@ -1030,7 +1032,7 @@ class Process:
 
     def zookeeper_session(self):
         """(id, password) of the session that the worker had when it died, or None."""
-        session = SESSION.unpack_from(self.board, SESSION_AT)
+        session = KEEPER.unpack_from(self.board, KEEPER_AT)
         return session if session[0] else None
 
     def runs(self, number):
@@ -1112,23 +1114,13 @@ class Process:
 
     def _is_dead(self, code, peak):
         self.popen.returncode = code
-        loop = asyncio.get_running_loop()
-        loop.remove_reader(self.channel)
-        self.channel.close()
-        if self.pidfd is not None:
-            loop.remove_reader(self.pidfd)
-            pidfd, self.pidfd = self.pidfd, None   # first: a fork now closes what is named
-            os.close(pidfd)
-        lifeline, self.lifeline = self.lifeline, None
-        os.close(lifeline)
-        if self.environment:
-            self.environment.close()
-        self.dead.set_result((code, peak))
+        self.dead.set_result((code, peak))         # first: a fork from now on closes none of what is held
+        self._held.close()
         self.workers.died(self)
 
     def descriptors(self):
-        own = [self.channel.fileno(), *self.output.pipes, self.pidfd, self.lifeline]
-        return [fd for fd in own if fd is not None]
+        held = [] if self.dead.done() else [self.channel.fileno(), self.lifeline, self.pidfd]
+        return [fd for fd in (*held, *self.output.pipes) if fd is not None]
 
 
 class Output:
@@ -1199,7 +1191,7 @@ class Output:
                 self._close(fd)
 
 
-def end_session(hosts, session, ended):
+def end_zookeeper_session(hosts, session, ended):
     """End the ZooKeeper session of a worker that is dead, so that what it held is free at once; in a thread of its own.
 
     session: (id, password); ended: a future that is done then, well or not: by itself it ends after `session` seconds."""
@@ -1208,7 +1200,7 @@ def end_session(hosts, session, ended):
     try:
         client = clupy.kazoo.KazooClient(hosts, client_id=session, logger=quiet)
         with contextlib.suppress(client.handler.timeout_exception):
-            client.start(clupy.FIRST_CONTACT)          # takes the session over, or has a new one if it has ended already
+            client.start(clupy.FIRST_CONTACT)      # takes the session over, or has a new one if it has ended already
         client.stop()
         client.close()
     except Exception as error:                     # the thread's edge: the interpreter may be ending
@@ -1466,7 +1458,7 @@ class Workers:
             slot.session.slots.pop(slot.number, None)
             with contextlib.suppress(OSError):     # the client closed it first
                 slot.sock.shutdown(socket.SHUT_WR)
-            self._end_session(process.zookeeper_session())
+            self._end_zookeeper_session(process.zookeeper_session())
             base = give_base(slot)
             self._pause.end()                      # there may be room for another now
         elif not process.why:
@@ -1485,14 +1477,14 @@ class Workers:
         self.look()
         self.server.state_soon()
 
-    def _end_session(self, session):
+    def _end_zookeeper_session(self, session):
         hosts = self.server.services.get("zookeeper")
         if not hosts or not session:
             return
         ended = concurrent.futures.Future()
         ended.set_running_or_notify_cancel()
         try:
-            threading.Thread(target=end_session, args=(hosts, session, ended), daemon=True).start()
+            threading.Thread(target=end_zookeeper_session, args=(hosts, session, ended), daemon=True).start()
         except RuntimeError:
             return                                 # the interpreter is ending: the session ends by itself
         ending = asyncio.wrap_future(ended)

@@ -3664,7 +3664,7 @@ def test_a_local_wheel_and_folder_travel(tmp_path, index):
         with pytest.raises(clupy.DependencyError, match="(?i)do not match the hashes"):
             await clupy_server.Environments(tmp_path / "environments").build(resolution, dict.fromkeys(wheels, b"other"))
         return await clupy_server.Environments(tmp_path / "environments").build(resolution, wheels)
-    with asyncio.run(story()) as environment:
+    with contextlib.closing(asyncio.run(story())) as environment:
         assert python_in(environment.path, "import mine, theirs; print(mine.version, theirs.version)") == "1.0 1.5"
 
 
@@ -3722,7 +3722,7 @@ def test_a_killed_builder_is_followed_by_the_next_once_its_pip_is_gone(tmp_path,
         os.killpg(os.getpgid(int(pid.read_text())), signal.SIGKILL)
         return await task
     solution = solve(index, "figures")
-    with asyncio.run(story()) as environment:
+    with contextlib.closing(asyncio.run(story())) as environment:
         assert python_in(environment.path, "import figures; print(figures.version)") == "2.0"
         assert {entry.name for entry in environments.folder.iterdir()} == {"lock", environment.id}
 
@@ -4528,7 +4528,7 @@ def test_at_a_programs_very_end_where_no_thread_starts_a_dead_workers_session_en
     def refuse(thread):
         raise RuntimeError("can't create new thread at interpreter shutdown")
     monkeypatch.setattr(threading.Thread, "start", refuse)
-    workers._end_session((1, b"password"))
+    workers._end_zookeeper_session((1, b"password"))
     assert not workers._endings
 
 
