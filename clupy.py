@@ -4269,12 +4269,12 @@ class Executor(concurrent.futures.Executor):
     def submit(self, fn, /, *args, **kwargs):
         if self._shut:
             raise RuntimeError("cannot submit a call after shutdown()")
-        if self._engine is not None and self._engine.closed:
-            raise RuntimeError("cannot submit a call after its cluster was closed; make another Executor")
         if self._engine is None:                  # this process was forked off
             if self._own_engine:
                 raise RuntimeError("this Executor has a cluster of the process that made it; make one here")
             self._engine = _current_engine()
+        elif self._engine.closed:
+            raise RuntimeError("cannot submit a call after its cluster was closed; make another Executor")
         function = capture(fn)
         if self._setup:
             function = function_of(function.payload, function.name, self._setup.payload)
@@ -4398,7 +4398,7 @@ def _settings():
     if _told is not None:
         return _told
     known = _known                         # another thread may change it
-    if not known or any(a is not b for a, b in zip(known, (_engine, getattr(_engine, "said", None), _configured))):
+    if not known or known[:3] != (_engine, getattr(_engine, "said", None), _configured):
         known = _known = _find_services()
     return known[3]
 

@@ -4510,7 +4510,7 @@ def test_a_worker_that_is_killed_in_a_lock_frees_it_at_once(tmp_path, zookeeper_
         future, path = clupy.parallel(hold, retries=0)(str(tmp_path / "pid")), tmp_path / "pid"
         until(lambda: path.exists() and path.read_text().endswith("\n"))
         with pytest.raises(TimeoutError):
-            clupy.lock("x", timeout=0.2).__enter__()
+            clupy.lock("x", timeout="200ms").__enter__()
         os.kill(int(path.read_text()), signal.SIGKILL)
         with clupy.lock("x", timeout=5):                   # sooner than its session would end
             assert isinstance(future.exception(PATIENCE), clupy.WorkerDied)
@@ -5009,7 +5009,7 @@ def test_a_queue_waits_for_an_item_and_a_topic_reaches_those_who_listen(redis):
     with Dialogue("time.sleep(1.2); clupy.queue('q').put({'x': lambda: 7})"):
         assert queue.get()["x"]() == 7
     assert clupy.publish("news", 1) == 0
-    with clupy.subscribe("news", timeout=0.5) as first, clupy.subscribe("news", timeout=0.5) as second:
+    with clupy.subscribe("news", timeout="500ms") as first, clupy.subscribe("news", timeout=0.5) as second:
         assert clupy.publish("news", {"x": 1}) == 2
         clupy.publish("other", 3)
         assert list(first) == list(second) == [{"x": 1}]
