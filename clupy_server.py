@@ -70,7 +70,6 @@ STACK_TIME = 0.1                   # a worker that is to be killed writes its Py
 STACK_SIGNAL = signal.SIGRTMIN + 3 if hasattr(signal, "SIGRTMIN") else signal.SIGUSR2
 SWEEP_TIME = 3600.0                # copies of Refs that nobody holds any more are looked for so often
 UNKNOWN_EXIT = 1 << 16             # of a process for which somebody else has waited; no process ends so
-MAX_FAILURES = 3                   # workers that die in a row at their start; then there is a pause
 WORKER_FILES = 9                   # descriptors of a worker here: channel, lifeline, three pipes, board, pidfd, slot, environment
 RESERVED_FILES = 20                # descriptors that no worker takes: for clients, the master, and what a start needs shortly
 RETRY_START = 1.0, 30.0            # seconds until a worker that could not be started is tried again: at first, and at most
@@ -964,8 +963,7 @@ class Process:
                                      for stack, end in zip((held, theirs), socket.socketpair(), strict=True))
             lifeline, self.lifeline = make_pipe(theirs, held)
             (out_here, out), (err_here, err), (stack_here, stack) = (make_pipe(ours, theirs) for _ in range(3))
-            board = make_board()
-            theirs.callback(os.close, board)
+            board = make_board(theirs)
             self.board = ours.enter_context(mmap.mmap(board, mmap.PAGESIZE))
             BOARD.pack_into(self.board, 0, 0, IDLE)
             keep_reserve(board, sum(not other.slot for other in self.workers.processes.values()))
@@ -1235,18 +1233,15 @@ def why_no_worker(error):
     return str(error)
 
 
-def make_board():
-    """A descriptor of a page of memory that is shared and has no name."""
+def make_board(stack):
+    """A descriptor, closed by an ExitStack, of a page of memory that is shared and has no name."""
     try:
         fd = os.memfd_create("clupy-board")
     except (AttributeError, OSError):              # macOS; an old kernel, or a sandbox that does not know it
         with tempfile.TemporaryFile() as file:
             fd = os.dup(file.fileno())
-    try:
-        os.ftruncate(fd, mmap.PAGESIZE)
-    except BaseException:
-        os.close(fd)
-        raise
+    stack.callback(os.close, fd)
+    os.ftruncate(fd, mmap.PAGESIZE)
     return fd
 
 
@@ -1464,7 +1459,7 @@ class Workers:
         elif not process.why:
             log.error("worker %s died before it had a slot: %s", process.pid, describe_exit(code))
             self._failures += 1
-            if self._failures >= MAX_FAILURES and not self._pause and not self._closing:
+            if self._failures >= clupy.MAX_FAILURES and not self._pause and not self._closing:
                 self._pause.begin("workers keep dying at their start", len(self.processes), self.slots)
         process.output.close()
         process.board.close()
