@@ -4173,33 +4173,28 @@ def wait_all(results, time_out=None, progress=False):
 
     progress: show on standard error how many have."""
     results = list(results)
-    deadline = None if time_out is None else time.monotonic() + _duration(time_out)
-    shown = -1
+    deadline = _deadline(time_out)
+    step = 0.5 if progress else math.inf
     try:
-        for index, future in enumerate(results):
-            while not future._wait_for_handlers(_next_look(deadline, progress)):
-                if deadline is not None and time.monotonic() >= deadline:
+        for future in results:
+            while not future._wait_for_handlers(min(step, deadline - time.monotonic())):
+                if time.monotonic() >= deadline:
                     return False
-                shown = _show_progress(results, index, shown)
-            if progress and index == len(results) - 1:
-                shown = _show_progress(results, len(results), shown)
+                if progress:
+                    _show_progress(results, "")
         return True
     finally:
-        if shown >= 0:
-            print(file=sys.stderr)
+        if progress:
+            _show_progress(results, "\n")
 
 
-def _next_look(deadline, progress):
-    """Seconds to wait at once: up to the deadline, but in steps where progress is to be shown."""
-    left = None if deadline is None else max(0.0, deadline - time.monotonic())
-    return left if not progress else 0.5 if left is None else min(0.5, left)
+def _deadline(seconds):
+    """The time.monotonic() after a duration; None: never."""
+    return math.inf if seconds is None else time.monotonic() + _duration(seconds)
 
 
-def _show_progress(results, index, shown):
-    done = index + sum(future.completed for future in results[index:])
-    if done != shown:
-        print(f"\r{done}/{len(results)} calls", end="", file=sys.stderr, flush=True)
-    return done
+def _show_progress(results, end):
+    print(f"\r{sum(future.completed for future in results)}/{len(results)} calls", end=end, file=sys.stderr, flush=True)
 
 
 def as_completed(results, time_out=None):
@@ -4280,9 +4275,7 @@ class Executor(concurrent.futures.Executor):
         self._engine = self._own_engine or _current_engine()
         self._limit = ("executor", os.urandom(8).hex()), max_workers
         _executors.add(self)
-        self._setup = None
-        if initializer is not None:
-            self._setup = capture(functools.partial(initializer, *initargs))
+        self._setup = None if initializer is None else capture(functools.partial(initializer, *initargs))
         self._shut = False
         if max_workers:
             self._engine.grow(max_workers)
@@ -4290,12 +4283,12 @@ class Executor(concurrent.futures.Executor):
     def submit(self, fn, /, *args, **kwargs):
         if self._shut:
             raise RuntimeError("cannot submit a call after shutdown()")
-        if self._engine is not None and self._engine.closed:
-            raise RuntimeError("cannot submit a call after its cluster was closed; make another Executor")
         if self._engine is None:                  # this process was forked off
             if self._own_engine:
                 raise RuntimeError("this Executor has a cluster of the process that made it; make one here")
             self._engine = _current_engine()
+        elif self._engine.closed:
+            raise RuntimeError("cannot submit a call after its cluster was closed; make another Executor")
         function = capture(fn)
         if self._setup:
             function = function_of(function.payload, function.name, self._setup.payload)
@@ -4419,7 +4412,7 @@ def _settings():
     if _told is not None:
         return _told
     known = _known                         # another thread may change it
-    if not known or any(a is not b for a, b in zip(known, (_engine, getattr(_engine, "said", None), _configured))):
+    if not known or known[:3] != (_engine, getattr(_engine, "said", None), _configured):
         known = _known = _find_services()
     return known[3]
 
@@ -4529,14 +4522,10 @@ def _retried(command, name=None):
             _reached.add(url)
             return result
         except redis.RedisError as error:
-            failure = _redis_failure(error, name)
-            if failure is error:
-                raise
-            if not isinstance(failure, Unavailable) or isinstance(error, _refusals()):
-                raise failure from error
+            why = _why_lost(error, name)
             deadline = deadline or time.monotonic() + _settings().patience
             if time.monotonic() >= deadline:
-                raise failure from error
+                raise _unavailable("redis", why) from error
         time.sleep(min(0.01 * 2 ** attempt, 0.5))
 
 
@@ -4549,30 +4538,21 @@ def _once(command, name):
     try:
         return command(_redis())
     except redis.RedisError as error:
-        failure = _redis_failure(error, name)
-        if failure is error:
-            raise
-        if isinstance(failure, Unavailable) and not isinstance(error, _refusals()):
-            failure = _unavailable("redis", f"the answer to a change of {name!r} was lost ({error}); it may have been made "
-                                            "or not, look before you repeat it")
-        raise failure from error
+        why = _why_lost(error, name)
+        raise _unavailable("redis", f"the answer to a change of {name!r} was lost ({why}); it may have been made or not, "
+                                    "look before you repeat it") from error
 
 
-def _refusals():
-    """What waiting does not cure: a wrong password, or a user that may not."""
-    return redis.AuthenticationError, redis.exceptions.AuthorizationError, redis.exceptions.NoPermissionError
-
-
-def _redis_failure(error, name):
-    """What to raise for an error of redis-py."""
-    if isinstance(error, _refusals()):
-        return _unavailable("redis", f"password or rights are missing ({error}), expected "
-                                     "redis://:password@host:6379/0 or redis://user:password@...")
-    if isinstance(error, (redis.ConnectionError, redis.TimeoutError)):
-        return _unavailable("redis", str(error).rstrip("."))
+def _why_lost(error, name):
+    """Why Redis did not answer.  Raises what waiting does not cure: a wrong password, a user that may not, a wrong command."""
+    if isinstance(error, (redis.AuthenticationError, redis.exceptions.AuthorizationError, redis.exceptions.NoPermissionError)):
+        raise _unavailable("redis", f"password or rights are missing ({error}), expected "
+                                    "redis://:password@host:6379/0 or redis://user:password@...") from error
     if "WRONGTYPE" in str(error):
-        return TypeError(f"{name!r} is the name of {_kind(name)}, which does not know this operation")
-    return error
+        raise TypeError(f"{name!r} is the name of {_kind(name)}, which does not know this operation") from error
+    if not isinstance(error, (redis.ConnectionError, redis.TimeoutError)):
+        raise error
+    return str(error).rstrip(".")
 
 
 def _key(name, kind="data"):
@@ -4651,7 +4631,6 @@ PIECE = 1 << 20                   # bytes; half or twice that is no faster
 WINDOW = 4                        # pieces per command; more do not fit a processor's cache, 64 take twice as long
 LONGEST_ITEM = 512 << 20          # bytes of a string of Redis: one item of a queue, one message
 
-_MISSING = object()
 _shared_here = weakref.WeakValueDictionary()       # {name: the Ref that share() gave for one of these}
 _own = None                            # this process's Copies where it is no worker, made when it first needs one
 _client = None                         # a worker's: the id of its client, whose copies it uses;
@@ -4682,13 +4661,13 @@ def put(name, value, ttl=None):
     _store(_key(name), "value", _buffers_of(value), _ttl(ttl))
 
 
-def get(name, default=_MISSING):
+def get(name, default=_ABSENT):
     """The value put under `name`; of a file: its bytes.  Without one: `default`, or KeyError if there is none.
 
     Never half of an old and half of a new value.  Unpickling runs code: whoever writes to this Redis is trusted."""
     found = _load(_key(name), name, _memory)
     if found is None:
-        if default is _MISSING:
+        if default is _ABSENT:
             raise KeyError(name)
         return default
     kind, _, buffers = found
@@ -5071,9 +5050,6 @@ class Copies:
                 self.held.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
                 fcntl.flock(self.held[-1], fcntl.LOCK_SH)
 
-    def __repr__(self):
-        return f"<Copies {self.client}>"
-
     def release(self, names):
         _unlink_copies(_ref_folders(), self.client, names)
 
@@ -5278,7 +5254,7 @@ class Queue(_Used):
 
         No item is lost or doubled, except that one under way when Redis or this process dies is lost: Unavailable if that
         may be."""
-        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        deadline = _deadline(timeout)
         item = _once(self._use("lpop"), self.name)
         while item is None:
             left = deadline - time.monotonic()
@@ -5335,7 +5311,7 @@ class Subscription:
         self._listener.close()
 
     def __next__(self):
-        deadline = math.inf if self.timeout is None else time.monotonic() + self.timeout
+        deadline = _deadline(self.timeout)
         while True:
             left = deadline - time.monotonic()
             try:
@@ -5372,7 +5348,7 @@ class _Wait:
 
     def __init__(self, what, path, timeout):
         self.what, self.path, self.timeout = what, path, timeout
-        self.deadline = math.inf if timeout is None else time.monotonic() + timeout
+        self.deadline = _deadline(timeout)
         self.client = _zookeeper()
         self.changed = threading.Event()
 
@@ -5382,9 +5358,8 @@ class _Wait:
 
     def answer(self, pending):
         """The answer that kazoo's asynchronous result gets, as for ask()."""
-        left = self.deadline - time.monotonic()
         try:
-            return pending.get(timeout=None if left == math.inf else max(left, 1.0))
+            return pending.get(timeout=max(1.0, bounded(self.deadline - time.monotonic())))
         except kazoo_threads.KazooTimeoutError:
             raise self.late() from None
 
@@ -5392,13 +5367,11 @@ class _Wait:
         """For watches.  Also called when the connection is lost, as the watch is then."""
         self.changed.set()
 
-    def until(self, look):
-        """The first true result of look(), which is called again after a change it watches, and after a lost connection."""
+    def persist(self, look):
+        """The result of look(), which is called again after a lost connection."""
         while True:
-            self.changed.clear()
             try:
-                if result := look():
-                    return result
+                return look()
             except _lost_connection():
                 if _is_over(self.client):
                     reason = f"{self.what}: away for longer than {_settings().patience:g} s"
@@ -5406,14 +5379,19 @@ class _Wait:
                 if time.monotonic() > self.deadline:
                     raise self.late() from None
                 time.sleep(0.05)       # kazoo needs a moment to replace an ended session
-                continue
-            left = self.deadline - time.monotonic()
-            if not self.changed.wait(None if left == math.inf else max(left, 0)):
+
+    def until(self, look):
+        """The first true result of look(), which is called again after a change it watches, and after a lost connection."""
+        while True:
+            self.changed.clear()
+            if result := self.persist(look):
+                return result
+            if not self.changed.wait(bounded(self.deadline - time.monotonic())):
                 raise self.late()
 
     def late(self):
         """The error to raise at the deadline."""
-        return TimeoutError(f"{self.what}: not within {self.timeout:g} s")
+        return TimeoutError(f"{self.what}: not within {_duration(self.timeout):g} s")
 
     def children(self, watch=None):
         """The nodes in the order of their numbers."""
@@ -5491,20 +5469,17 @@ class _Place(_Wait):
 
     def leave(self):
         """Delete our node; False if it was gone already."""
-        lost = False
+        tries = itertools.count()
 
-        def look():
-            nonlocal lost
+        def delete():
+            again = next(tries) > 0
             try:
                 self.ask("delete", f"{self.path}/{self.node}")
             except kazoo_errors.NoNodeError:       # by us, if that answer was lost and the session is the same
-                return "left" if lost and self.same_session() else "gone"
-            except _lost_connection():
-                lost = True
-                raise
-            return "left"
+                return again and self.same_session()
+            return True
 
-        return self.until(look) == "left"
+        return self.persist(delete)
 
     def abandon(self):
         """Give the place up, even if ZooKeeper is away: a node left behind would block others while we live."""
@@ -5516,16 +5491,15 @@ class _Place(_Wait):
         """Delete every node of ours, whenever that can be done."""
         self.deadline = math.inf
 
-        def look():
+        def delete():
             self.ask("sync", self.path)
             for node in filter(self.is_ours, self.ask("get_children", self.path)):
                 with contextlib.suppress(kazoo_errors.NoNodeError):
                     self.ask("delete", f"{self.path}/{node}")
-            return True
 
         # Unavailable: the node ends with its session; NoNodeError: there is no queue.
         with contextlib.suppress(Unavailable, kazoo_errors.NoNodeError):
-            self.until(look)
+            self.persist(delete)
 
 
 def _path(kind, name):
@@ -5597,7 +5571,7 @@ class _Holding:
         place = self._place
         if place is None or place.pid != os.getpid():
             raise LockLost(f"{self._what} is not held by this process")
-        if place.until(lambda: "held" if place.check_node() else "lost") == "lost":
+        if not place.persist(place.check_node):
             raise LockLost(f"{self._what} is not held any more: its session ended")
 
 
@@ -5641,16 +5615,13 @@ class Election(_Holding):
         wait = _Wait(self._what, self._path, None)
 
         def look():
-            try:
-                nodes = wait.children()
-            except kazoo_errors.NoNodeError:
-                nodes = []
-            for node in nodes:
-                with contextlib.suppress(kazoo_errors.NoNodeError):    # gone meanwhile: the next one leads
-                    return [wait.ask("get", f"{self._path}/{node}")[0].decode()]
-            return [None]
+            with contextlib.suppress(kazoo_errors.NoNodeError):        # nobody ever wanted to lead
+                for node in wait.children():
+                    with contextlib.suppress(kazoo_errors.NoNodeError):    # gone meanwhile: the next one leads
+                        return wait.ask("get", f"{self._path}/{node}")[0].decode()
+            return None
 
-        return wait.until(look)[0]
+        return wait.persist(look)
 
 
 def barrier(name, n, timeout=None):
@@ -5717,35 +5688,33 @@ class Event:
     def __repr__(self):
         return f"clupy.event({self.name!r})"
 
-    def _until(self, timeout, look):
-        """The first true result of look(wait), as _Wait.until."""
-        wait = _Wait(f"event {self.name!r}", self._path, timeout)
-        return wait.until(lambda: look(wait))
+    def _wait(self, timeout=None):
+        return _Wait(f"event {self.name!r}", self._path, timeout)
+
+    def _change(self, request, done, **options):
+        """Make a request; done: the error that says it was done already."""
+        wait = self._wait()
+        with contextlib.suppress(done):
+            wait.persist(lambda: wait.ask(request, self._path, **options))
 
     def set(self):
         """Set it; whoever waits goes on."""
-        def look(wait):
-            with contextlib.suppress(kazoo_errors.NodeExistsError):
-                wait.ask("create", self._path, makepath=True)
-            return True
-        self._until(None, look)
+        self._change("create", kazoo_errors.NodeExistsError, makepath=True)
 
     def clear(self):
         """Have whoever waits from now on wait until it is set again."""
-        def look(wait):
-            with contextlib.suppress(kazoo_errors.NoNodeError):
-                wait.ask("delete", self._path)
-            return True
-        self._until(None, look)
+        self._change("delete", kazoo_errors.NoNodeError)
 
     def is_set(self):
         """Whether it is set."""
-        return self._until(None, lambda wait: "set" if wait.ask("exists", self._path) else "clear") == "set"
+        wait = self._wait()
+        return wait.persist(lambda: wait.ask("exists", self._path)) is not None
 
     def wait(self, timeout=None):
         """Whether it was set within `timeout` seconds (None: for ever); returns as soon as it is."""
+        wait = self._wait(timeout)
         try:
-            return bool(self._until(timeout, lambda wait: wait.ask("exists", self._path, wait.wake)))
+            return bool(wait.until(lambda: wait.ask("exists", self._path, wait.wake)))
         except TimeoutError:
             return False
 
@@ -5820,29 +5789,29 @@ def main(argv=None):
     status.add_argument("--json", action="store_true", help="for scripts")
     libraries = commands.add_parser("libraries", help="show the cluster's libraries, and how those here differ")
     libraries.add_argument("--master", metavar="HOST:PORT", help="the master (default: localhost)")
-    for command, role in ((master, "master"), (serve, "server"), (status, "client"), (libraries, "client")):
+    for command, role, run in ((master, "master", _run_master), (serve, "server", _run_server),
+                               (status, "client", _show_status), (libraries, "client", _show_libraries)):
         command.add_argument("--config", metavar="FILE", help=f"a YAML file instead of clupy.{role}.yaml here")
+        command.set_defaults(role=role, run=run)
 
-    arguments = vars(parser.parse_args(argv))
-    command = arguments.pop("command")
+    arguments = parser.parse_args(argv)
+    given = {key: value for key, value in vars(arguments).items() if key in SETTINGS}
     logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s", level=logging.INFO)
     try:
-        return {"master": _command_master, "serve": _command_serve, "status": _command_status,
-                "libraries": _command_libraries}[command](arguments)
+        arguments.run(read_settings(arguments.role, arguments.config, **given), arguments)
+        return 0
     except ClupyError as error:
-        print(f"clupy {command}: {error}", file=sys.stderr)
+        print(f"clupy {arguments.command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
 
 
-def _command_master(arguments):
-    settings = read_settings("master", arguments.pop("config"), **arguments)
+def _run_master(settings, _):
     asyncio.run(clupy_master.run(settings, find_secret(settings, create=True)))
 
 
-def _command_serve(arguments):
-    settings = read_settings("server", arguments.pop("config"), **arguments)
+def _run_server(settings, _):
     asyncio.run(clupy_server.run(settings, _await_secret(settings)))
 
 
@@ -5857,14 +5826,10 @@ def _await_secret(settings):
     return find_secret(settings)
 
 
-def _command_status(arguments):
-    as_json = arguments.pop("json")
-    settings = read_settings("client", arguments.pop("config"), **arguments)
+def _show_status(settings, arguments):
     tables = asyncio.run(clupy_master.ask_master(settings, "status"))
-    print(json.dumps(tables, indent=2) if as_json else clupy_master.status_text(tables))
+    print(json.dumps(tables, indent=2) if arguments.json else clupy_master.status_text(tables))
 
 
-def _command_libraries(arguments):
-    settings = read_settings("client", arguments.pop("config"), **arguments)
-    tables = asyncio.run(clupy_master.ask_master(settings, "status"))
-    print(clupy_master.libraries_text(tables))
+def _show_libraries(settings, _):
+    print(clupy_master.libraries_text(asyncio.run(clupy_master.ask_master(settings, "status"))))

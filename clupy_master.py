@@ -13,6 +13,7 @@
 - Tables   says who is there and who may use what; shares() decides that: a plain function of the tables and the time,
            max-min fair by slots.
 - Lists    has the libraries that the master and its clients ask for resolved to exact versions, once for all.
+- Listener accepts connections, here and for a server; Leadership elects one of several masters.
 
 A share is leave to ask.  A server alone counts its slots and lets a connection wait rather than exceed them, so a
 share that is out of date, or that two masters gave at once, does no harm.
@@ -64,14 +65,19 @@ class Tasks:
     def __init__(self, owner):
         self._owner, self._tasks = owner, set()
 
-    def __repr__(self):
-        return f"<Tasks of {self._owner}: {len(self._tasks)}>"
-
     def spawn(self, coroutine):
         """Run a coroutine as a task."""
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._done)
+
+    def repeat(self, seconds, action, *arguments):
+        """Call action(*arguments) soon, and again every so many seconds."""
+        async def repeating():
+            while True:
+                action(*arguments)
+                await asyncio.sleep(seconds)
+        self.spawn(repeating())
 
     def _done(self, task):
         self._tasks.discard(task)
@@ -353,7 +359,7 @@ class Tables:
                              "silent": now - row.heard} for id, row in self.clients.items()}}
 
 
-# ==== Libraries: lists, exact versions, pip ==================================
+# ==== Libraries: what is asked for, and pip ==================================
 # A list of libraries is written down once, resolved once, and installed the same everywhere:
 #
 #   clupy.*.dependency.yaml --read_dependencies--> Dependencies   what somebody asks for: "numpy>=2", "./mine"
@@ -697,7 +703,7 @@ def show_progress(line, stream=None):
         stream.flush()
 
 
-# ==== Libraries: exact versions ==============================================
+# ==== Resolutions: what pip makes of a list ==================================
 # pip decides once, here, what a list means; everybody else installs just that.  A client's list is resolved together with
 # the master's.  What was decided stands until the list changes, whatever the index has by then:
 #
@@ -758,10 +764,6 @@ class Resolutions:
         self._clock = clock
         self._answers = {}          # {"3f2a...": _Answer}, the one asked for last at the end
         self._turn = asyncio.Semaphore(RESOLVERS)
-
-    def __repr__(self):
-        running = sum(not answer.task.done() for answer in self._answers.values())
-        return f"<Resolutions {len(self._answers)}{f', {running} under way' if running else ''}>"
 
     async def of(self, dependencies, wheels={}, progress=None):
         """The Resolution of Dependencies, as by `resolve`.
@@ -964,9 +966,6 @@ class Leadership:
         self._thread = threading.Thread(target=self._stand, name="clupy-election", daemon=True)
         self._thread.start()
 
-    def __repr__(self):
-        return f"<Leadership {'leads' if self.sure(time.monotonic()) else f'of {self.leader}'}>"
-
     def sure(self, now):
         """Whether this master leads at `now`, by its own clock: asked before everything it says."""
         return now < self._until
@@ -1068,7 +1067,7 @@ class Master:
     def stand(self, leadership):
         """Be one of several masters, from now on."""
         self.leadership = leadership
-        self._tasks.spawn(self._watch_leadership())
+        self._tasks.repeat(WATCH_TIME, self._watch_leadership)
 
     def _leads(self, connection):
         """Whether this master leads; if not, the peer is told who does."""
@@ -1078,15 +1077,13 @@ class Master:
         connection.send("leader", clupy.parse_address(leader) if leader and leader != self.leadership.name else None)
         return False
 
-    async def _watch_leadership(self):
+    def _watch_leadership(self):
         """Stand down as soon as we are not sure: who is connected looks for the next leader."""
-        while True:
-            await asyncio.sleep(WATCH_TIME)
-            if self._names and not self.leadership.sure(time.monotonic()):
-                self.tables.clear()
-                for connection in [connection for connection, name in self._names.items() if name]:
-                    self._leads(connection)
-                    connection.close()
+        if self._names and not self.leadership.sure(time.monotonic()):
+            self.tables.clear()
+            for connection in [connection for connection, name in self._names.items() if name]:
+                self._leads(connection)
+                connection.close()
 
     # -- messages
 

@@ -24,6 +24,7 @@ GIL, and kills one call and no other: it stops the worker, reads the board, and 
 ZooKeeper session is there, too: the server ends it with the worker, so that a lock of a killed call is free at once.
 """
 
+import codecs
 import collections
 import concurrent.futures
 import contextlib
@@ -57,8 +58,8 @@ log = logging.getLogger("clupy.server")
 
 BOARD = struct.Struct("=qd")       # number of the call begun last, 0 before the first; its deadline (monotonic), or:
 UNBOUND, IDLE = 0.0, -1.0          # it runs and has no deadline; it is over, and no call runs
-SESSION = struct.Struct("=q16s")   # id and password of the worker's ZooKeeper session, id 0: none
-SESSION_AT = 64                    # where on the board
+KEEPER = struct.Struct("=q16s")    # id and password of the worker's ZooKeeper session, id 0: none
+KEEPER_AT = 64                     # where on the board
 HOLD_TIME = 0.0002                 # results younger than this wait for more; more is fewer frames, and later results
 SHORT_TIME = 0.005                 # seconds a call may run before the reader thread reads; less wakes it more often
 FLUSH_TICK = 20                    # milliseconds; after so long a call has left results behind that are not sent
@@ -69,13 +70,140 @@ STACK_TIME = 0.1                   # a worker that is to be killed writes its Py
 STACK_SIGNAL = signal.SIGRTMIN + 3 if hasattr(signal, "SIGRTMIN") else signal.SIGUSR2
 SWEEP_TIME = 3600.0                # copies of Refs that nobody holds any more are looked for so often
 UNKNOWN_EXIT = 1 << 16             # of a process for which somebody else has waited; no process ends so
-MAX_FAILURES = 3                   # workers that die in a row at their start; then there is a pause
 WORKER_FILES = 9                   # descriptors of a worker here: channel, lifeline, three pipes, board, pidfd, slot, environment
 RESERVED_FILES = 20                # descriptors that no worker takes: for clients, the master, and what a start needs shortly
 RETRY_START = 1.0, 30.0            # seconds until a worker that could not be started is tried again: at first, and at most
 LAST_LINES = 10                    # of standard error that an error message shows
-LINE_SIZE = 16 << 10               # bytes of one line that an error message or a stack shows
-LONGEST_LINE = 1 << 20             # bytes after which a line is passed on without its end; more is memory for each worker
+LINE_SIZE = 16 << 10               # characters of one line that an error message or a stack shows
+LONGEST_LINE = 1 << 20             # characters after which a line is passed on without its end; more is memory for each worker
+
+
+# ==== Worker: the client's classes and modules ===============================
+# The client's classes are only named in results (clupy._client_class).  A class that was made here, or came with the
+# result of a nested call, is one that the client does not know: it goes by value.
+
+def note_client_classes():
+    """Note the classes that come from the client, from now on: wrap the function by which cloudpickle makes or finds them.
+    Once, when a worker starts."""
+    tracker = clupy._class_tracker()
+    lookup = tracker._lookup_class_or_track
+
+    def noting(tracker_id, cls):
+        cls = lookup(tracker_id, cls)
+        if pickling.of_client:
+            clupy._client_classes.add(cls)
+        return cls
+    tracker._lookup_class_or_track = noting
+
+
+def unpack_arguments(arguments):
+    """(args, kwargs) of a call."""
+    return clupy.unpack_arguments(arguments, unpack_call)
+
+
+def unpack_call(payload):
+    """clupy.unpack for functions and arguments; nested calls' results are for clupy.unpack itself."""
+    before, pickling.of_client = pickling.of_client, True
+    try:
+        return clupy.unpack(payload)
+    finally:
+        pickling.of_client = before
+
+
+class Finder:
+    """The importer of the client's modules.  It stands twice on sys.meta_path: first for the client's own top-level modules,
+    so that another version installed here is not taken, last for all others.
+
+    fetch(name, parent's __path__) -> clupy.module_source's answer; it blocks, and any thread may call it.  What it says is
+    kept for the life of the worker, "no" included: a module has one version per slot.  Never asked: for the standard
+    library, for submodules of packages that did not come from the client, and in a child that the call forked, as the
+    socket is its parent's.  A child of multiprocessing's spawn has no Finder: it sees only what is installed."""
+
+    def __init__(self, fetch, own, server):
+        self.fetch, self.own, self.server = fetch, frozenset(own), server
+        self.pid = os.getpid()
+        self.answers = {}                          # {module's name: what the client said}; any importing thread adds
+        self.packages = set()                      # names of packages that came from the client; likewise
+
+    def install(self):
+        sys.meta_path.insert(0, _OwnFirst(self))
+        sys.meta_path.append(self)
+
+    def find_spec(self, name, path=None, target=None):
+        """The module's spec from the client, or None.
+
+        Does not raise for a missing module, as optional libraries are looked for with importlib.util.find_spec:
+        clupy._missing_modules has the error's text."""
+        parent = name.rpartition(".")[0]
+        if os.getpid() != self.pid or parent and parent not in self.packages or clupy.is_every_servers(name):
+            return None
+        if name not in self.answers:
+            self.answers[name] = self.fetch(name, path and list(path))
+        kind, *answer = self.answers[name]
+        return getattr(self, f"on_{kind}")(name, path, *answer)
+
+    def on_source(self, name, path, text, filename, package_path):
+        linecache.cache[filename] = len(text), None, text.splitlines(keepends=True), filename
+        spec = importlib.machinery.ModuleSpec(name, _Loader(text, filename), origin=filename)
+        spec.has_location = True                   # sets __file__
+        spec.submodule_search_locations = package_path
+        if package_path is not None:
+            self.packages.add(name)
+        return spec
+
+    def on_namespace(self, name, path, places):
+        here = importlib.machinery.PathFinder.find_spec(name, path)     # parts of the package may be installed here
+        spec = importlib.machinery.ModuleSpec(name, None, is_package=True)
+        spec.submodule_search_locations = places + list(here.submodule_search_locations or () if here else ())
+        self.packages.add(name)
+        return spec
+
+    def on_library(self, name, path, distribution, version):
+        line = f"{distribution}=={version}" if version else distribution
+        clupy._missing_modules[name] = (
+            f"No module named {name!r} on {self.server}; the client has {distribution} {version or 'of no version'}: "
+            f"add the line `- {line}` under `libraries:` in clupy.client.dependency.yaml")
+
+    def on_refused(self, name, path, why):
+        clupy._missing_modules[name] = f"No module named {name!r} on {self.server}: {why}"
+
+    def on_no(self, name, path):
+        return None
+
+
+class _OwnFirst:
+    """The Finder's first place on sys.meta_path: for the client's own modules alone."""
+
+    def __init__(self, finder):
+        self.finder = finder
+
+    def find_spec(self, name, path=None, target=None):
+        first = name.partition(".")[0] in self.finder.own or name.rpartition(".")[0] in self.finder.packages
+        return self.finder.find_spec(name, path) if first else None
+
+
+class _Loader:
+    """What runs the client's text under the client's file name."""
+
+    def __init__(self, text, filename):
+        self.text, self.filename = text, filename
+
+    def create_module(self, spec):
+        return None
+
+    def exec_module(self, module):
+        exec(compile(self.text, self.filename, "exec", dont_inherit=True), vars(module))
+
+    def get_source(self, name):
+        """The text, for inspect and linecache."""
+        return self.text
+
+    def get_data(self, path):
+        """Raise what pkgutil.get_data expects where there is no file, and importlib.resources before it reads one."""
+        raise OSError(f"{path} is not on this worker: of the client's modules only source is sent; pass what is in the "
+                      "file as an argument, or share() it")
+
+    get_resource_reader = get_data
 
 
 # ==== Worker: the process that runs calls ====================================
@@ -272,16 +400,13 @@ class Worker:
             self.sock = TlsSocket(sock, *given["tls"])
         self.sock.sendall(proof(bytes.fromhex(given["key"]), b"opened"))
 
-    def __repr__(self):
-        return f"<Worker {self.pid} {len(self.todo)} calls to do>"
-
     def call_of_this_thread(self):
         """The number of the call that this thread works for, which may be over; see `follow_threads`."""
         return getattr(threading.current_thread(), "clupy_call", self.current)
 
     def _note_session(self, session):
         if os.getpid() == self.pid:                # a forked child has a session of its own
-            SESSION.pack_into(self.board, SESSION_AT, *(session or (0, b"")))
+            KEEPER.pack_into(self.board, KEEPER_AT, *(session or (0, b"")))
 
     def run(self):
         """Run calls until the slot ends."""
@@ -446,11 +571,9 @@ class Worker:
 
     def on_recall(self, _):
         back = []
-        while True:
-            try:
+        with contextlib.suppress(IndexError):      # the main thread may take the last one
+            while True:
                 back.append(self.todo.pop())
-            except IndexError:
-                break
         back.reverse()
         self.todo.extend(item for item in back if not item[0])     # functions stay, in their order
         self.send_results()                        # first: what is neither in these nor returned runs just now
@@ -555,10 +678,8 @@ class TlsSocket:
 def flush_output():
     """What was printed without a line's end is shown before the worker waits."""
     for stream in (sys.stdout, sys.stderr):
-        try:
+        with contextlib.suppress(AttributeError, OSError, ValueError):     # the call set it to None or closed it: its affair
             stream.flush()
-        except (AttributeError, OSError, ValueError):
-            pass                                   # the call set it to None or closed it: its own affair
 
 
 class NestedCalls(clupy.BaseEngine):
@@ -569,7 +690,7 @@ class NestedCalls(clupy.BaseEngine):
         self._calls = {}                           # {number: call} without an outcome
         self._numbers = iter(range(1, 1 << 62))
         self._known = clupy.Known()                # the functions that the client has
-        self._sending = threading.Lock()               # so that no call overtakes its function
+        self._sending = threading.Lock()           # so that no call overtakes its function
 
     def submit(self, call):
         worker, function = self._worker, call._function
@@ -612,137 +733,6 @@ class NestedCalls(clupy.BaseEngine):
         """In a forked child of a call: the slot's socket is the parent's alone."""
         os.close(self._worker.sock.detach())
         clupy.use_client(self._worker.client)
-
-
-# ==== Worker: the client's classes and modules ===============================
-# The client's classes are only named in results (clupy._client_class).  A class that was made here, or came with the
-# result of a nested call, is one that the client does not know: it goes by value.
-
-def note_client_classes():
-    """Note the classes that come from the client, from now on: wrap the function by which cloudpickle makes or finds them.
-    Once, when a worker starts."""
-    tracker = clupy._class_tracker()
-    lookup = tracker._lookup_class_or_track
-
-    def noting(tracker_id, cls):
-        cls = lookup(tracker_id, cls)
-        if pickling.of_client:
-            clupy._client_classes.add(cls)
-        return cls
-    tracker._lookup_class_or_track = noting
-
-
-def unpack_arguments(arguments):
-    """(args, kwargs) of a call."""
-    return clupy.unpack_arguments(arguments, unpack_call)
-
-
-def unpack_call(payload):
-    """clupy.unpack for functions and arguments; nested calls' results are for clupy.unpack itself."""
-    before, pickling.of_client = pickling.of_client, True
-    try:
-        return clupy.unpack(payload)
-    finally:
-        pickling.of_client = before
-
-
-class Finder:
-    """The importer of the client's modules.  It stands twice on sys.meta_path: first for the client's own top-level modules,
-    so that another version installed here is not taken, last for all others.
-
-    fetch(name, parent's __path__) -> clupy.module_source's answer; it blocks, and any thread may call it.  What it says is
-    kept for the life of the worker, "no" included: a module has one version per slot.  Never asked: for the standard
-    library, for submodules of packages that did not come from the client, and in a child that the call forked, as the
-    socket is its parent's.  A child of multiprocessing's spawn has no Finder: it sees only what is installed."""
-
-    def __init__(self, fetch, own, server):
-        self.fetch, self.own, self.server = fetch, frozenset(own), server
-        self.pid = os.getpid()
-        self.answers = {}                          # {module's name: what the client said}; any importing thread adds
-        self.packages = set()                      # names of packages that came from the client; likewise
-
-    def __repr__(self):
-        return f"<Finder {self.server} {len(self.answers)} modules asked for>"
-
-    def install(self):
-        sys.meta_path.insert(0, _OwnFirst(self))
-        sys.meta_path.append(self)
-
-    def find_spec(self, name, path=None, target=None):
-        """The module's spec from the client, or None.
-
-        Does not raise for a missing module, as optional libraries are looked for with importlib.util.find_spec:
-        clupy._missing_modules has the error's text."""
-        parent = name.rpartition(".")[0]
-        if os.getpid() != self.pid or parent and parent not in self.packages or clupy.is_every_servers(name):
-            return None
-        if name not in self.answers:
-            self.answers[name] = self.fetch(name, path and list(path))
-        kind, *answer = self.answers[name]
-        return getattr(self, f"on_{kind}")(name, path, *answer)
-
-    def on_source(self, name, path, text, filename, package_path):
-        linecache.cache[filename] = len(text), None, text.splitlines(keepends=True), filename
-        spec = importlib.machinery.ModuleSpec(name, _Loader(text, filename), origin=filename)
-        spec.has_location = True                   # sets __file__
-        spec.submodule_search_locations = package_path
-        if package_path is not None:
-            self.packages.add(name)
-        return spec
-
-    def on_namespace(self, name, path, places):
-        here = importlib.machinery.PathFinder.find_spec(name, path)     # parts of the package may be installed here
-        spec = importlib.machinery.ModuleSpec(name, None, is_package=True)
-        spec.submodule_search_locations = places + list(here.submodule_search_locations or () if here else ())
-        self.packages.add(name)
-        return spec
-
-    def on_library(self, name, path, distribution, version):
-        line = f"{distribution}=={version}" if version else distribution
-        clupy._missing_modules[name] = (
-            f"No module named {name!r} on {self.server}; the client has {distribution} {version or 'of no version'}: "
-            f"add the line `- {line}` under `libraries:` in clupy.client.dependency.yaml")
-
-    def on_refused(self, name, path, why):
-        clupy._missing_modules[name] = f"No module named {name!r} on {self.server}: {why}"
-
-    def on_no(self, name, path):
-        return None
-
-
-class _OwnFirst:
-    """The Finder's first place on sys.meta_path: for the client's own modules alone."""
-
-    def __init__(self, finder):
-        self.finder = finder
-
-    def find_spec(self, name, path=None, target=None):
-        first = name.partition(".")[0] in self.finder.own or name.rpartition(".")[0] in self.finder.packages
-        return self.finder.find_spec(name, path) if first else None
-
-
-class _Loader:
-    """What runs the client's text under the client's file name."""
-
-    def __init__(self, text, filename):
-        self.text, self.filename = text, filename
-
-    def create_module(self, spec):
-        return None
-
-    def exec_module(self, module):
-        exec(compile(self.text, self.filename, "exec", dont_inherit=True), vars(module))
-
-    def get_source(self, name):
-        """The text, for inspect and linecache."""
-        return self.text
-
-    def get_data(self, path):
-        """Raise what pkgutil.get_data expects where there is no file, and importlib.resources before it reads one."""
-        raise OSError(f"{path} is not on this worker: of the client's modules only source is sent; pass what is in the "
-                      "file as an argument, or share() it")
-
-    get_resource_reader = get_data
 
 
 # ==== Environments ===========================================================
@@ -807,9 +797,6 @@ class Environment:
     def __init__(self, path, descriptor):
         self.path, self._descriptor = path, descriptor
 
-    def __repr__(self):
-        return f"<Environment {self.id}{' closed' if self._descriptor is None else ''}>"
-
     @property
     def id(self):
         return self.path.name
@@ -821,12 +808,6 @@ class Environment:
             os.close(self._descriptor)
             self._descriptor = None
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()
-
 
 class Environments:
     """The environments in a folder, which servers of one machine may share.  At most `kept` complete ones remain after a
@@ -834,9 +815,6 @@ class Environments:
 
     def __init__(self, folder=None, kept=10):
         self.folder, self.kept = pathlib.Path(folder or default_environments_dir()).absolute(), kept
-
-    def __repr__(self):
-        return f"<Environments {self.folder}: {', '.join(self.complete()) or 'none'}>"
 
     def complete(self):
         """The ids of those that are complete, the most recently used first."""
@@ -942,6 +920,16 @@ class Environments:
 
 # ==== Process: a worker as its server sees it ================================
 
+def worker_variables(environ, slots):
+    """The environment variables of a worker: without the secret, and with one node's cores divided by its slots."""
+    variables = {name: value for name, value in environ.items() if name not in ("CLUPY_SECRET", "CLUPY_MASTER")}
+    threads = str(max(1, clupy.cores() // slots))
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS",
+                 "VECLIB_MAXIMUM_THREADS"):
+        variables.setdefault(name, threads)
+    return variables
+
+
 class Process:
     """One worker process: its board, and how it begins and ends.  For the server's loop alone.
 
@@ -968,23 +956,23 @@ class Process:
     def _start(self):
         """Start the process. What fails on the way undoes it all: no process, descriptor or reader is left."""
         loop = asyncio.get_running_loop()
-        with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:      # theirs are closed here in any case
-            self.environment = self.libraries.hold()   # in use until this worker is dead; None: our own Python
-            if self.environment:
-                ours.callback(self.environment.close)
+        # In any case theirs are closed here; held is closed when the worker is dead; ours are closed by what they are.
+        with contextlib.ExitStack() as held, contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
+            environment = self.libraries.hold()    # None: our own Python
+            if environment:
+                held.callback(environment.close)
             self.channel, channel = (stack.enter_context(end)
-                                     for stack, end in zip((ours, theirs), socket.socketpair(), strict=True))
-            lifeline, self.lifeline = make_pipe(theirs, ours)
+                                     for stack, end in zip((held, theirs), socket.socketpair(), strict=True))
+            lifeline, self.lifeline = make_pipe(theirs, held)
             (out_here, out), (err_here, err), (stack_here, stack) = (make_pipe(ours, theirs) for _ in range(3))
-            board = make_board()
-            theirs.callback(os.close, board)
+            board = make_board(theirs)
             self.board = ours.enter_context(mmap.mmap(board, mmap.PAGESIZE))
             BOARD.pack_into(self.board, 0, 0, IDLE)
             keep_reserve(board, sum(not other.slot for other in self.workers.processes.values()))
             given = {"channel": channel.fileno(), "lifeline": lifeline, "stack": stack, "board": board,
                      "memory_limit": self.workers.settings.memory_limit, "files": clupy.raise_descriptor_limit()}
             boot = BOOT.format(folder=os.path.dirname(os.path.abspath(__file__)), arguments=json.dumps(given))
-            python, variables = worker_command(self.environment and self.environment.path,
+            python, variables = worker_command(environment and environment.path,
                                                worker_variables(os.environ, self.workers.slots))
             self.popen = subprocess.Popen(
                 [python, "-P", "-c", boot], stdin=subprocess.DEVNULL, stdout=out, stderr=err,
@@ -993,10 +981,11 @@ class Process:
             ours.callback(self._undo)
             self.channel.setblocking(False)
             loop.add_reader(self.channel, self._channel_readable)
-            ours.callback(loop.remove_reader, self.channel)
-            self.pidfd = self._watch_end(loop, ours)
+            held.callback(loop.remove_reader, self.channel)
             self.output = Output(self, {out_here: "out", err_here: "err", stack_here: "stack"}, ours)
+            self.pidfd = self._watch_end(loop, held)   # last: nothing that is watched is undone
             ours.pop_all()
+            self._held = held.pop_all()
 
     def _undo(self):
         """The start failed after the process was there."""
@@ -1043,7 +1032,7 @@ class Process:
 
     def zookeeper_session(self):
         """(id, password) of the session that the worker had when it died, or None."""
-        session = SESSION.unpack_from(self.board, SESSION_AT)
+        session = KEEPER.unpack_from(self.board, KEEPER_AT)
         return session if session[0] else None
 
     def runs(self, number):
@@ -1125,23 +1114,13 @@ class Process:
 
     def _is_dead(self, code, peak):
         self.popen.returncode = code
-        loop = asyncio.get_running_loop()
-        loop.remove_reader(self.channel)
-        self.channel.close()
-        if self.pidfd is not None:
-            loop.remove_reader(self.pidfd)
-            pidfd, self.pidfd = self.pidfd, None   # first: a fork now closes what is named
-            os.close(pidfd)
-        lifeline, self.lifeline = self.lifeline, None
-        os.close(lifeline)
-        if self.environment:
-            self.environment.close()
-        self.dead.set_result((code, peak))
+        self.dead.set_result((code, peak))         # first: a fork from now on closes none of what is held
+        self._held.close()
         self.workers.died(self)
 
     def descriptors(self):
-        own = [self.channel.fileno(), *self.output.pipes, self.pidfd, self.lifeline]
-        return [fd for fd in own if fd is not None]
+        held = [] if self.dead.done() else [self.channel.fileno(), self.lifeline, self.pidfd]
+        return [fd for fd in (*held, *self.output.pipes) if fd is not None]
 
 
 class Output:
@@ -1154,7 +1133,8 @@ class Output:
         self.stack = b""                           # what faulthandler wrote
         self.last_lines = collections.deque(maxlen=LAST_LINES)     # of standard error, since this call began:
         self._call = 0
-        self._tails = {"out": b"", "err": b""}     # without a line's end yet
+        self._tails = {"out": "", "err": ""}       # without a line's end yet
+        self._decoders = {stream: codecs.getincrementaldecoder("utf-8")("replace") for stream in self._tails}
         loop = asyncio.get_running_loop()
         for fd in pipes:
             os.set_blocking(fd, False)
@@ -1179,25 +1159,27 @@ class Output:
         asyncio.get_running_loop().remove_reader(fd)
         stream = self.pipes.pop(fd)
         os.close(fd)
-        if self._tails.get(stream):
-            self._pass_on(stream, b"\n")
+        if stream != "stack":
+            self._pass_on(stream, b"", final=True)
 
-    def _pass_on(self, stream, data):
-        """Send whole lines to the client."""
-        process, data = self.process, self._tails[stream] + data
-        end = data.rfind(b"\n") + 1 or (whole_characters(data) if len(data) > LONGEST_LINE else 0)
-        lines, self._tails[stream] = data[:end], data[end:]
+    def _pass_on(self, stream, data, final=False):
+        """Send whole lines to the client; final: and what has no end."""
+        process, text = self.process, self._tails[stream] + self._decoders[stream].decode(data, final)
+        if final and text:
+            text += "\n"
+        end = text.rfind("\n") + 1 or (len(text) if len(text) > LONGEST_LINE else 0)
+        lines, self._tails[stream] = text[:end], text[end:]
         if not lines:
             return
         if stream == "err":
             if self._call != (call := process.begun()[0]):
                 self._call = call
                 self.last_lines.clear()
-            self.last_lines.extend(lines[-LINE_SIZE:].decode(errors="replace").splitlines())
+            self.last_lines.extend(lines[-LINE_SIZE:].splitlines())
         if process.slot:
             process.slot.session.show(process.pid, stream, lines)
         else:
-            log.info("worker %s: %s", process.pid, lines.decode(errors="replace").rstrip())
+            log.info("worker %s: %s", process.pid, lines.rstrip())
 
     def close(self):
         """Read what the pipes still hold, and close them: all that the worker wrote is there, whoever else has them."""
@@ -1209,16 +1191,7 @@ class Output:
                 self._close(fd)
 
 
-def whole_characters(data):
-    """How many bytes of UTF-8 there are without a last character that is not all there."""
-    for back in range(1, min(4, len(data)) + 1):
-        if data[-back] & 0xC0 != 0x80:             # the first byte of the last character tells its length
-            length = 1 if data[-back] < 0xC0 else 2 if data[-back] < 0xE0 else 3 if data[-back] < 0xF0 else 4
-            return len(data) if length <= back else len(data) - back
-    return len(data)
-
-
-def end_session(hosts, session, ended):
+def end_zookeeper_session(hosts, session, ended):
     """End the ZooKeeper session of a worker that is dead, so that what it held is free at once; in a thread of its own.
 
     session: (id, password); ended: a future that is done then, well or not: by itself it ends after `session` seconds."""
@@ -1227,7 +1200,7 @@ def end_session(hosts, session, ended):
     try:
         client = clupy.kazoo.KazooClient(hosts, client_id=session, logger=quiet)
         with contextlib.suppress(client.handler.timeout_exception):
-            client.start(clupy.FIRST_CONTACT)          # takes the session over, or has a new one if it has ended already
+            client.start(clupy.FIRST_CONTACT)      # takes the session over, or has a new one if it has ended already
         client.stop()
         client.close()
     except Exception as error:                     # the thread's edge: the interpreter may be ending
@@ -1262,18 +1235,15 @@ def why_no_worker(error):
     return str(error)
 
 
-def make_board():
-    """A descriptor of a page of memory that is shared and has no name."""
+def make_board(stack):
+    """A descriptor, closed by an ExitStack, of a page of memory that is shared and has no name."""
     try:
         fd = os.memfd_create("clupy-board")
     except (AttributeError, OSError):              # macOS; an old kernel, or a sandbox that does not know it
         with tempfile.TemporaryFile() as file:
             fd = os.dup(file.fileno())
-    try:
-        os.ftruncate(fd, mmap.PAGESIZE)
-    except BaseException:
-        os.close(fd)
-        raise
+    stack.callback(os.close, fd)
+    os.ftruncate(fd, mmap.PAGESIZE)
     return fd
 
 
@@ -1286,17 +1256,21 @@ class SlotRow:
         self.session, self.number, self.nested = session, number, nested
         self.sock = sock                           # kept open until the client has read to the end
         self.process = None                        # Process, once a worker is free
-        self.waiter = asyncio.get_running_loop().create_future()
 
     def __repr__(self):
         return f"slot {self.number} of {self.session.client[:6]}"
 
+    def end(self, why):
+        """End it, by the end of its worker if it has one."""
+        if self.process:
+            self.process.end(why, GRACE_TIME)
+        else:
+            self.session.server.workers.withdraw(self, why)
+
     def hang_up(self):
         """Let the worker read the end."""
-        try:
+        with contextlib.suppress(OSError):         # the client's end is gone already
             self.sock.shutdown(socket.SHUT_RD)
-        except OSError:
-            pass                                   # the client's end is gone already
 
 
 def assignments(waiting, ready, room, room_nested):
@@ -1332,16 +1306,6 @@ def changes(most, awaited, default, spare):
         else:
             needless.append(worker)
     return missing, needless
-
-
-def worker_variables(environ, slots):
-    """The environment variables of a worker: without the secret, and with one node's cores divided by its slots."""
-    variables = {name: value for name, value in environ.items() if name not in ("CLUPY_SECRET", "CLUPY_MASTER")}
-    threads = str(max(1, clupy.cores() // slots))
-    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS",
-                 "VECLIB_MAXIMUM_THREADS"):
-        variables.setdefault(name, threads)
-    return variables
 
 
 class Pause:
@@ -1411,19 +1375,18 @@ class Workers:
 
     # -- slots
 
-    async def serve(self, slot):
-        """Wait for a free worker and hand the socket over."""
+    def serve(self, slot):
+        """Hand the slot's socket over, as soon as a worker is free."""
         if slot.nested and slot.session.nested_slots() >= self.settings.max_nested:    # nobody else's end would make room
             self._turn_away(slot, Why.MAX_NESTED, f"max_nested is {self.settings.max_nested}")
             return
         self.waiting.append(slot)
         self.look()
-        try:
-            await slot.waiter
-        except asyncio.CancelledError:             # closed by the client before a worker was free
-            if slot in self.waiting:
-                self.waiting.remove(slot)
-            self._turn_away(slot, Why.CLOSED)
+
+    def withdraw(self, slot, why):
+        """End a slot that waits for a worker."""
+        self.waiting.remove(slot)
+        self._turn_away(slot, why)
 
     def _turn_away(self, slot, why, reason=""):
         """End a slot that no worker serves."""
@@ -1437,7 +1400,7 @@ class Workers:
         self._assign()
 
     def _assign(self):
-        waiting = [(slot, self.server.libraries.of_session(slot.session)) for slot in self.waiting if not slot.waiter.done()]
+        waiting = [(slot, self.server.libraries.of_session(slot.session)) for slot in self.waiting]
         room_nested = {slot.session: self.settings.max_nested - slot.session.nested_slots() for slot, _ in waiting}
         ready = [process for process in self.processes.values() if process.ready and process.usable]
         for slot, process in assignments(waiting, ready, self.slots - self.open_slots(nested=False), room_nested):
@@ -1446,7 +1409,6 @@ class Workers:
             except ConnectionError:
                 continue                           # it died just now, and is replaced: the slot waits on
             self.waiting.remove(slot)
-            slot.waiter.set_result(None)
             self._failures = 0
             self._pause.forget()
             self.server.state_soon()
@@ -1491,17 +1453,15 @@ class Workers:
             if not process.why:
                 log.info("worker %s of client %s died: %s", process.pid, slot.session.client[:6], describe_exit(code))
             slot.session.slots.pop(slot.number, None)
-            try:
+            with contextlib.suppress(OSError):     # the client closed it first
                 slot.sock.shutdown(socket.SHUT_WR)
-            except OSError:
-                pass                               # the client closed it first
-            self._end_session(process.zookeeper_session())
+            self._end_zookeeper_session(process.zookeeper_session())
             base = give_base(slot)
             self._pause.end()                      # there may be room for another now
         elif not process.why:
             log.error("worker %s died before it had a slot: %s", process.pid, describe_exit(code))
             self._failures += 1
-            if self._failures >= MAX_FAILURES and not self._pause and not self._closing:
+            if self._failures >= clupy.MAX_FAILURES and not self._pause and not self._closing:
                 self._pause.begin("workers keep dying at their start", len(self.processes), self.slots)
         process.output.close()
         process.board.close()
@@ -1510,18 +1470,18 @@ class Workers:
                 "pid": process.pid, "begun": begun, "why": process.why or Why.DIED, "reason": describe_exit(code),
                 "code": code, "peak": peak, "limit": self.settings.memory_limit, "lines": list(process.output.last_lines),
                 "stack": process.output.stack.decode(errors="replace"), "base": base})
-            self.server.spawn(drain_socket(slot.sock))
+            self.server.tasks.spawn(drain_socket(slot.sock))
         self.look()
         self.server.state_soon()
 
-    def _end_session(self, session):
+    def _end_zookeeper_session(self, session):
         hosts = self.server.services.get("zookeeper")
         if not hosts or not session:
             return
         ended = concurrent.futures.Future()
         ended.set_running_or_notify_cancel()
         try:
-            threading.Thread(target=end_session, args=(hosts, session, ended), daemon=True).start()
+            threading.Thread(target=end_zookeeper_session, args=(hosts, session, ended), daemon=True).start()
         except RuntimeError:
             return                                 # the interpreter is ending: the session ends by itself
         ending = asyncio.wrap_future(ended)
@@ -1544,7 +1504,7 @@ class Workers:
                     number, deadline = process.begun()
                     if deadline not in (UNBOUND, IDLE) and deadline < now:
                         process.late = True
-                        self.server.spawn(self._time_out(process, number))
+                        self.server.tasks.spawn(self._time_out(process, number))
 
     async def _time_out(self, process, number):
         try:
@@ -1581,15 +1541,11 @@ def give_base(slot):
 
 async def drain_socket(sock):
     """Close the socket once the client has: closing one with unread input would lose what is still under way."""
-    try:
+    with sock, contextlib.suppress(OSError):       # reset, or not closed in time
         sock.setblocking(False)
         async with asyncio.timeout(clupy.CLOSE_TIME):
             while await asyncio.get_running_loop().sock_recv(sock, 1 << 16):
                 pass
-    except OSError:
-        pass                                       # reset, or not closed in time
-    finally:
-        sock.close()
 
 
 def describe_exit(code):
@@ -1739,13 +1695,11 @@ class NodeLibraries:
         self.wanted = self.libraries_of(clupy_master.Resolution.of(said[1]), said[2])
         self._switch()
 
-    async def keep_in_step(self):
-        """Try again, from time to time, what could not be built, and build anew what somebody removed."""
-        while True:
-            await asyncio.sleep(self.settings.sync_interval)
-            for libraries in {self.wanted, *(session.libraries for session in self.server.sessions.values())} - {None}:
-                self.libraries_of(libraries.resolution, {})
-            self._forget()
+    def keep_in_step(self):
+        """Try again what could not be built, and build anew what somebody removed; to be called from time to time."""
+        for libraries in {self.wanted, *(session.libraries for session in self.server.sessions.values())} - {None}:
+            self.libraries_of(libraries.resolution, {})
+        self._forget()
 
     def state(self):
         """What the master and `status` are told."""
@@ -1801,15 +1755,13 @@ class Session:
         if slot is None:                           # it ended by itself, or was never opened
             self.numbers.add(number)
             self.connection.send("ended", number, {"pid": None, "begun": 0, "why": Why.CLOSED})
-        elif slot.process:
-            slot.process.end(Why.CLOSED, GRACE_TIME)
         else:
-            slot.waiter.cancel()
+            slot.end(Why.CLOSED)
 
     def on_kill(self, _, number, call):
         slot = self.slots.get(number)
         if slot and slot.process:
-            self.server.spawn(self._kill(slot, call))
+            self.server.tasks.spawn(self._kill(slot, call))
 
     async def _kill(self, slot, call):
         if not await slot.process.kill_call(call, Why.CANCELLED):
@@ -1821,19 +1773,18 @@ class Session:
     def on_seen(self, _, count):
         self._unseen -= count
         if self._dropped and not self._unseen:
-            self.show(0, "err", b"")
+            self.show(0, "err", "")
 
     def show(self, pid, stream, lines):
         """Send lines on, unless the client has not seen what was sent before."""
         if not self.output:
             return
         if self._unseen + len(lines) > clupy.UNSEEN_OUTPUT and self._unseen:
-            self._dropped += lines.count(b"\n")
+            self._dropped += lines.count("\n")
             return
-        text = lines.decode(errors="replace")
         dropped, self._dropped = self._dropped, 0
-        self._unseen += len(text)
-        self.connection.send("output", pid, stream, text, dropped)
+        self._unseen += len(lines)
+        self.connection.send("output", pid, stream, lines, dropped)
 
 
 class Server:
@@ -1846,13 +1797,13 @@ class Server:
         self.services = {}                         # what the master says of Redis and ZooKeeper
         self.sessions = {}                         # {session id: Session}; changed by _serve_control
         self.draining = False
-        self.failed = asyncio.get_running_loop().create_future()     # an error after which it makes no sense to go on
+        self.over = asyncio.get_running_loop().create_future()       # None, or an error: it makes no sense to go on
         self.versions = {"python": "%d.%d.%d" % sys.version_info[:3], "cloudpickle": clupy_master.installed("cloudpickle")}
         self.tls = settings.tls_cert and clupy.tls_files(settings)            # what a worker needs of it
         self.link = clupy.MasterLink(clupy.masters_of(settings), secret, settings)
         self.libraries = NodeLibraries(self)
         self.workers = Workers(self, settings.slots)
-        self._tasks = set()
+        self.tasks = clupy_master.Tasks("the server")
         self._stating = None                       # TimerHandle, while a statement is due
         self._closing = False
         self._said = ""                            # why there is no master, as the log says; None: there is one
@@ -1862,26 +1813,14 @@ class Server:
     def __repr__(self):
         return f"<Server {self.address[1]} {len(self.sessions)} sessions, {self.workers}>"
 
-    @property
-    def slots(self):
-        return self.workers.slots
-
     async def start(self):
         self.workers.look()
-        for life in (self.link.run(self), self.workers.watch(), self._repeat(), self._say_alive(), self._sweep(),
-                     self.libraries.keep_in_step()):
-            self.spawn(life)
-
-    def spawn(self, coroutine):
-        """Run a coroutine as a task of this server, ended with it."""
-        task = asyncio.get_running_loop().create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._done)
-
-    def _done(self, task):
-        self._tasks.discard(task)
-        if not task.cancelled() and task.exception():
-            log.error("a task of the server failed", exc_info=task.exception())
+        self.tasks.spawn(self.link.run(self))
+        self.tasks.spawn(self.workers.watch())
+        self.tasks.repeat(clupy.STATEMENT_TIME, self._restate)
+        self.tasks.repeat(clupy.ALIVE_TIME, self.tell, "alive", "")
+        self.tasks.repeat(self.settings.sync_interval, self.libraries.keep_in_step)
+        self.tasks.repeat(SWEEP_TIME, clupy.remove_copies)         # of clients and servers that were killed together
 
     def descriptors(self):
         copies = [fd for session in list(self.sessions.values()) if session.copies for fd in session.copies.held]
@@ -1906,10 +1845,7 @@ class Server:
         finally:
             del self.sessions[session.id]
             for slot in list(session.slots.values()):
-                if slot.process:
-                    slot.process.end(Why.CLIENT_GONE, GRACE_TIME)
-                else:
-                    slot.waiter.cancel()
+                slot.end(Why.CLIENT_GONE)
             if session.copies:
                 session.copies.close()
 
@@ -1927,7 +1863,8 @@ class Server:
         session.numbers.add(number)
         tune(sock, user_timeout=False)
         slot = session.slots[number] = SlotRow(session, number, nested, sock)
-        return self.workers.serve(slot)
+        self.workers.serve(slot)
+        return None
 
     def said_to_worker(self, slot):
         """What a worker is told with the socket of its slot."""
@@ -1939,11 +1876,6 @@ class Server:
         for session in self.sessions.values():
             session.connection.send("notice", *notice)
 
-    async def _say_alive(self):
-        while True:
-            self.tell("alive", "")
-            await asyncio.sleep(clupy.ALIVE_TIME)
-
     # -- the master
 
     def master_joined(self, connection):
@@ -1954,17 +1886,9 @@ class Server:
             self._said = self.link.why_lost        # once, however often it is tried again
             log.warning("no master: %s", self._said)
 
-    async def _repeat(self):
-        while True:
-            await asyncio.sleep(clupy.STATEMENT_TIME)
-            self.link.look(time.monotonic())
-            self._state()
-
-    async def _sweep(self):
-        """Remove copies that were left by clients and servers that were killed together."""
-        while True:
-            clupy.remove_copies()
-            await asyncio.sleep(SWEEP_TIME)
+    def _restate(self):
+        self.link.look(time.monotonic())
+        self._state()
 
     def state_soon(self):
         """After a change: state it, gathered for GATHER_TIME."""
@@ -1994,27 +1918,38 @@ class Server:
         self.link.follow(address)
 
     def master_refused(self, error):
-        if not self.failed.done():
-            self.failed.set_result(error)
+        self._is_over(error)
+
+    def _is_over(self, error=None):
+        if not self.over.done():
+            self.over.set_result(error)
 
     # -- more slots, and the end
 
     def grow(self, slots):
         """At least so many slots."""
-        if slots > self.slots:
+        if slots > self.workers.slots:
             self.workers.slots = slots
             self.workers.look()
             self.state_soon()
 
-    async def drain(self):
+    async def _drain(self):
         """Take no new slots, and wait until the calls under way are done, `drain_time` at most."""
-        self.draining = True
         log.info("draining: %s slots are open; for %g s at most", self.workers.open_slots(), self.settings.drain_time)
         self._state()
         self.tell("draining", "")
         deadline = time.monotonic() + self.settings.drain_time
         while self.workers.open_slots() and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
+        self._is_over()
+
+    def terminate(self):
+        """For SIGTERM: drain; end at once when it comes again."""
+        if self.draining:
+            self._is_over()
+        else:
+            self.draining = True
+            self.tasks.spawn(self._drain())
 
     async def close(self):
         """Kill the workers and close everything."""
@@ -2024,41 +1959,18 @@ class Server:
         await self.workers.close()
         for session in list(self.sessions.values()):
             session.connection.close()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.tasks.close()
         await self.libraries.close()
 
 
 async def run(settings, secret):
     """Be a server until cancelled or refused by the master; SIGTERM drains, a second one ends at once."""
     server = Server(settings, secret)
-    log.info("server listens on %s:%s, %s slots", *server.address, server.slots)
-    drained = loop_signals(server)
+    log.info("server listens on %s:%s, %s slots", *server.address, server.workers.slots)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, server.terminate)
     try:
         await server.start()
-        await asyncio.wait([server.failed, drained], return_when=asyncio.FIRST_COMPLETED)
-        if server.failed.done():
-            raise server.failed.result()
+        if error := await server.over:
+            raise error
     finally:
         await server.close()
-
-
-def loop_signals(server):
-    """A future that is done when SIGTERM has drained the server, or a second one came."""
-    loop = asyncio.get_running_loop()
-    drained = loop.create_future()
-
-    async def drain():
-        await server.drain()
-        if not drained.done():
-            drained.set_result(None)
-
-    def terminate():
-        if server.draining and not drained.done():
-            drained.set_result(None)
-        elif not server.draining:
-            server.spawn(drain())
-
-    loop.add_signal_handler(signal.SIGTERM, terminate)
-    return drained
