@@ -799,6 +799,14 @@ def raise_descriptor_limit():
     return old
 
 
+def descriptors_left():
+    """How many more files this process may open."""
+    try:
+        return resource.getrlimit(resource.RLIMIT_NOFILE)[0] - len(os.listdir("/dev/fd"))
+    except OSError:                               # not even that one; or there is no such folder
+        return 0 if os.path.exists("/dev/fd") else math.inf
+
+
 def tune(sock, user_timeout=True):
     """A peer is alive while its kernel answers: keepalive finds a dead one in 10 s, also under unanswered data.
 
@@ -879,13 +887,6 @@ class Connection:
         self._writer.transport.abort()
 
 
-def descriptors_left():
-    """How many more files this process may open."""
-    import resource
-    try:
-        return resource.getrlimit(resource.RLIMIT_NOFILE)[0] - len(os.listdir("/dev/fd"))
-    except OSError:                               # not even that one; or there is no such folder
-        return 0 if os.path.exists("/dev/fd") else math.inf
 async def read_exactly(sock, count):
     """`count` bytes of a non-blocking socket and not one more, so that the rest is there for another reader."""
     data = b""
