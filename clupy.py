@@ -481,13 +481,10 @@ def configure(**settings):
 
 def merged_services(own, theirs):
     """The Settings of Redis and ZooKeeper of which `own` are a client's and `theirs` the master's; {}: no master says any."""
-    own = Settings({**vars(own), **_configured}, {*own.given, *_configured})
-    values = {key: getattr(own, key) for key in SERVICE_KEYS}
-    values.update({key: value for key, value in theirs.items() if key not in own.given and key in SERVICE_KEYS})
-    given = set(own.given) | set(theirs.get("given", ()))
-    if not theirs:
-        values.update({key: value for key, value in _LOCAL.items() if key not in given})
-    return Settings(values, given & set(SERVICE_KEYS))
+    mine = {**{key: getattr(own, key) for key in own.given}, **_configured}
+    values = {**vars(own), **(theirs or _LOCAL), **mine}
+    given = {*mine, *theirs.get("given", ())}                 # not defaults: somebody named them
+    return Settings({key: values[key] for key in SERVICE_KEYS}, given.intersection(SERVICE_KEYS))
 
 
 def find_secret(settings, create=False):
@@ -1109,23 +1106,23 @@ def _noting_refs(pack, *args, resolve=False):
         pickling.refs, pickling.resolve = before
 
 
-def pack(obj, by_value=None, snapshot=True):
+def pack(obj, pickler=None, snapshot=True):
     """The payload of obj: bytes, or (bytes, [pickle.PickleBuffer]) with the buffers of 64 KiB and more.
 
     snapshot: writable buffers are copied, so that obj may be changed afterwards; read-only ones never are.
-    by_value(obj, buffer_callback) pickles what plain pickle cannot.  Raises what it raises.  Any thread may call."""
-    return _pack(_raw(obj), by_value or _by_value, snapshot)
+    pickler() is the class that pickles what plain pickle cannot.  Raises what that raises.  Any thread may call."""
+    return _pack(_raw(obj), pickler or _by_value_pickler, snapshot)
 
 
-def _pack(obj, by_value, snapshot=True):
+def _pack(obj, pickler, snapshot=True):
     buffers = _Buffers(snapshot)
     try:
         data = pickle.dumps(obj, 5, buffer_callback=buffers)
-    except Exception:                             # a lambda, local class, lock ...: if by_value cannot either, it raises
+    except Exception:                             # a lambda, local class, lock ...: if the pickler cannot either, it raises
         data = _MAIN
     if data.find(_MAIN) >= 0 or _registered():    # find: for bytes, `in` first tries to make a number of _MAIN, 0.2 us
         buffers.clear()
-        data = by_value(obj, buffers)
+        data = _dumps(pickler(), obj, buffers)
     return (data, list(buffers)) if buffers else data
 
 
@@ -1140,13 +1137,10 @@ class _Buffers(list):
         view = buffer.raw()
         if view.nbytes < LARGE:
             return True                           # it stays in the pickle
-        self.append(buffer if view.readonly or not self.snapshot else pickle.PickleBuffer(_copied(view)))
-
-
-def _copied(view):
-    copied = memory(view.nbytes)
-    memoryview(copied)[:] = view
-    return copied
+        if self.snapshot and not view.readonly:
+            buffer = pickle.PickleBuffer(memory(view.nbytes))
+            buffer.raw()[:] = view
+        self.append(buffer)
 
 
 def unpack(payload):
@@ -1176,7 +1170,7 @@ def pack_arguments(function_name, args, kwargs, func=None):
     if kwargs:
         kwargs = {name: _raw(value) for name, value in kwargs.items()}
     try:
-        return _noting_refs(_pack, (args, kwargs), _by_value, resolve=True)
+        return _noting_refs(_pack, (args, kwargs), _by_value_pickler, resolve=True)
     except Exception as error:      # whatever a class of the user's raises while it is pickled
         named = [*_numbered(args, func), *((f"argument {name!r}", kwargs[name]) for name in kwargs)]
         raise pickle.PicklingError(f"{function_name} cannot be called: {_culprit(named, 'its arguments')} "
@@ -1193,10 +1187,6 @@ def _registered():
     names = module.list_registry_pickle_by_value()          # a copy
     names.discard("__mp_main__")                            # by _dumps, not by the user
     return names
-
-
-def _by_value(obj, buffer_callback=None):
-    return _dumps(_by_value_pickler(), obj, buffer_callback)
 
 
 def _dumps(pickler, obj, buffer_callback=None):
@@ -1376,14 +1366,10 @@ _client_classes = weakref.WeakSet()     # in a worker: classes and type variable
 def pack_result(value, name="the call"):
     """The payload of what `name` returned, its buffers not copied.  Raises PicklingError that says its type."""
     try:
-        return pack(value, _result_by_value, snapshot=False)
+        return pack(value, _result_pickler, snapshot=False)
     except BaseException as error:                # whatever a class of the user's raises while it is pickled, SystemExit too
         raise pickle.PicklingError(f"the result of {name}, a {_type_name(type(value))}, cannot be "
                                    f"pickled: {error}") from error
-
-
-def _result_by_value(obj, buffer_callback=None):
-    return _dumps(_result_pickler(), obj, buffer_callback)
 
 
 @functools.cache
@@ -1496,7 +1482,7 @@ def _capture(func):
     reads = _reads(func)                          # first: what changes while it is pickled is seen by the next capture
     buffers = _Buffers(snapshot=False)
     try:
-        data, refs = _noting_refs(_by_value, func, buffers)
+        data, refs = _noting_refs(_dumps, _by_value_pickler(), func, buffers)
     except Exception as error:                    # whatever a class of the user's raises while it is pickled
         raise pickle.PicklingError(f"{name} cannot be sent to a worker: {_culprit(_used(func), 'it')} cannot "
                                    f"be pickled: {error}") from error
@@ -1527,12 +1513,9 @@ def _remember(func, function, reads):
     with _capture_lock:
         _captures.pop(id(func), None)             # it is the newest now
         _captures[id(func)] = func, function, reads
-        while len(_captures) > MAX_CAPTURES or function.size >= LARGE and _captured_bytes() > MAX_CAPTURED_BYTES:
+        while len(_captures) > MAX_CAPTURES or function.size >= LARGE and (
+                sum(kept.size for _, kept, _ in _captures.values()) > MAX_CAPTURED_BYTES):
             del _captures[next(iter(_captures))]
-
-
-def _captured_bytes():
-    return sum(function.size for _, function, _ in _captures.values())
 
 
 def limit_key(func):
@@ -1655,8 +1638,10 @@ def _used(func):
 # them, only their places in a list that travels beside (_alone).
 
 def pack_exception(error, skip_frames=0, where=""):
-    """The payload that unpack_exception takes.  Cannot raise.
+    """The payload of an exception with its causes, contexts, group members, notes and traceback.  Cannot raise.
 
+    `unpack` makes the exception: raised there, it prints as if the call had run there.  One that cannot be rebuilt, be it
+    a cause, is a RemoteError with a note that says why.
     skip_frames: how many of the outermost frames are not the user's; where: a text that stands for them, or none."""
     try:
         frames = [(f"<{where}>", "call", 1, 1, None, None, None)] * bool(where) + _frames(error.__traceback__)[skip_frames:]
@@ -1769,13 +1754,6 @@ def _shortened(frames):
     half = MAX_FRAMES // 2
     gap = f"<{len(frames) - 2 * half} frames left out>", "...", 1, 1, None, None, None
     return [*frames[:half], gap, *frames[-half:]]
-
-
-def unpack_exception(payload):
-    """The exception of a pack_exception, with its causes, contexts, group members, notes, and the worker's traceback:
-    raised here, it prints as if the call had run here.  One that cannot be rebuilt, be it a cause, is a RemoteError with a
-    note that says why.  Any thread may call."""
-    return unpack(payload)
 
 
 class _PartUnpickler(pickle.Unpickler):
@@ -2007,8 +1985,8 @@ served = {}                                       # {name: buffers} of the Refs 
 # run user code, which may block, and must never do so in the engine's loop.
 
 def bounded(seconds):
-    """A time-out that a lock takes: not less than 0, and not more than there is."""
-    return max(0, min(seconds, threading.TIMEOUT_MAX))
+    """A time-out that a lock takes: not less than 0, and not more than there is, which also stands for None."""
+    return threading.TIMEOUT_MAX if seconds is None else max(0, min(seconds, threading.TIMEOUT_MAX))
 
 
 PENDING, RUNNING, FINISHED = "PENDING", "RUNNING", "FINISHED"
@@ -2117,29 +2095,31 @@ class Future(concurrent.futures.Future):
                 return True
             self._waiters.append(waiter)
         try:
-            return waiter.lock.acquire(timeout=-1 if timeout is None else bounded(timeout))
-        except KeyboardInterrupt:
-            if self._engine:
-                self._engine.cancel_all()
-            raise
+            return self._until(waiter.lock.acquire, timeout)
         finally:
             with self._condition:
                 if waiter in self._waiters:
                     self._waiters.remove(waiter)
 
-    def _wait_for_handlers(self, timeout=None):
-        """Whether it is done within `timeout` seconds, its handlers included; one of them does not wait for itself."""
-        deadline = math.inf if timeout is None else time.monotonic() + timeout
-        if not self._wait(timeout):
-            return False
-        if self._handled is None or getattr(_handling, "future", None) is self:
-            return True
+    def _until(self, wait, seconds):
+        """wait(timeout=seconds), which Ctrl-C may interrupt."""
         try:
-            return self._handled.wait(bounded(deadline - time.monotonic()))
+            return wait(timeout=bounded(seconds))
         except KeyboardInterrupt:
             if self._engine:
                 self._engine.cancel_all()
             raise
+
+    def wait(self, timeout=10):
+        """Whether it completed within `timeout` seconds (None: for ever), its handlers included.
+
+        A handler that asks does not wait for itself."""
+        deadline = math.inf if timeout is None else time.monotonic() + _duration(timeout)
+        if not self._wait(deadline - time.monotonic()):
+            return False
+        if self._handled is None or getattr(_handling, "future", None) is self:
+            return True
+        return self._until(self._handled.wait, deadline - time.monotonic())
 
     def _open(self):
         """Unpickle the outcome, in the thread that asks for it; the first of several threads decides."""
@@ -2147,17 +2127,14 @@ class Future(concurrent.futures.Future):
         if packed is None:
             return
         succeeded, payload = packed
-        result = exception = None
         try:
-            if succeeded:
-                result = unpack(payload)
-            else:
-                exception = unpack_exception(payload)
-        except BaseException as error:          # it may be anything that a user's __setstate__ raises
-            if isinstance(error, KeyboardInterrupt):
-                raise
-            exception = RemoteError(type(error).__name__, f"{error} (the {'result' if succeeded else 'exception'} of "
-                                    f"{self._function.name} arrived, but cannot be unpickled here)")
+            result, exception = (unpack(payload), None) if succeeded else (None, unpack(payload))
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:            # it may be anything that a user's __setstate__ raises
+            result, exception = None, RemoteError(
+                type(error).__name__, f"{error} (the {'result' if succeeded else 'exception'} of {self._function.name} arrived, "
+                                      "but cannot be unpickled here)")
             exception.__cause__ = error
         with self._condition:
             if self._packed is packed:
@@ -2165,9 +2142,7 @@ class Future(concurrent.futures.Future):
 
     def result(self, timeout=None):
         """The result. Raises the call's exception, CancelledError, or TimeoutError after `timeout` seconds."""
-        if not self._wait(timeout):
-            raise TimeoutError(f"{self!r} has no result after {timeout:g} s")
-        exception = self.exception()
+        exception = self.exception(timeout)
         if exception is not None:
             try:
                 raise exception
@@ -2183,10 +2158,6 @@ class Future(concurrent.futures.Future):
             raise CancelledError()
         self._open()
         return self._exception
-
-    def wait(self, timeout=10):
-        """Whether it completed within `timeout` seconds (None: for ever), its handlers included."""
-        return self._wait_for_handlers(None if timeout is None else _duration(timeout))
 
     completed = property(lambda self: self._state in _DONE)
 
@@ -2704,7 +2675,7 @@ OPENING, OPEN, LEAVING, ENDING, OVER = range(5)
 
 
 class Slot:
-    """What is under way in one worker, and the connection to it: an asyncio.BufferedProtocol through `as_protocol`.
+    """What is under way in one worker, and the connection to it: an asyncio.BufferedProtocol through `slot_class`.
 
     Its states, which it goes through from left to right, each once at most:
 
@@ -2856,18 +2827,10 @@ class Slot:
         self.engine.soon(self.send, "fetched", request, answer)
 
 
-def as_protocol(slot):
-    """The slot as asyncio wants it: an object of its own base class, which is not there when this module is imported."""
-    protocol = _protocol_class()()
-    for name in ("connection_made", "connection_lost", "pause_writing", "resume_writing", "get_buffer", "buffer_updated",
-                 "eof_received"):
-        setattr(protocol, name, getattr(slot, name))
-    return protocol
-
-
 @functools.cache
-def _protocol_class():
-    return type("SlotProtocol", (asyncio.BufferedProtocol,), {})
+def slot_class():
+    """Slot as asyncio wants it: with a base class that is not there yet when this module is imported."""
+    return type("Slot", (Slot, asyncio.BufferedProtocol), {})
 
 
 class ServerLink:
@@ -3369,7 +3332,7 @@ class Pool:
                             "one; raise the limit (ulimit -n)", len(self.slots()))
             return
         self._engine.output.start()
-        slot = Slot(link, next(self._numbers), nested)
+        slot = slot_class()(link, next(self._numbers), nested)
         link.slots[slot.number] = slot
         slot.task = asyncio.create_task(self._connect(slot))
 
@@ -3385,7 +3348,7 @@ class Pool:
                     await self._engine.loop.sock_sendall(sock, head)
                 context = tls_context(settings, "dial")
                 tls = {"server_hostname": link.address[0], "ssl_handshake_timeout": NO_LIMIT} if context else {}
-                await self._engine.loop.create_connection(lambda: as_protocol(slot), sock=sock, ssl=context, **tls)
+                await self._engine.loop.create_connection(lambda: slot, sock=sock, ssl=context, **tls)
             except BaseException:
                 sock.close()
                 raise
@@ -4164,7 +4127,7 @@ def wait_all(results, time_out=None, progress=False):
     shown = -1
     try:
         for index, future in enumerate(results):
-            while not future._wait_for_handlers(_next_look(deadline, progress)):
+            while not future.wait(_next_look(deadline, progress)):
                 if deadline is not None and time.monotonic() >= deadline:
                     return False
                 shown = _show_progress(results, index, shown)
@@ -4243,7 +4206,7 @@ def _map(call, batches, chunked):
             if chunked:
                 yield from result[0]
                 if result[1] is not None:
-                    raise unpack_exception(result[1])
+                    raise unpack(result[1])
             else:
                 yield result
     finally:
