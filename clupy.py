@@ -217,7 +217,7 @@ class Closed(ClupyError, RuntimeError):
 
 
 class DependencyError(ClupyError):
-    """Libraries could not be resolved or installed. The text ends with pip's last lines; `lines` has them alone."""
+    """Libraries could not be resolved or installed.  The text ends with pip's last lines; `lines` has them alone."""
 
     def __init__(self, what, lines=()):
         super().__init__(what, tuple(lines))       # what __init__ takes: a pickle makes an exception anew from its args
@@ -252,6 +252,8 @@ class LockLost(ClupyError, RuntimeError):
 
 # ==== Configuration ==========================================================
 # defaults < YAML file of the role < CLUPY_* environment variables < command line or arguments
+#
+# First, how each kind of setting is read: a function gives the value, or raises ValueError with what it must be.
 
 def _duration(value):
     """Seconds as a float, of a number or of a text such as "500ms", "10s", "2m", "1h"."""
@@ -435,7 +437,7 @@ def read_settings(role, file=None, **arguments):
 
 
 def read_yaml(path, must_exist=False):
-    """[(key, value, line)] of a YAML file with one mapping; [] without the file. Raises ConfigurationError."""
+    """[(key, value, line)] of a YAML file with one mapping; [] without the file.  Raises ConfigurationError."""
     try:
         with io.open(path, encoding="utf-8") as file:      # io's, since `open` is clupy.open in this file
             text = file.read()
@@ -681,7 +683,7 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def decode(body, buffers=()):
-    """The message of a frame. Raises ProtocolError for one that is none."""
+    """The message of a frame.  Raises ProtocolError for one that is none."""
     try:
         message = _PlainUnpickler(io.BytesIO(body), buffers=buffers).load()
     except ProtocolError:
@@ -855,7 +857,7 @@ class Connection:
             self._writer.writelines(encode(message))
 
     async def receive(self):
-        """The next message. Raises IncompleteReadError at the end, OSError, ProtocolError."""
+        """The next message.  Raises IncompleteReadError at the end, OSError, ProtocolError."""
         size, count = frame_sizes(await self._reader.readexactly(FRAME_HEAD.size), MAX_CONTROL)
         if count:
             raise ProtocolError("a frame with buffers on a connection that has none")
@@ -896,7 +898,7 @@ async def read_exactly(sock, count):
 
 
 async def connect_socket(host, port):
-    """A connected, non-blocking socket; tries each address of the host in turn. Raises OSError, with words."""
+    """A connected, non-blocking socket; tries each address of the host in turn.  Raises OSError, with words."""
     loop, family = asyncio.get_running_loop(), socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         socket.inet_pton(family, host)             # numeric: resolving takes a thread, and none is left at a program's end
@@ -971,7 +973,7 @@ def told(said):
 
 
 def hopeless(said):
-    """The error if all gave the same answer, one that no patience mends: another secret, another version. Else None."""
+    """The error if all gave the same answer, one that no patience mends: another secret, another version.  Else None."""
     kinds = {type(why) for why in said.values()}
     return kinds.pop()(told(said)) if kinds in ({SecretError}, {VersionMismatch}) else None
 
@@ -1078,12 +1080,12 @@ MAX_CLASSES = 4096                # classes kept alive after they were sent, as 
 MAX_CHAIN = 100                   # how far causes, contexts and group members of a failure are followed
 MAX_FRAMES = 100                  # of each exception: more are left out in the middle
 MAX_TEXT = 10_000                 # characters of the message that stands for an exception which cannot be rebuilt
-_missing_modules = {}             # in a worker: name -> what the ModuleNotFoundError should say; its Finder's
+_missing_modules = {}             # in a worker: {name: what the ModuleNotFoundError should say}, by its Finder
 _MAINS = ("__main__", "__mp_main__")      # the second is the first's name in a child of multiprocessing
-_MAIN = b"_main__"                # in a pickle that names either
+_MAIN = b"_main__"                # is in each pickle that names either
 _RAW = {bytes, bytearray}         # what travels as a _Raw, if it is large
 _ABSENT = type("absent", (), {"__repr__": lambda self: "<absent>"})()     # the value of a name that has none
-_UNRESOLVED = {}                  # {Ref: what makes one that arrives as a Ref, wherever it is}
+_UNRESOLVED = {}                  # {Ref: makes one that arrives as a Ref even among arguments}: for _leave_refs, from Data
 
 
 class _Pickling(threading.local):
@@ -1161,8 +1163,8 @@ def payload_size(payload):
 
 
 def pack_arguments(function_name, args, kwargs, func=None):
-    """(the payload of (args, kwargs), the Refs among them, which arrive as their values). Raises PicklingError that
-    names the argument at fault and its type; with func also the parameter's name. Any thread may call."""
+    """(the payload of (args, kwargs), the Refs among them, which arrive as their values).  Raises PicklingError that
+    names the argument at fault and its type; with func also the parameter's name.  Any thread may call."""
     for value in args:
         if type(value) in _RAW:
             args = tuple([_raw(value) for value in args])
@@ -1772,8 +1774,7 @@ def _together(data, others):
 def _rebuilt(type_name, message, frames, data, others):
     try:
         make, args = _together(data, others)
-        error = make(*args)
-        return error.with_traceback(_traceback(frames))
+        return make(*args).with_traceback(_traceback(frames))
     except Exception as problem:                  # a constructor's, a module is missing here, or what it made is no exception
         return _remote_error(type_name, message, frames, _line(problem))
 
@@ -1971,13 +1972,15 @@ def _distribution(name):
     return (names[0], metadata.version(names[0])) if names else (top, None)
 
 
-FETCHES = {"module": module_source}               # what a worker may ask its client for; called in a thread that may block
+# What a worker may ask its client for, by a function that is called in a thread that may block; Data adds "ref" and "release".
+FETCHES = {"module": module_source}
 served = {}                                       # {name: buffers} of the Refs that this process shared without Redis
 
 
 # ==== Future =================================================================
 # A call and its outcome in one object.  PENDING: it waits for a slot.  RUNNING: it was sent to one, and may have begun.
 # FINISHED or CANCELLED_AND_NOTIFIED: it has its outcome.  A recall or a lost worker takes RUNNING back to PENDING.
+# Only the engine's loop moves a call between PENDING and RUNNING; any thread may give it its outcome, by `conclude`.
 #
 # All futures share one Condition as their lock, and nobody waits on it: whoever waits for a future adds a waiter, as
 # concurrent.futures' own wait() and as_completed() do.  That makes a pending call 0.4 KB instead of 1.9 KB and takes
@@ -2141,7 +2144,7 @@ class Future(concurrent.futures.Future):
                 self._result, self._exception, self._packed = result, exception, None
 
     def result(self, timeout=None):
-        """The result. Raises the call's exception, CancelledError, or TimeoutError after `timeout` seconds."""
+        """The result.  Raises the call's exception, CancelledError, or TimeoutError after `timeout` seconds."""
         exception = self.exception(timeout)
         if exception is not None:
             try:
@@ -2151,7 +2154,7 @@ class Future(concurrent.futures.Future):
         return self._result
 
     def exception(self, timeout=None):
-        """The call's exception, or None. Raises CancelledError, or TimeoutError after `timeout` seconds."""
+        """The call's exception, or None.  Raises CancelledError, or TimeoutError after `timeout` seconds."""
         if not self._wait(timeout):
             raise TimeoutError(f"{self!r} has no result after {timeout:g} s")
         if self._state == CANCELLED:
@@ -2187,7 +2190,7 @@ class Future(concurrent.futures.Future):
 
     def _handle(self, succeeded, handler):
         with self._condition:
-            start = self._state in _DONE and self._handlers is None        # else somebody is at it, or will be
+            start = self._state in _DONE and self._handlers is None        # else `conclude` or who runs them takes this, too
             self._handlers = (self._handlers or []) + [(succeeded, handler)]
             if self._handled is None or self._handled.is_set():
                 self._handled = threading.Event()
@@ -2330,8 +2333,9 @@ threads = Threads()
 #               any       ^                    |
 #             thread      +--------------------+  recalled, or its worker died
 #
-# Only the loop moves a call between PENDING and RUNNING; any thread may conclude it (cancel), so every room meets calls that
-# have their outcome already, and passes over them.
+# Any thread may conclude a call (cancel), so every room meets calls that have their outcome already, and passes over them.
+# What holds in between: Slot.calls is in the order sent, which is that in which the worker begins them, so `verdicts` can tell
+# from the last one that began; Slot.children has a key only while a nested call of it is unfinished, so a key means "waits".
 
 class BaseEngine:
     """What runs calls: the client of a cluster (Engine), another executor (ExecutorEngine), or the client of a worker in
@@ -2354,6 +2358,7 @@ class BaseEngine:
         raise NotImplementedError
 
     def cancel_all(self):
+        """Cancel the unfinished calls; those made after it returned are not among them."""
         for call in self.calls():
             call.cancel()
 
@@ -2479,11 +2484,6 @@ class Backlog:
     def __repr__(self):
         return f"<Backlog {self.wanted} slots wanted, {len(self.limits)} limits>"
 
-    @property
-    def pending(self):
-        """How many calls have no outcome."""
-        return sum(limit.pending for limit in list(self.limits.values()))
-
     def waiting(self):
         """The calls that wait for a slot."""
         return [call for limit in self.limits.values() for call in limit.waiting()]
@@ -2567,15 +2567,10 @@ class Backlog:
             self._list(limit)
 
     def _count(self, limit, pending=0, suspended=0):
-        if limit.most is None:
-            limit.pending += pending
-            limit.suspended += suspended
-            self.wanted += pending - suspended
-        else:
-            self.wanted -= limit.wants
-            limit.pending += pending
-            limit.suspended += suspended
-            self.wanted += limit.wants
+        self.wanted -= limit.wants
+        limit.pending += pending
+        limit.suspended += suspended
+        self.wanted += limit.wants
 
     def _list(self, limit):
         call = limit.first()
@@ -3053,7 +3048,7 @@ class Feeder:
         if not self._backlog.queued:
             return
         slots = [slot for slot in self._engine.pool.slots() if slot.takes_calls]
-        slots.sort(key=lambda slot: (slot.load, -slot.heard))             # of the idle ones that which is still warm
+        slots.sort(key=lambda slot: (slot.load, -slot.heard))             # of idle ones, who worked last: its caches are warm
         quota = self._quota(len(slots))
         for slot in slots:
             self.fill(slot, quota)
@@ -3240,9 +3235,9 @@ def slot_changes(slots, granted, draining, starving, now):
     may be one more, a nested slot.  starving: a nested call there must run, whatever else does."""
     staying = [slot for slot in slots if slot.state <= OPEN or slot.state == LEAVING and slot.suspended]
     active = [slot for slot in staying if not slot.suspended]
-    idle = [slot for slot in active if not slot.calls and (slot.state == OPEN or slot.nested)]     # others may have to wait
+    idle = [slot for slot in active if not slot.calls and (slot.state == OPEN or slot.nested)]     # else it may wait for a worker
     if draining:
-        granted = int(len(active) < len(staying))              # nothing new, but children must run
+        granted = int(len(active) < len(staying))              # nothing new, but who waits needs its nested calls
     missing = granted - len(active)
     plain = max(0, min(missing, granted - sum(not slot.nested for slot in staying)))
     leaving = []
@@ -3600,6 +3595,28 @@ class MasterSide:
     def __repr__(self):
         return f"<MasterSide {self.link} {self._wanted[0]} wanted>"
 
+    async def run(self):
+        """Be connected to a master, for ever."""
+        engine = self._engine
+        self.link = MasterLink(await self._find_masters(), engine.secret, engine.settings)
+        await self.link.run(self)
+
+    async def _find_masters(self):
+        """The masters' addresses: those of the settings, one that answers on localhost, or an embedded one's."""
+        engine = self._engine
+        if engine.settings.master:
+            return masters_of(engine.settings)
+        if engine.secret:
+            address = ("127.0.0.1", engine.settings.port)
+            try:
+                (await dial(address, TO_MASTER, engine.secret, engine.settings)).close()
+                return [address]
+            except ConnectionRefusedError:
+                pass
+            except (OSError, ClupyError) as error:
+                log.warning("%s:%s is not our master (%s); using this machine's cores instead", *address, error)
+        return [await engine.embed()]
+
     def master_joined(self, connection):
         self.state()
 
@@ -3714,6 +3731,7 @@ class Engine(BaseEngine):
         self.master_side = MasterSide(self)
         self._inbox = collections.deque()         # calls from any thread, not yet seen by the loop
         self._awake = False                       # the loop will look at the inbox
+        self._least_slots = 0                     # of an embedded server, as `grow` said
         self._numbers = itertools.count(1)        # of calls
         self._selector = selectors.DefaultSelector()
         self.loop = asyncio.SelectorEventLoop(self._selector)
@@ -3732,7 +3750,7 @@ class Engine(BaseEngine):
             self.soon(self._pump)
 
     def cancel(self, call):
-        self.soon(self._cancelled, call)
+        self.soon(self.feeder.cancelled, call)
 
     def soon(self, function, *args):
         """Call the function in the loop."""
@@ -3742,17 +3760,9 @@ class Engine(BaseEngine):
             self._lose()
 
     def calls(self):
-        if self.closed:
+        if self.closed or self.loop.is_closed():
             return []
         return asyncio.run_coroutine_threadsafe(self._calls(), self.loop).result()
-
-    def cancel_all(self):
-        """Cancel every unfinished call of this client; those made after it returned are not among them."""
-        done = threading.Event()
-        self.soon(self._cancel_all)
-        self.soon(done.set)
-        if not self.closed:
-            done.wait(CLOSE_TIME)
 
     def close(self):
         """End all calls and slots; returns when the last output was shown, after CLOSE_TIME at most."""
@@ -3767,10 +3777,6 @@ class Engine(BaseEngine):
         self.soon(self.loop.stop)
         self._thread.join(CLOSE_TIME)
         self._lose()
-
-    def unfinished(self):
-        """About how many calls have no outcome yet."""
-        return 0 if self.closed else len(self._inbox) + self.backlog.pending
 
     def grow(self, slots):
         self.soon(self._grow, slots)
@@ -3792,7 +3798,7 @@ class Engine(BaseEngine):
         for number in () if self.loop.is_closed() else self.descriptors():
             with contextlib.suppress(OSError):    # closed by the parent's loop in this very moment
                 os.close(number)
-        self._inbox.extend(self.backlog.waiting() + [call for slot in self.pool.slots() for call in slot.calls.values()])
+        self._inbox.extend(self._seen())
         self.closed, self.soon = True, self._lose
         self._lose()
 
@@ -3806,10 +3812,7 @@ class Engine(BaseEngine):
     def descriptors(self):
         """The numbers of the engine's open files: a forked child closes them, and nothing else of the engine."""
         numbers = {key.fd for key in list(self._selector.get_map().values())} | {self._selector.fileno()}
-        for link in list(self.pool.links.values()):
-            for slot in list(link.slots.values()):
-                if slot.transport:
-                    numbers.add(slot.transport.get_extra_info("socket").fileno())
+        numbers.update(slot.transport.get_extra_info("socket").fileno() for slot in self.pool.slots() if slot.transport)
         for part in self.embedded or ():
             numbers.update(part.descriptors())
         return {number for number in numbers if number >= 0}
@@ -3833,9 +3836,8 @@ class Engine(BaseEngine):
     async def _live(self):
         try:
             await self.libraries.pack()
-            self.master_side.link = MasterLink(await self._find_masters(), self.secret, self.settings)
             async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self.master_side.link.run(self.master_side))
+                tasks.create_task(self.master_side.run())
                 tasks.create_task(self._tick())
         except* Exception as group:               # the engine's edge: no call may wait for an engine that is no more
             error = group.exceptions[0]
@@ -3844,34 +3846,6 @@ class Engine(BaseEngine):
                     log.error("the engine failed", exc_info=group)
                 error = ClupyError(f"the engine failed: {error!r}")
             self.fail_all(error)
-
-    async def _find_masters(self):
-        """The masters' addresses: those of the settings, one that answers on localhost, or an embedded one's."""
-        if self.settings.master:
-            return masters_of(self.settings)
-        if self.secret:
-            address = ("127.0.0.1", self.settings.port)
-            try:
-                (await dial(address, TO_MASTER, self.secret, self.settings)).close()
-                return [address]
-            except ConnectionRefusedError:
-                pass
-            except (OSError, ClupyError) as error:
-                log.warning("%s:%s is not our master (%s); using this machine's cores instead", *address, error)
-        return [await self._embed()]
-
-    async def _embed(self):
-        """Start a master and a server in this loop, on loopback, with a secret of their own."""
-        self.secret = os.urandom(32).hex().encode()
-        services = merged_services(self.settings, {})              # the workers' are this process's
-        own = {**vars(self.settings), **{key: getattr(services, key) for key in SERVICE_KEYS}}
-        master = clupy_master.Master(default_settings("master", **own, listen=("127.0.0.1", 0)), self.secret)
-        server = clupy_server.Server(default_settings("server", **{**own, "master": [master.address]}, listen=("127.0.0.1", 0)),
-                                     self.secret)
-        master.given = sorted(services.given)
-        self.embedded = master, server
-        await server.start()
-        return master.address
 
     async def _tick(self):
         """Every STATEMENT_TIME: state, and look for what ended without a word."""
@@ -3913,19 +3887,13 @@ class Engine(BaseEngine):
         if self.fatal or self.closed:
             self.feeder.finish([(call, False, self.fatal or Closed("the client was closed"))])
 
-    def _cancelled(self, call):
-        self._pump()
-        self.feeder.cancelled(call)
+    def _seen(self):
+        """The calls without an outcome, but for those in the inbox."""
+        return self.backlog.waiting() + [call for slot in self.pool.slots() for call in slot.calls.values()]
 
     async def _calls(self):
         self._pump()
-        return self.backlog.waiting() + [call for slot in self.pool.slots() for call in slot.calls.values()]
-
-    def _cancel_all(self):
-        self._pump()
-        for call in self.backlog.waiting() + [call for slot in self.pool.slots() for call in slot.calls.values()]:
-            if not call._parent:
-                call.cancel()
+        return self._seen()
 
     def fail_all(self, error):
         """No call can succeed any more: give this error to all, now and later."""
@@ -3935,16 +3903,30 @@ class Engine(BaseEngine):
         self.feeder.fail_waiting(error)
 
     def _grow(self, slots):
+        self._least_slots = max(self._least_slots, slots)
         if self.embedded:
             self.embedded[1].grow(slots)
-        elif not self.joined.is_set():
-            self.loop.call_later(0.01, self._grow, slots)
+
+    async def embed(self):
+        """Start a master and a server in this loop, on loopback, with a secret of their own."""
+        self.secret = os.urandom(32).hex().encode()
+        services = merged_services(self.settings, {})              # the workers' are this process's
+        own = {**vars(self.settings), **{key: getattr(services, key) for key in SERVICE_KEYS}}
+        master = clupy_master.Master(default_settings("master", **own, listen=("127.0.0.1", 0)), self.secret)
+        server = clupy_server.Server(default_settings("server", **{**own, "master": [master.address]}, listen=("127.0.0.1", 0)),
+                                     self.secret)
+        master.given = sorted(services.given)
+        self.embedded = master, server
+        await server.start()
+        server.grow(self._least_slots)
+        return master.address
 
     # -- the end
 
     async def _close(self):
         """Cancel what is unfinished, end every slot, and wait for its last output."""
-        self._cancel_all()
+        for call in await self._calls():
+            call.cancel()
         deadline = self.loop.time() + CLOSE_TIME
         for slot in self.pool.slots():
             self.pool.end(slot)
@@ -5724,7 +5706,7 @@ _parents = []                   # in a forked child: kept for ever, as nothing o
 
 @atexit.register
 def _at_exit():
-    unfinished = sum(engine.unfinished() for engine in list(_engines))
+    unfinished = sum(len(engine.calls()) for engine in list(_engines))
     if unfinished:
         log.warning("the program ended before %s of its calls; clupy.wait_all() waits for them", unfinished)
     close()
