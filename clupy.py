@@ -12,27 +12,60 @@
 Without any set-up the calls run on the cores of this machine; `python -m clupy master` and `python -m clupy serve
 --master HOST` make a cluster of several.  Trusted networks only: whoever knows the secret can run code.
 
-      caller's threads            engine: a thread and its event loop                      the cluster
-                           |
-      parallel(f)(x) ------|-> inbox -> queue --fill--> Slot ----- calls ------------> worker
-         |   capture, pack |             ^               |  |
-         v                 |             | lost, recalled|  +----- results, fetch ---- worker
-      Future <-------------|--conclude---+---------------+
-         |                 |
-      handlers, callbacks  |     ServerLink: one control connection per server ------- server
-      (threads that may    |     Connection to the master: wants out, share in ------- master
-       block)              |
+    calls          parallel, map, wait_all, as_completed, Future, Executor; connect, close, configure
+    data           put, get, delete, exists, keys, open; shared, counter, queue; publish, subscribe; share, Ref
+    coordination   lock, semaphore, election, barrier, event
+    errors         ClupyError and what is derived from it; an exception of the user's function keeps its type
 
-- caller's threads  read the function and its arguments, pickle them, make the Future; write the inbox.
-- Engine            reads the inbox; owns the queue, the links, the slots and every call from submit to its outcome.
-- Slot              reads and writes one TCP connection to one worker; knows which calls are under way there.
-- ServerLink        asks one server to open, close and kill; hears of deaths and of output.
+One word, one thing, everywhere in the code, the messages, the log and the status page:
 
-Words: a *call* is one invocation and its Future; a *client* makes calls; the *master* knows the servers and who may
-use how many slots of which; a *server* watches the workers of one node; a *worker* is a process that runs one
-client's calls; a *slot* is the capacity of one worker, and the connection to it; a *share* is how many slots of
-which servers the master leaves to one client; an *environment* is a set of installed libraries.
-Everywhere in the code seconds are floats and sizes are bytes.
+    call           one invocation of a wrapped function: function, arguments, options, and a Future
+    client         a Python process that makes calls
+    master         knows which servers exist and who may use how many slots of which; never sees a call
+    server         one node's supervisor: starts, watches, kills and replaces its workers; alone counts its slots
+    worker         a process that runs one client's calls, one at a time; never used again for another client
+    slot           the capacity of one worker; also the connection between a client and that worker
+    share          how many slots of which servers the master leaves to one client for now
+    environment    a set of installed libraries, named by the hash of its exact versions
+    nested call    a call that is made by a call, its parent, which waits for it or not
+    statement      what a client or server says to its master of itself, complete each time: it replaces the one before
+    payload        the pickle of a value on its way, opened only where the value is used
+    session        on the wire, one client's control connection to one server; in ZooKeeper, what holds locks
+
+Seconds are floats, sizes are bytes.
+
+A call's way, in the client, where a thread of CluPy's own runs the engine's event loop:
+
+      caller's threads         |  the engine's thread                                           the cluster
+                               |
+      parallel(f)(x)           |
+         |   capture, pack     |
+         v                     |
+      Future ---> Engine.submit ---> Backlog ---Feeder---> Slot ------ calls ------------------> worker
+         ^                     |        ^                    |  <----- results ---------------- worker
+         |                     |        +-- recalled, died --+
+         +------ conclude -----|--------- Feeder ------------+
+         |                     |
+      handlers, callbacks      |     Pool        opens and closes slots as the share says
+      (threads that may block) |     ServerLink  control: close, kill; deaths, output <--------> server
+                               |     MasterSide  statements out, share in <-------------------> master
+
+- caller's threads  read the function and its arguments, pickle them, make the Future, and write the engine's inbox.
+- Backlog           holds the calls that wait, and says which is next for a slot; it knows no connection and no clock.
+- Feeder            moves calls into slots, back when their slot cannot run them soon, and out with their outcome.
+- Slot              is one TCP connection to one worker, and the calls under way there.
+- ServerLink        is one control connection to one server: closes and kills there, hears of deaths and of output.
+- MasterSide        says what this client wants, and hears which slots it may use.
+
+Three files, each of which uses only what stands below it, but for two lazy imports by which a client embeds a cluster and
+the command line starts one:
+
+    clupy.py          what users write; the wire, the engine, data and coordination
+    clupy_master.py   who may use what, slots and libraries; who accepts connections; the status page
+    clupy_server.py   one node: workers, their modules, environments, processes, the server
+
+This text is the view from above.  The file itself is read from below: each section uses only what stands above it, from
+errors and settings over the wire, pickles and Future to the engine and what users call.
 """
 
 if __name__ == "__main__":                    # `python -m clupy`: run the module under its own name, once
@@ -98,7 +131,7 @@ argparse = _Lazy("argparse")
 ast = _Lazy("ast")
 asyncio = _Lazy("asyncio")
 cloudpickle = _Lazy("cloudpickle")
-clupy_master = _Lazy("clupy_master")          # this and the next against the arrows: to embed a cluster, and to start one
+clupy_master = _Lazy("clupy_master")          # it and clupy_server against the order: to embed a cluster, and to start one
 clupy_server = _Lazy("clupy_server")
 difflib = _Lazy("difflib")
 dis = _Lazy("dis")
@@ -132,8 +165,8 @@ yaml = _Lazy("yaml")
 
 __version__ = "0.1.0"
 
-# Whose are the names?  Those of __all__ are the users'.  Others without an underscore are what the three files share;
-# those with one are this file's alone.
+# Whose is a name?  Those in __all__ are the users'; others without an underscore are what the three files share; those with
+# one are this file's alone.  `open` and `map` are CluPy's own here, so what opens a file says io.open.
 __all__ = [
     "connect", "close", "parallel", "map", "wait_all", "as_completed", "Future", "Executor",                    # calls
     "configure", "put", "get", "delete", "exists", "keys", "shared", "open", "share", "Ref",                    # data
@@ -148,32 +181,32 @@ log = logging.getLogger("clupy")
 PORT = 7878                       # the master's; users know it, so it never changes
 PYTHON = sys.version_info.minor   # bytecode travels, so client, server and master must have the same
 HANDSHAKE_TIME = 5.0              # a stranger holds a connection no longer; less refuses honest peers on a busy machine
-STATEMENT_TIME = 2.0              # statements are repeated; less is traffic, more delays the repair of what was lost
+STATEMENT_TIME = 2.0              # between statements; less is traffic, more delays the repair of what was lost
 GATHER_TIME = 0.02                # changes are gathered so long; more delays shares, less makes more of them
 WORK_AHEAD = 0.005                # seconds of work sent ahead to a worker; more hides latency, but may have to be recalled
-MAX_SPARED = 2                    # workers that may die before they begin a call; the next death is charged to it
+MAX_AHEAD = 2000                  # calls under way in one slot, however short; more is a long recall, less idles on tiny ones
+MAX_SPARED = 2                    # workers that may die before they begin a call; more kills more of them for a bad argument
 MAX_FAILURES = 3                  # in a row, before what fails is given up; more is patience, less is haste
 FREE_DESCRIPTORS = 16             # left to the program and to what must be opened later; less starves it, more wastes slots
-MAX_AHEAD = 2000                  # calls under way in one slot at most, however short they are
-STALL_TIME = 0.02                 # a slot without a result for so long gives back what it has not begun
-LINGER_TIME = 1.0                 # an extra slot for nested calls stays open so long when idle; a new one costs a worker
-MASTER_SILENCE = 6.0              # a master that answers no statement for so long is left for the next of several
-RETRY_TIME = 10.0                 # an unreachable server is tried again after it
-UNSERVED_TIME = 3.0               # calls that wait so long without any slot are told of in the log
-SILENCE_TIME = 60.0               # a server from which nothing came for so long, while a call is out, is lost
-ALIVE_TIME = 10.0                 # a server says so often that it is alive
-NO_LIMIT = 1e7                    # seconds of a TLS handshake, which begins when the slot gets a worker
-CLOSE_TIME = 5.0                  # closing waits for the last lines of output no longer
-MIN_MEMORY = 64 << 20             # bytes that a worker needs to start
-MAX_CONTROL = 1 << 31             # bytes of one frame on control and master connections: wheels travel there, too
-MAX_FRAME = 1 << 40               # bytes of one frame on a slot; checked before memory is spent
-MAX_BUFFERS = 1 << 20             # out-of-band buffers of one frame
-CHUNK = 256 << 10                 # bytes read at once; more is memory for every slot, less is system calls
-SEND_PIECE = 256 << 10            # bytes given to asyncio at once, which may copy what the socket does not take
-HUGE = 4 << 20                    # bytes from which memory is asked of the kernel, in huge pages
-LARGE = 64 << 10                  # bytes from which a buffer travels beside the pickle; below, copying is cheaper
-UNSEEN_OUTPUT = 64 << 10          # bytes of output on their way to a client; beyond, lines are dropped and counted
-MAP_AHEAD = 4096                  # calls of one `map` that are under way before their results are taken
+STALL_TIME = 0.02                 # without a result, before a slot gives back what it has not begun; less recalls in vain
+LINGER_TIME = 1.0                 # an idle slot for nested calls stays open so long; less starts more workers, more holds them
+MASTER_SILENCE = 6.0              # unanswered, before the next of several masters is tried; less leaves one that is busy
+RETRY_TIME = 10.0                 # before an unreachable server is tried again; less is noise in the log, more leaves it idle
+UNSERVED_TIME = 3.0               # without any slot, before the log tells of waiting calls; less cries at each start
+SILENCE_TIME = 60.0               # nothing from a server while a call is out, before it is lost; less loses busy ones
+ALIVE_TIME = 10.0                 # between a server's signs of life; far below SILENCE_TIME, less is traffic
+NO_LIMIT = 1e7                    # of a slot's TLS handshake, which begins when the slot gets a worker: that may take days
+CLOSE_TIME = 5.0                  # closing waits no longer for the last lines of output; less loses some
+MIN_MEMORY = 64 << 20             # that a worker needs to start; less lets a limit through with which none starts
+MAX_CONTROL = 1 << 31             # of one frame on control and master connections; less refuses wheels, which travel there
+MAX_FRAME = 1 << 40               # of one frame on a slot, checked before memory is spent; less refuses large arguments
+MAX_BUFFERS = 1 << 20             # out-of-band buffers of one frame; less refuses lists of as many arrays
+CHUNK = 256 << 10                 # read at once; more is memory for every slot, less is system calls
+SEND_PIECE = 256 << 10            # given to asyncio at once, which may copy what the socket does not take; less is turns
+HUGE = 4 << 20                    # from which on memory is asked of the kernel in huge pages; less wastes half-filled ones
+LARGE = 64 << 10                  # from which on a buffer travels beside the pickle; below, copying is cheaper
+UNSEEN_OUTPUT = 64 << 10          # of output on its way to a client; beyond, lines are dropped and counted; more is memory
+MAP_AHEAD = 4096                  # calls of one `map` under way before their results are taken; more is memory, less idles
 MAP_BYTES = 256 << 20             # ... and bytes of their arguments
 
 
