@@ -27,7 +27,7 @@ One word, one thing, everywhere in the code, the messages, the log and the statu
     slot           the capacity of one worker; also the connection between a client and that worker
     share          how many slots of which servers the master leaves to one client for now
     environment    a set of installed libraries, named by the hash of its exact versions
-    nested call    a call that is made by a call, its parent, which waits for it or not
+    nested call    a call made inside a call, its parent, which does not use its slot as long as nested calls are unfinished
     statement      what a client or server says to its master of itself, complete each time: it replaces the one before
     payload        the pickle of a value on its way, opened only where the value is used
     session        on the wire, one client's control connection to one server; in ZooKeeper, what holds locks
@@ -57,8 +57,8 @@ A call's way, in the client, where a thread of CluPy's own runs the engine's eve
 - ServerLink        is one control connection to one server: closes and kills there, hears of deaths and of output.
 - MasterSide        says what this client wants, and hears which slots it may use.
 
-Three files, each of which uses only what stands below it, but for two lazy imports by which a client embeds a cluster and
-the command line starts one:
+Three files, each of which uses only those above it here, but for two lazy imports by which a client embeds a cluster and the
+command line starts one:
 
     clupy.py          what users write; the wire, the engine, data and coordination
     clupy_master.py   who may use what, slots and libraries; who accepts connections; the status page
@@ -97,7 +97,6 @@ import random
 import re
 import selectors
 import socket
-import stat
 import struct
 import sys
 import threading
@@ -433,15 +432,14 @@ def read_settings(role, file=None, **arguments):
     file: a YAML file that must exist; None: clupy.<role>.yaml in the working directory, if there is one.
     arguments: settings that win over all others; None stands for one that was not given.
     Raises ConfigurationError, naming file, line and the nearest valid key."""
-    known = {key for key, (roles, _, _) in SETTINGS.items() if role in roles.split()}
-    values = {key: SETTINGS[key][2] for key in known}
+    values = {key: default for key, (roles, _, default) in SETTINGS.items() if role in roles.split()}
     given = set()
 
     def take(key, value, where):
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, 1)
+        if key not in values:
+            near = difflib.get_close_matches(str(key), values, 1)
             raise ConfigurationError(f"{where}: unknown setting {key!r}"
-                                     + (f"; did you mean {near[0]!r}?" if near else f"; valid: {', '.join(sorted(known))}"))
+                                     + (f"; did you mean {near[0]!r}?" if near else f"; valid: {', '.join(sorted(values))}"))
         try:
             values[key] = SETTINGS[key][1](value)
         except ValueError as error:
@@ -452,7 +450,7 @@ def read_settings(role, file=None, **arguments):
         take(key, value, f"{file or f'clupy.{role}.yaml'}, line {line}")
     for variable in [name for name in os.environ if name.startswith("CLUPY_")]:
         key = variable[6:].lower()
-        if key in known:
+        if key in values:
             take(key, os.environ[variable], f"environment variable {variable}")
         elif key not in SETTINGS and (near := difflib.get_close_matches(key, [*SETTINGS, "secret"], 1, 0.8)) and near != [key]:
             log.warning("the environment variable %s is no setting; did you mean CLUPY_%s?", variable, near[0].upper())
@@ -550,7 +548,7 @@ def find_secret(settings, create=False):
     except OSError as error:
         raise SecretError(f"no secret: {path}: {error.strerror}; copy the master's ~/.clupy/secret to this machine, "
                           "or set CLUPY_SECRET") from None
-    if status.st_mode & (stat.S_IRWXG | stat.S_IRWXO) or status.st_uid not in (os.getuid(), 0):
+    if status.st_mode & 0o077 or status.st_uid not in (os.getuid(), 0):
         raise SecretError(f"the secret {path} can be read by others or is not yours; run: chmod 600 {path}")
     if len(secret) < 16:
         raise SecretError(f"the secret {path} is shorter than 16 characters; remove it, and the master makes a new one")
@@ -1117,7 +1115,7 @@ _missing_modules = {}             # in a worker: {name: what the ModuleNotFoundE
 _MAINS = ("__main__", "__mp_main__")      # the second is the first's name in a child of multiprocessing
 _MAIN = b"_main__"                # is in each pickle that names either
 _RAW = {bytes, bytearray}         # what travels as a _Raw, if it is large
-_ABSENT = type("absent", (), {"__repr__": lambda self: "<absent>"})()     # the value of a name that has none
+_ABSENT = object()                # the value of a name that has none
 _UNRESOLVED = {}                  # {Ref: makes one that arrives as a Ref even among arguments}: for _leave_refs, from Data
 
 
@@ -1762,13 +1760,9 @@ def _frames(trace):
     while trace is not None:
         code = trace.tb_frame.f_code
         line, text = trace.tb_lineno or code.co_firstlineno, _line_text(trace.tb_frame, trace.tb_lineno)
-        first, last, column, last_column = (None,) * 4
-        if trace.tb_lasti >= 0:
-            positions = itertools.islice(code.co_positions(), trace.tb_lasti // 2, None)
-            first, last, column, last_column = next(positions)
-        if first != line:
-            last, column, last_column = line, None, None
-        frames.append((code.co_filename, code.co_name, line, last, column, last_column, text))
+        instruction = trace.tb_lasti // 2                   # negative, if there is none
+        first, *rest = next(itertools.islice(code.co_positions(), instruction, None)) if instruction >= 0 else [None]
+        frames.append((code.co_filename, code.co_name, line, *(rest if first == line else (line, None, None)), text))
         trace = trace.tb_next
     return frames
 
@@ -2195,7 +2189,9 @@ class Future(concurrent.futures.Future):
         self._open()
         return self._exception
 
-    completed = property(lambda self: self._state in _DONE)
+    @property
+    def completed(self):
+        return self._state in _DONE
 
     @property
     def failure(self):
@@ -2682,19 +2678,22 @@ def died(call, slot, how):
         text += f"; peak memory {how['peak'] / 2**30:.2f}{of} GB"
     if how.get("code") == -9 and how["why"] == Why.DIED:
         text += "; nobody here sent it, so the system may have been out of memory"
-    for title, lines in (("its last lines of standard error", how.get("lines")),
-                         ("it was at", [line for line in how.get("stack", "").splitlines() if "clupy" not in line])):
-        if lines:
-            text += f"; {title}:\n  " + "\n  ".join(lines)
-    return WorkerDied(text)
+    if how.get("lines"):
+        text += "; its last lines of standard error:\n  " + "\n  ".join(how["lines"])
+    return WorkerDied(text + _was_at(how))
 
 
 def timed_out(call, slot, how):
     """The CallTimeout of a call; names the place at which it was."""
     text = (f"{call._function.name} ran longer than its timeout of {call._timeout:g} s; worker {how['pid']} on "
             f"{slot.link.name} was killed")
-    stack = [line for line in how.get("stack", "").splitlines() if "clupy_server" not in line]
-    return CallTimeout(text + ("; it was at:\n  " + "\n  ".join(stack) if len(stack) > 1 else ""))
+    return CallTimeout(text + _was_at(how))
+
+
+def _was_at(how):
+    """The place at which a worker was killed, without CluPy's own frames; the stack's first line is a title."""
+    stack = [line for line in how.get("stack", "").splitlines() if not re.search(r'\bclupy(_server)?\.py"', line)]
+    return "; it was at:\n  " + "\n  ".join(stack) if len(stack) > 1 else ""
 
 
 # ---- one worker, one server
@@ -2871,6 +2870,7 @@ class ServerLink:
         self.slots = {}                           # {number: Slot}, until they are over
         self.max_nested = 0                       # slots there beyond the share at most
         self.draining = False                     # takes no new slots
+        self.broken = None                        # why our libraries cannot be built there
         self.lost_at = None                       # when it could not be reached, or ended
         self.failures = 0                         # slots in a row that could not be opened
         self.retry_at = 0.0                       # no slot is opened before
@@ -3340,11 +3340,10 @@ class Pool:
     def _fail_stuck(self):
         """Calls inside calls that wait for each other in all workers that there may be: the newest of them fails."""
         slots = self.slots()
-        if not slots or not all(slot.suspended for slot in slots) or self._engine.children.starving(slots) is None:
+        if not all(slot.suspended for slot in slots) or (call := self._engine.children.starving(slots)) is None:
             return
         links = {slot.link for slot in slots}
         if all(sum(slot.nested for slot in link.slots.values()) >= link.max_nested for link in links):
-            call = self._engine.children.starving(slots)
             self._engine.feeder.finish([(call, False, ClupyError(
                 f"calls inside calls wait for each other in all workers of {', '.join(link.name for link in links)} (max_nested "
                 f"is {max(link.max_nested for link in links)}); a module that makes calls when it is imported does so in every "
@@ -3465,7 +3464,7 @@ class Pool:
         if how["why"] == Why.MAX_NESTED:
             slot.link.retry_at = time.monotonic() + LINGER_TIME
         self._engine.feeder.slot_over(slot, how)
-        self._engine.libraries.slot_over(slot.link)
+        self._engine.libraries.leave_broken(slot.link)
         self.balance()
 
     # -- servers that are gone
@@ -3476,14 +3475,13 @@ class Pool:
         self.share.pop(link.id, None)
         for slot in list(link.slots.values()):
             self.ending(slot)
-        self._engine.master_side.state()
+        self._engine.master_side.send_statement()
 
     def judge(self, now):
         """Forget servers that were lost long enough ago to be tried again, and give up those that are silent."""
         for link in list(self.links.values()):
             if link.lost_at is not None and now - link.lost_at > RETRY_TIME and not link.slots:
                 del self.links[link.id]
-                self._engine.libraries.forget(link)
             heard = max([link.heard] + [slot.heard for slot in link.slots.values()])
             if link.connection and now - heard > SILENCE_TIME and any(slot.calls for slot in link.slots.values()):
                 log.warning("server %s has been silent for %g s; it is lost", link.name, SILENCE_TIME)
@@ -3508,7 +3506,6 @@ class OwnLibraries:
         self.wheels = {}                          # {sha256: bytes} of the local libraries in it
         self.resolution = None                    # Resolution that the master made of all; None: it has not said yet
         self.checking = engine.settings.library_check == "error"          # no call starts until versions were compared
-        self.broken = {}                          # {server id: why our libraries cannot be built there}
         self._told = None                         # Connection to the master that was told the list itself
         self._fault = None                        # why the master could not resolve it, as the log says
         self._shown = False                       # a line of pip's stands on the terminal
@@ -3555,11 +3552,14 @@ class OwnLibraries:
             threads.run(self._check, resolution.pins)
 
     def _check(self, pins):
+        self._compare(pins)
+        self._engine.soon(self._checked)
+
+    def _compare(self, pins):
         try:
             clupy_master.check_libraries(pins, self._engine.settings.library_check)
         except LibraryMismatch as error:
             self._engine.soon(self._engine.fail_all, error)
-        self._engine.soon(self._checked)
 
     def _checked(self):
         self.checking = False
@@ -3568,11 +3568,7 @@ class OwnLibraries:
     def check_server(self, versions):
         """cloudpickle is in no list as a rule, but everything travels by it."""
         if not self._engine.embedded and versions.get("cloudpickle"):      # before a slot is opened
-            try:
-                pins = [clupy_master.Pin("cloudpickle", versions["cloudpickle"])]
-                clupy_master.check_libraries(pins, self._engine.settings.library_check)
-            except LibraryMismatch as error:
-                self._engine.fail_all(error)
+            self._compare([clupy_master.Pin("cloudpickle", versions["cloudpickle"])])
 
     def show_progress(self, line):
         self._shown = True
@@ -3587,28 +3583,26 @@ class OwnLibraries:
 
     def cannot_be_built(self, link, why):
         """Use other servers; if the next share names none, the calls hear of it."""
-        self.broken[link.id] = why
+        link.broken = why
         link.draining = True                      # what runs there, in the environment before, goes on
         self._engine.pool.balance()
-        self.slot_over(link)
+        self.leave_broken(link)
 
-    def slot_over(self, link):
+    def leave_broken(self, link):
         """Leave a server for good on which our libraries cannot be had, and nothing runs any more."""
-        if link.id in self.broken and not link.slots and link.connection:
+        if link.broken and not link.slots and link.connection:
             link.connection.close()
 
     def opened(self, link):
         """A slot is open there, so they can be had."""
-        self.broken.pop(link.id, None)
+        link.broken = None
         self.clear_progress()
-
-    def forget(self, link):
-        self.broken.pop(link.id, None)
 
     def judge(self, share):
         """The outcome of the calls where no server is left that might have our libraries."""
-        if self.broken and not any(slots or id not in self.broken for id, (_, slots) in share.items()):
-            why = next(iter(self.broken.values()))
+        broken = {id: link.broken for id, link in self._engine.pool.links.items() if link.broken}
+        if broken and not any(slots or id not in broken for id, (_, slots) in share.items()):
+            why = next(iter(broken.values()))
             self._engine.feeder.fail_waiting(DependencyError(why.partition("\n")[0], why.split("\n")[1:]))
 
 
@@ -3651,12 +3645,12 @@ class MasterSide:
         return [await engine.embed()]
 
     def master_joined(self, connection):
-        self.state()
+        self.send_statement()
 
     def master_lost(self):
         """Calls that have slots go on; `judge` looks after the others."""
 
-    def state(self):
+    def send_statement(self):
         """Say to the master what this client wants."""
         self._stating, now = False, time.monotonic()
         if now - self._wanted[1] > 1.0:
@@ -3678,12 +3672,12 @@ class MasterSide:
             self._wanted = wanted, time.monotonic()
             if not self._stating:
                 self._stating = True
-                self._engine.loop.call_later(max(0.0, self._stated + GATHER_TIME - time.monotonic()), self.state)
+                self._engine.loop.call_later(max(0.0, self._stated + GATHER_TIME - time.monotonic()), self.send_statement)
 
     def judge(self, now):
         """State what is due, and look after calls that wait without any slot."""
         if now - self._stated >= STATEMENT_TIME * 0.9:
-            self.state()
+            self.send_statement()
         if self.link:
             self.link.look(now)
         if self._engine.pool.slots() or not self._engine.backlog.queued or not self.count_wanted():
@@ -3725,7 +3719,7 @@ class MasterSide:
         engine = self._engine
         engine.libraries.hear(libraries)
         engine.pool.share = {id: ((host or self.link.host, port), slots) for id, ((host, port), slots) in share.items()}
-        if services != engine.said:
+        if services != engine.said:               # else it stays the same object, by which Services sees that nothing changed
             engine.said = services
         engine.joined.set()
         engine.pool.balance()
