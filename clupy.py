@@ -1256,6 +1256,13 @@ def _by_value_pickler():
     return Pickler
 
 
+def _contents(cell, otherwise):
+    try:
+        return cell.cell_contents
+    except ValueError:                            # not assigned yet
+        return otherwise
+
+
 def _leave_refs(state):
     """In what cloudpickle makes of a function that is an argument: Refs that its code names stay Refs, as in a function
     that is called, since the code asks them for their values."""
@@ -1634,13 +1641,6 @@ def _function_reads(func, reads):
     return [value for value in values if value is not _ABSENT] + [func.__defaults__]
 
 
-def _contents(cell, otherwise):
-    try:
-        return cell.cell_contents
-    except ValueError:                            # not assigned yet
-        return otherwise
-
-
 @functools.lru_cache(MAX_CAPTURES)
 def _global_names(code):
     """The globals that cloudpickle sends with the code: named by it or by a function in it."""
@@ -1726,13 +1726,8 @@ def _parts(error):
 def _alone(obj):
     """(pickle, [the exceptions in it]) of obj, or (None, why there is none)."""
     others = {}                                   # {id of an exception: (its place, it)}
-
-    def pickler(*arguments):
-        made = _part_pickler()(*arguments)
-        made.others = others
-        return made
     try:
-        return _dumps(pickler, obj), [error for _, error in others.values()]
+        return _dumps(functools.partial(_part_pickler(), others), obj), [error for _, error in others.values()]
     except BaseException as problem:              # whatever the user's methods raise; RecursionError, MemoryError
         return None, _line(problem)
 
@@ -1740,6 +1735,10 @@ def _alone(obj):
 @functools.cache
 def _part_pickler():
     class Pickler(_result_pickler()):
+        def __init__(self, others, *arguments):
+            super().__init__(*arguments)
+            self.others = others
+
         def persistent_id(self, obj):
             if isinstance(obj, BaseException):
                 return self.others.setdefault(id(obj), (len(self.others), obj))[0]
@@ -2973,8 +2972,7 @@ class Output:
             self._thread.join(CLOSE_TIME)
 
     def _print(self):
-        while (entry := self._entries.get()) is not None:
-            connection, server, pid, stream, text, dropped = entry
+        for connection, server, pid, stream, text, dropped in iter(self._entries.get, None):
             target = sys.stderr if stream == "err" else sys.stdout
             lines = text.removesuffix("\n").split("\n") if text else []
             if dropped:
