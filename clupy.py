@@ -1063,7 +1063,7 @@ class MasterLink:
         await connection.serve(owner)
         self.connection = None
         if self._onward is not None:
-            return stands_by(*self._onward or [None])
+            return stands_by(self._onward[0] if self._onward else None)
         why = "it closed the connection"
         self.lost_at, self.why_lost = time.monotonic(), told({address: why})
         owner.master_lost()
@@ -1677,7 +1677,9 @@ def pack_exception(error, skip_frames=0, where=""):
     a cause, is a RemoteError with a note that says why.
     skip_frames: how many of the outermost frames are not the user's; where: a text that stands for them, or none."""
     try:
-        frames = [(f"<{where}>", "call", 1, 1, None, None, None)] * bool(where) + _frames(error.__traceback__)[skip_frames:]
+        frames = _frames(error.__traceback__)[skip_frames:]
+        if where:
+            frames.insert(0, (f"<{where}>", "call", 1, 1, None, None, None))
         return _dumps(functools.partial(_FailurePickler, {id(error): frames}), error)
     except BaseException as problem:              # RecursionError, MemoryError, a class that breaks type()
         why = f"{type(problem).__name__} while the exception was taken apart"
