@@ -1860,9 +1860,9 @@ class HandEngine(clupy.BaseEngine):
     """The rooms that decide, without thread, loop and connections."""
 
     def __init__(self):
-        nothing = types.SimpleNamespace(call_later=lambda *_: None, update_wanted=lambda: None, state=lambda: None,
-                                        count_wanted=lambda: self.backlog.wanted, slot_over=lambda link: None,
-                                        opened=lambda link: None)
+        nothing = types.SimpleNamespace(call_later=lambda *_: None, update_wanted=lambda: None,
+                                        count_wanted=lambda: self.backlog.wanted, leave_broken=lambda link: None,
+                                        opened=lambda link: None, send_statement=lambda: None)
         self.loop = self.master_side = self.libraries = self.output = nothing
         self.backlog, self.children, self.numbers = clupy.Backlog(), clupy.Children(self), itertools.count(1)
         self.feeder, self.pool = clupy.Feeder(self), HandPool(self)
