@@ -2145,6 +2145,8 @@ class Future(concurrent.futures.Future):
         """Whether it completed within `timeout` seconds (None: for ever), its handlers included.
 
         A handler that asks does not wait for itself."""
+        if self._state in _DONE and self._handled is None:
+            return True
         deadline = math.inf if timeout is None else time.monotonic() + _duration(timeout)
         if not self._wait(deadline - time.monotonic()):
             return False
@@ -2284,8 +2286,10 @@ def conclude(outcomes):
             else:
                 call._packed = succeeded, value
             call._state = CANCELLED if type(value) is CancelledError else FINISHED
-            dropped.append(call._refs)
-            call._arguments, call._refs = None, ()
+            call._arguments = None
+            if call._refs:
+                dropped.append(call._refs)
+                call._refs = ()
             for waiter in call._waiting or ():
                 if call._state == CANCELLED:
                     waiter.add_cancelled(call)
@@ -2430,48 +2434,36 @@ class Limit:
         self.suspended = 0                        # of these, calls that wait for nested ones
         self.slots = collections.Counter()        # {Slot: calls under way there}
         self.listed = None                        # rank under which the Backlog lists it; None: it does not
-        self._fresh = collections.deque()         # calls that were never sent, in the order made
-        self._urgent = []                         # heap of (rank, tie, call): nested calls, and calls that came back
+        self.fresh = collections.deque()         # calls that were never sent, in the order made
+        self.urgent = []                         # heap of (rank, tie, call): nested calls, and calls that came back
 
     def __repr__(self):
         return f"<Limit {self.most} {self.pending} calls, {len(self.slots)} slots>"
 
     @property
     def wants(self):
-        """How many slots its calls could use."""
-        wants = self.pending - self.suspended
-        return wants if self.most is None else max(0, min(wants, self.most))
-
-    def add(self, call):
-        if call._parent:
-            self.put_back(call)
-        else:
-            self._fresh.append(call)
+        """How many slots its calls could use; for a limit that has a `max`."""
+        return max(0, min(self.pending - self.suspended, self.most))
 
     def put_back(self, call):
-        heapq.heappush(self._urgent, (rank(call), next(_ties), call))
+        heapq.heappush(self.urgent, (rank(call), next(_ties), call))
 
     def first(self):
         """The call that is next, or None."""
-        while self._urgent:
-            if is_waiting(self._urgent[0][-1]):
-                return self._urgent[0][-1]
-            heapq.heappop(self._urgent)
-        while self._fresh:
-            if is_waiting(self._fresh[0]):
-                return self._fresh[0]
-            self._fresh.popleft()
+        while self.urgent:
+            if is_waiting(self.urgent[0][-1]):
+                return self.urgent[0][-1]
+            heapq.heappop(self.urgent)
+        fresh = self.fresh
+        while fresh:
+            call = fresh[0]
+            if call._slot is None and call._state not in _DONE:            # is_waiting, without a call: it is asked for each
+                return call
+            fresh.popleft()
         return None
 
-    def pop_first(self):
-        """Take out the call that `first` gave."""
-        if self._urgent:
-            heapq.heappop(self._urgent)
-        else:
-            self._fresh.popleft()
-
     def waiting(self):
-        return [call for call in [*(entry[-1] for entry in self._urgent), *self._fresh] if is_waiting(call)]
+        return [call for call in [*(entry[-1] for entry in self.urgent), *self.fresh] if is_waiting(call)]
 
     def allows(self, slot, call):
         """Whether the slot may work on this call, too.
@@ -2525,9 +2517,13 @@ class Backlog:
             limit = self.limits[call._limit] = Limit(call._limit and call._limit[1])
         call._counted = True
         self.queued += 1
-        self._count(limit, pending=1)
-        limit.add(call)
-        self._list(limit)
+        self._count(limit, 1)
+        if call._parent:
+            limit.put_back(call)
+        else:
+            limit.fresh.append(call)
+        if limit.listed is None or call._parent:  # else others of its limit come first
+            self._list(limit)
 
     def put_back(self, calls):
         """Calls that were sent and came back: before all that were made after them."""
@@ -2545,25 +2541,29 @@ class Backlog:
         call._counted = False
         self.queued -= call._slot is None
         limit = self.limits[call._limit]
-        self._count(limit, pending=-1)
-        self._forget(call._limit, limit)
+        if limit.most is None:                    # as _count, which most calls need not
+            limit.pending -= 1
+            self.wanted -= 1
+        else:
+            self._count(limit, -1)
+        if not limit.pending:
+            self._forget(call._limit, limit)
         return True
 
     def next_for(self, slot):
         """The waiting call that the slot is to do next, taken out; None if there is none for it."""
-        best = self._first_listed(slot)
-        first = best and best.first()
+        best, first = self._first_listed(slot)
         for limit in slot.limits:                 # full, but this slot works on it already
             call = limit.first() if limit.listed is None else None
             if call and (first is None or rank(call) < rank(first)):
                 best, first = limit, call
         if first is None or slot.calls and is_last_try(first):
             return None
-        best.pop_first()
+        if best.urgent:
+            heapq.heappop(best.urgent)
+        else:
+            best.fresh.popleft()
         self.queued -= 1
-        if best.listed is not None and (then := best.first()):
-            best.listed = rank(then)
-            heapq.heapreplace(self._heads, (best.listed, next(_ties), best))
         return first
 
     def take(self, slot, call):
@@ -2574,14 +2574,18 @@ class Backlog:
         return True
 
     def sent(self, slot, call):
-        """The slot works on the call now."""
+        """The slot works on the call, which has a limit."""
         limit = self.limits[call._limit]
+        if limit.most is None:
+            return
         limit.slots[slot] += 1
         slot.limits[limit] = limit.slots[slot]
 
     def unsent(self, slot, call):
-        """The slot works on it no more."""
-        limit = self.limits[call._limit]
+        """The slot works on the call, which has a limit, no more."""
+        limit = self.limits.get(call._limit)
+        if limit is None or limit.most is None:
+            return
         limit.slots[slot] -= 1
         slot.limits[limit] = limit.slots[slot]
         if not limit.slots[slot]:
@@ -2592,15 +2596,20 @@ class Backlog:
     def suspend(self, slot, call, change):
         """The call of the slot begins (1) or ends (-1) to wait for nested calls."""
         if limit := self.limits.get(call._limit):
-            self._count(limit, suspended=change)
+            self._count(limit, 0, change)
         for limit in slot.limits:
             self._list(limit)
 
-    def _count(self, limit, pending=0, suspended=0):
-        self.wanted -= limit.wants
-        limit.pending += pending
-        limit.suspended += suspended
-        self.wanted += limit.wants
+    def _count(self, limit, pending, suspended=0):
+        """So many more calls of the limit have no outcome, or wait for nested ones."""
+        if limit.most is None:
+            limit.pending += pending
+            self.wanted += pending - suspended
+        else:
+            self.wanted -= limit.wants
+            limit.pending += pending
+            limit.suspended += suspended
+            self.wanted += limit.wants
 
     def _list(self, limit):
         call = limit.first()
@@ -2609,21 +2618,23 @@ class Backlog:
             heapq.heappush(self._heads, (limit.listed, next(_ties), limit))
 
     def _first_listed(self, slot):
-        """The limit whose first call comes first of those that the slot may do."""
+        """(limit, its first call): of the calls that the slot may do the one that comes first; (None, None) without any.
+
+        A limit may be listed by a call before its first one: that is put right when it comes to the top."""
         heads = self._heads
         while heads:
             listed, _, limit = heads[0]
             call = limit.first() if listed == limit.listed else None       # else it was listed anew since
-            if call is None or not limit.allows(slot, call):
+            if call is None or limit.most is not None and not limit.allows(slot, call):
                 heapq.heappop(heads)
                 if listed == limit.listed:
                     limit.listed = None           # nothing waits, or it is full: `unsent` lists it again
-            elif rank(call) != listed:            # the one before was cancelled
+            elif len(heads) > 1 and rank(call) != listed:
                 limit.listed = rank(call)
                 heapq.heapreplace(heads, (limit.listed, next(_ties), limit))
             else:
-                return limit
-        return None
+                return limit, call
+        return None, None
 
     def _forget(self, key, limit):
         if not limit.pending and not limit.slots:
@@ -2752,11 +2763,6 @@ class Slot:
                 and (not self.calls or self.load <= WORK_AHEAD / 2 and not self._has_last_try))
 
     @property
-    def has_room(self):
-        """Whether one more call may be added to what is about to be sent."""
-        return not self.calls or self.load < WORK_AHEAD and len(self.calls) < MAX_AHEAD and not self._has_last_try
-
-    @property
     def _has_last_try(self):
         """Whether its call is one that must be alone."""
         return len(self.calls) == 1 and is_last_try(next(iter(self.calls.values())))
@@ -2771,7 +2777,7 @@ class Slot:
     def remove(self, call):
         """The call is under way here no more, whatever became of it."""
         del self.calls[call._number]
-        self.load = self.load - call._cost if self.calls else 0.0
+        self.load -= call._cost
 
     def recall(self):
         """Ask the worker for what it has not begun, unless it is asked already."""
@@ -3102,9 +3108,14 @@ class Feeder:
         else:
             if quota is None:
                 quota = self._quota(len(slot.link.slots))
-            while (len(batch) < quota and slot.has_room
-                   and (call := self._backlog.next_for(slot)) is not None):
+            calls, next_for = slot.calls, self._backlog.next_for
+            while len(batch) < quota and (not calls or slot.load < WORK_AHEAD and len(calls) < MAX_AHEAD):
+                call = next_for(slot)
+                if call is None:
+                    break
                 self._add(slot, call, now, batch, items)
+                if call._tries >= call._retries:
+                    break                         # it must be alone
         if not items:
             return
         with Future._condition:
@@ -3123,13 +3134,15 @@ class Feeder:
         if arguments is None:                     # it was cancelled just now
             return
         function = call._function
-        new, dropped = slot.known.learn(function)
-        if new:
-            items += [(0, id, None, None) for id in dropped]
-            items.append((0, function.id, function.payload, (function.name, function.setup)))
+        if not (batch and batch[-1]._function is function):
+            new, dropped = slot.known.learn(function)
+            if new:
+                items += [(0, id, None, None) for id in dropped]
+                items.append((0, function.id, function.payload, (function.name, function.setup)))
         items.append((call._number, function.id, arguments, call._timeout))
         slot.add(call, now)
-        self._backlog.sent(slot, call)
+        if call._limit:
+            self._backlog.sent(slot, call)
         if call._parent:
             call._parent[0].children_sent += 1
         batch.append(call)
@@ -3137,7 +3150,8 @@ class Feeder:
     def _remove(self, slot, call):
         """Undo `_add`: the call is under way there no more."""
         slot.remove(call)
-        self._backlog.unsent(slot, call)
+        if call._limit:
+            self._backlog.unsent(slot, call)
         if call._parent:
             call._parent[0].children_sent -= 1
 
@@ -3183,8 +3197,9 @@ class Feeder:
     def take_results(self, slot, results, seconds):
         """A worker's message `results`; seconds: what all of them took."""
         mean, outcomes, last = seconds / len(results), [], None
+        calls, heard = slot.calls, slot.heard
         for number, succeeded, value in results:
-            call = slot.calls.get(number)
+            call = calls.get(number)
             if call is None:
                 continue
             if slot.children:
@@ -3193,8 +3208,10 @@ class Feeder:
             if call._function is not last:
                 last = call._function
                 last.mean = mean if last.mean is None else 0.7 * last.mean + 0.3 * mean
-            call._took = slot.heard - call._sent_at
+            call._took = heard - call._sent_at
             outcomes.append((call, succeeded, value))
+        if not calls:
+            slot.load = 0.0                       # sums of floats are not exact
         if slot.recalled == "answered":
             slot.recalled = None
         self.finish(outcomes)
