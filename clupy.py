@@ -3933,7 +3933,8 @@ class Engine(BaseEngine):
 
     def _seen(self):
         """The calls without an outcome, but for those in the inbox."""
-        return self.backlog.waiting() + [call for slot in self.pool.slots() for call in slot.calls.values()]
+        sent = [call for slot in self.pool.slots() for call in slot.calls.values() if call._state not in _DONE]
+        return self.backlog.waiting() + sent
 
     async def _calls(self):
         self._pump()
