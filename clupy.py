@@ -12,27 +12,60 @@
 Without any set-up the calls run on the cores of this machine; `python -m clupy master` and `python -m clupy serve
 --master HOST` make a cluster of several.  Trusted networks only: whoever knows the secret can run code.
 
-      caller's threads            engine: a thread and its event loop                      the cluster
-                           |
-      parallel(f)(x) ------|-> inbox -> queue --fill--> Slot ----- calls ------------> worker
-         |   capture, pack |             ^               |  |
-         v                 |             | lost, recalled|  +----- results, fetch ---- worker
-      Future <-------------|--conclude---+---------------+
-         |                 |
-      handlers, callbacks  |     ServerLink: one control connection per server ------- server
-      (threads that may    |     Connection to the master: wants out, share in ------- master
-       block)              |
+    calls          parallel, map, wait_all, as_completed, Future, Executor; connect, close, configure
+    data           put, get, delete, exists, keys, open; shared, counter, queue; publish, subscribe; share, Ref
+    coordination   lock, semaphore, election, barrier, event
+    errors         ClupyError and what is derived from it; an exception of the user's function keeps its type
 
-- caller's threads  read the function and its arguments, pickle them, make the Future; write the inbox.
-- Engine            reads the inbox; owns the queue, the links, the slots and every call from submit to its outcome.
-- Slot              reads and writes one TCP connection to one worker; knows which calls are under way there.
-- ServerLink        asks one server to open, close and kill; hears of deaths and of output.
+One word, one thing, everywhere in the code, the messages, the log and the status page:
 
-Words: a *call* is one invocation and its Future; a *client* makes calls; the *master* knows the servers and who may
-use how many slots of which; a *server* watches the workers of one node; a *worker* is a process that runs one
-client's calls; a *slot* is the capacity of one worker, and the connection to it; a *share* is how many slots of
-which servers the master leaves to one client; an *environment* is a set of installed libraries.
-Everywhere in the code seconds are floats and sizes are bytes.
+    call           one invocation of a wrapped function: function, arguments, options, and a Future
+    client         a Python process that makes calls
+    master         knows which servers exist and who may use how many slots of which; never sees a call
+    server         one node's supervisor: starts, watches, kills and replaces its workers; alone counts its slots
+    worker         a process that runs one client's calls, one at a time; never used again for another client
+    slot           the capacity of one worker; also the connection between a client and that worker
+    share          how many slots of which servers the master leaves to one client for now
+    environment    a set of installed libraries, named by the hash of its exact versions
+    nested call    a call made inside a call, its parent, which does not use its slot as long as nested calls are unfinished
+    statement      what a client or server says to its master of itself, complete each time: it replaces the one before
+    payload        the pickle of a value on its way, opened only where the value is used
+    session        on the wire, one client's control connection to one server; in ZooKeeper, what holds locks
+
+Seconds are floats, sizes are bytes.
+
+A call's way, in the client, where a thread of CluPy's own runs the engine's event loop:
+
+      caller's threads         |  the engine's thread                                           the cluster
+                               |
+      parallel(f)(x)           |
+         |   capture, pack     |
+         v                     |
+      Future ---> Engine.submit ---> Backlog ---Feeder---> Slot ------ calls ------------------> worker
+         ^                     |        ^                    |  <----- results ---------------- worker
+         |                     |        +-- recalled, died --+
+         +------ conclude -----|--------- Feeder ------------+
+         |                     |
+      handlers, callbacks      |     Pool        opens and closes slots as the share says
+      (threads that may block) |     ServerLink  control: close, kill; deaths, output <--------> server
+                               |     MasterSide  statements out, share in <-------------------> master
+
+- caller's threads  read the function and its arguments, pickle them, make the Future, and write the engine's inbox.
+- Backlog           holds the calls that wait, and says which is next for a slot; it knows no connection and no clock.
+- Feeder            moves calls into slots, back when their slot cannot run them soon, and out with their outcome.
+- Slot              is one TCP connection to one worker, and the calls under way there.
+- ServerLink        is one control connection to one server: closes and kills there, hears of deaths and of output.
+- MasterSide        says what this client wants, and hears which slots it may use.
+
+Three files, each of which uses only those above it here, but for two lazy imports by which a client embeds a cluster and the
+command line starts one:
+
+    clupy.py          what users write; the wire, the engine, data and coordination
+    clupy_master.py   who may use what, slots and libraries; who accepts connections; the status page
+    clupy_server.py   one node: workers, their modules, environments, processes, the server
+
+This text is the view from above.  The file itself is read from below: each section uses only what stands above it, from
+errors and settings over the wire, pickles and Future to the engine and what users call.
 """
 
 if __name__ == "__main__":                    # `python -m clupy`: run the module under its own name, once
@@ -64,7 +97,6 @@ import random
 import re
 import selectors
 import socket
-import stat
 import struct
 import sys
 import threading
@@ -98,7 +130,7 @@ argparse = _Lazy("argparse")
 ast = _Lazy("ast")
 asyncio = _Lazy("asyncio")
 cloudpickle = _Lazy("cloudpickle")
-clupy_master = _Lazy("clupy_master")          # this and the next against the arrows: to embed a cluster, and to start one
+clupy_master = _Lazy("clupy_master")          # it and clupy_server against the order: to embed a cluster, and to start one
 clupy_server = _Lazy("clupy_server")
 difflib = _Lazy("difflib")
 dis = _Lazy("dis")
@@ -132,8 +164,8 @@ yaml = _Lazy("yaml")
 
 __version__ = "0.1.0"
 
-# Whose are the names?  Those of __all__ are the users'.  Others without an underscore are what the three files share;
-# those with one are this file's alone.
+# Whose is a name?  Those in __all__ are the users'; others without an underscore are what the three files share; those with
+# one are this file's alone.  `open` and `map` are CluPy's own here, so what opens a file says io.open.
 __all__ = [
     "connect", "close", "parallel", "map", "wait_all", "as_completed", "Future", "Executor",                    # calls
     "configure", "put", "get", "delete", "exists", "keys", "shared", "open", "share", "Ref",                    # data
@@ -148,32 +180,32 @@ log = logging.getLogger("clupy")
 PORT = 7878                       # the master's; users know it, so it never changes
 PYTHON = sys.version_info.minor   # bytecode travels, so client, server and master must have the same
 HANDSHAKE_TIME = 5.0              # a stranger holds a connection no longer; less refuses honest peers on a busy machine
-STATEMENT_TIME = 2.0              # statements are repeated; less is traffic, more delays the repair of what was lost
+STATEMENT_TIME = 2.0              # between statements; less is traffic, more delays the repair of what was lost
 GATHER_TIME = 0.02                # changes are gathered so long; more delays shares, less makes more of them
 WORK_AHEAD = 0.005                # seconds of work sent ahead to a worker; more hides latency, but may have to be recalled
-MAX_SPARED = 2                    # workers that may die before they begin a call; the next death is charged to it
+MAX_AHEAD = 2000                  # calls under way in one slot, however short; more is a long recall, less idles on tiny ones
+MAX_SPARED = 2                    # workers that may die before they begin a call; more kills more of them for a bad argument
 MAX_FAILURES = 3                  # in a row, before what fails is given up; more is patience, less is haste
 FREE_DESCRIPTORS = 16             # left to the program and to what must be opened later; less starves it, more wastes slots
-MAX_AHEAD = 2000                  # calls under way in one slot at most, however short they are
-STALL_TIME = 0.02                 # a slot without a result for so long gives back what it has not begun
-LINGER_TIME = 1.0                 # an extra slot for nested calls stays open so long when idle; a new one costs a worker
-MASTER_SILENCE = 6.0              # a master that answers no statement for so long is left for the next of several
-RETRY_TIME = 10.0                 # an unreachable server is tried again after it
-UNSERVED_TIME = 3.0               # calls that wait so long without any slot are told of in the log
-SILENCE_TIME = 60.0               # a server from which nothing came for so long, while a call is out, is lost
-ALIVE_TIME = 10.0                 # a server says so often that it is alive
-NO_LIMIT = 1e7                    # seconds of a TLS handshake, which begins when the slot gets a worker
-CLOSE_TIME = 5.0                  # closing waits for the last lines of output no longer
-MIN_MEMORY = 64 << 20             # bytes that a worker needs to start
-MAX_CONTROL = 1 << 31             # bytes of one frame on control and master connections: wheels travel there, too
-MAX_FRAME = 1 << 40               # bytes of one frame on a slot; checked before memory is spent
-MAX_BUFFERS = 1 << 20             # out-of-band buffers of one frame
-CHUNK = 256 << 10                 # bytes read at once; more is memory for every slot, less is system calls
-SEND_PIECE = 256 << 10            # bytes given to asyncio at once, which may copy what the socket does not take
-HUGE = 4 << 20                    # bytes from which memory is asked of the kernel, in huge pages
-LARGE = 64 << 10                  # bytes from which a buffer travels beside the pickle; below, copying is cheaper
-UNSEEN_OUTPUT = 64 << 10          # bytes of output on their way to a client; beyond, lines are dropped and counted
-MAP_AHEAD = 4096                  # calls of one `map` that are under way before their results are taken
+STALL_TIME = 0.02                 # without a result, before a slot gives back what it has not begun; less recalls in vain
+LINGER_TIME = 1.0                 # an idle slot for nested calls stays open so long; less starts more workers, more holds them
+MASTER_SILENCE = 6.0              # unanswered, before the next of several masters is tried; less leaves one that is busy
+RETRY_TIME = 10.0                 # before an unreachable server is tried again; less is noise in the log, more leaves it idle
+UNSERVED_TIME = 3.0               # without any slot, before the log tells of waiting calls; less cries at each start
+SILENCE_TIME = 60.0               # nothing from a server while a call is out, before it is lost; less loses busy ones
+ALIVE_TIME = 10.0                 # between a server's signs of life; far below SILENCE_TIME, less is traffic
+NO_LIMIT = 1e7                    # of a slot's TLS handshake, which begins when the slot gets a worker: that may take days
+CLOSE_TIME = 5.0                  # closing waits no longer for the last lines of output; less loses some
+MIN_MEMORY = 64 << 20             # that a worker needs to start; less lets a limit through with which none starts
+MAX_CONTROL = 1 << 31             # of one frame on control and master connections; less refuses wheels, which travel there
+MAX_FRAME = 1 << 40               # of one frame on a slot, checked before memory is spent; less refuses large arguments
+MAX_BUFFERS = 1 << 20             # out-of-band buffers of one frame; less refuses lists of as many arrays
+CHUNK = 256 << 10                 # read at once; more is memory for every slot, less is system calls
+SEND_PIECE = 256 << 10            # given to asyncio at once, which may copy what the socket does not take; less is turns
+HUGE = 4 << 20                    # from which on memory is asked of the kernel in huge pages; less wastes half-filled ones
+LARGE = 64 << 10                  # from which on a buffer travels beside the pickle; below, copying is cheaper
+UNSEEN_OUTPUT = 64 << 10          # of output on its way to a client; beyond, lines are dropped and counted; more is memory
+MAP_AHEAD = 4096                  # calls of one `map` under way before their results are taken; more is memory, less idles
 MAP_BYTES = 256 << 20             # ... and bytes of their arguments
 
 
@@ -217,7 +249,7 @@ class Closed(ClupyError, RuntimeError):
 
 
 class DependencyError(ClupyError):
-    """Libraries could not be resolved or installed. The text ends with pip's last lines; `lines` has them alone."""
+    """Libraries could not be resolved or installed.  The text ends with pip's last lines; `lines` has them alone."""
 
     def __init__(self, what, lines=()):
         super().__init__(what, tuple(lines))       # what __init__ takes: a pickle makes an exception anew from its args
@@ -252,6 +284,8 @@ class LockLost(ClupyError, RuntimeError):
 
 # ==== Configuration ==========================================================
 # defaults < YAML file of the role < CLUPY_* environment variables < command line or arguments
+#
+# First, how each kind of setting is read: a function gives the value, or raises ValueError with what it must be.
 
 def _duration(value):
     """Seconds as a float, of a number or of a text such as "500ms", "10s", "2m", "1h"."""
@@ -398,15 +432,14 @@ def read_settings(role, file=None, **arguments):
     file: a YAML file that must exist; None: clupy.<role>.yaml in the working directory, if there is one.
     arguments: settings that win over all others; None stands for one that was not given.
     Raises ConfigurationError, naming file, line and the nearest valid key."""
-    known = {key for key, (roles, _, _) in SETTINGS.items() if role in roles.split()}
-    values = {key: SETTINGS[key][2] for key in known}
+    values = {key: default for key, (roles, _, default) in SETTINGS.items() if role in roles.split()}
     given = set()
 
     def take(key, value, where):
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, 1)
+        if key not in values:
+            near = difflib.get_close_matches(str(key), values, 1)
             raise ConfigurationError(f"{where}: unknown setting {key!r}"
-                                     + (f"; did you mean {near[0]!r}?" if near else f"; valid: {', '.join(sorted(known))}"))
+                                     + (f"; did you mean {near[0]!r}?" if near else f"; valid: {', '.join(sorted(values))}"))
         try:
             values[key] = SETTINGS[key][1](value)
         except ValueError as error:
@@ -417,7 +450,7 @@ def read_settings(role, file=None, **arguments):
         take(key, value, f"{file or f'clupy.{role}.yaml'}, line {line}")
     for variable in [name for name in os.environ if name.startswith("CLUPY_")]:
         key = variable[6:].lower()
-        if key in known:
+        if key in values:
             take(key, os.environ[variable], f"environment variable {variable}")
         elif key not in SETTINGS and (near := difflib.get_close_matches(key, [*SETTINGS, "secret"], 1, 0.8)) and near != [key]:
             log.warning("the environment variable %s is no setting; did you mean CLUPY_%s?", variable, near[0].upper())
@@ -435,7 +468,7 @@ def read_settings(role, file=None, **arguments):
 
 
 def read_yaml(path, must_exist=False):
-    """[(key, value, line)] of a YAML file with one mapping; [] without the file. Raises ConfigurationError."""
+    """[(key, value, line)] of a YAML file with one mapping; [] without the file.  Raises ConfigurationError."""
     try:
         with io.open(path, encoding="utf-8") as file:      # io's, since `open` is clupy.open in this file
             text = file.read()
@@ -481,13 +514,10 @@ def configure(**settings):
 
 def merged_services(own, theirs):
     """The Settings of Redis and ZooKeeper of which `own` are a client's and `theirs` the master's; {}: no master says any."""
-    own = Settings({**vars(own), **_configured}, {*own.given, *_configured})
-    values = {key: getattr(own, key) for key in SERVICE_KEYS}
-    values.update({key: value for key, value in theirs.items() if key not in own.given and key in SERVICE_KEYS})
-    given = set(own.given) | set(theirs.get("given", ()))
-    if not theirs:
-        values.update({key: value for key, value in _LOCAL.items() if key not in given})
-    return Settings(values, given & set(SERVICE_KEYS))
+    mine = {**{key: getattr(own, key) for key in own.given}, **_configured}
+    values = {**vars(own), **(theirs or _LOCAL), **mine}
+    given = {*mine, *theirs.get("given", ())}                 # not defaults: somebody named them
+    return Settings({key: values[key] for key in SERVICE_KEYS}, given.intersection(SERVICE_KEYS))
 
 
 def find_secret(settings, create=False):
@@ -518,7 +548,7 @@ def find_secret(settings, create=False):
     except OSError as error:
         raise SecretError(f"no secret: {path}: {error.strerror}; copy the master's ~/.clupy/secret to this machine, "
                           "or set CLUPY_SECRET") from None
-    if status.st_mode & (stat.S_IRWXG | stat.S_IRWXO) or status.st_uid not in (os.getuid(), 0):
+    if status.st_mode & 0o077 or status.st_uid not in (os.getuid(), 0):
         raise SecretError(f"the secret {path} can be read by others or is not yours; run: chmod 600 {path}")
     if len(secret) < 16:
         raise SecretError(f"the secret {path} is shorter than 16 characters; remove it, and the master makes a new one")
@@ -684,7 +714,7 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def decode(body, buffers=()):
-    """The message of a frame. Raises ProtocolError for one that is none."""
+    """The message of a frame.  Raises ProtocolError for one that is none."""
     try:
         message = _PlainUnpickler(io.BytesIO(body), buffers=buffers).load()
     except ProtocolError:
@@ -799,6 +829,14 @@ def raise_descriptor_limit():
     return old
 
 
+def descriptors_left():
+    """How many more files this process may open."""
+    try:
+        return resource.getrlimit(resource.RLIMIT_NOFILE)[0] - len(os.listdir("/dev/fd"))
+    except OSError:                               # not even that one; or there is no such folder
+        return 0 if os.path.exists("/dev/fd") else math.inf
+
+
 def tune(sock, user_timeout=True):
     """A peer is alive while its kernel answers: keepalive finds a dead one in 10 s, also under unanswered data.
 
@@ -850,7 +888,7 @@ class Connection:
             self._writer.writelines(encode(message))
 
     async def receive(self):
-        """The next message. Raises IncompleteReadError at the end, OSError, ProtocolError."""
+        """The next message.  Raises IncompleteReadError at the end, OSError, ProtocolError."""
         size, count = frame_sizes(await self._reader.readexactly(FRAME_HEAD.size), MAX_CONTROL)
         if count:
             raise ProtocolError("a frame with buffers on a connection that has none")
@@ -879,13 +917,6 @@ class Connection:
         self._writer.transport.abort()
 
 
-def descriptors_left():
-    """How many more files this process may open."""
-    import resource
-    try:
-        return resource.getrlimit(resource.RLIMIT_NOFILE)[0] - len(os.listdir("/dev/fd"))
-    except OSError:                               # not even that one; or there is no such folder
-        return 0 if os.path.exists("/dev/fd") else math.inf
 async def read_exactly(sock, count):
     """`count` bytes of a non-blocking socket and not one more, so that the rest is there for another reader."""
     data = b""
@@ -898,7 +929,7 @@ async def read_exactly(sock, count):
 
 
 async def connect_socket(host, port):
-    """A connected, non-blocking socket; tries each address of the host in turn. Raises OSError, with words."""
+    """A connected, non-blocking socket; tries each address of the host in turn.  Raises OSError, with words."""
     loop, family = asyncio.get_running_loop(), socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         socket.inet_pton(family, host)             # numeric: resolving takes a thread, and none is left at a program's end
@@ -973,7 +1004,7 @@ def told(said):
 
 
 def hopeless(said):
-    """The error if all gave the same answer, one that no patience mends: another secret, another version. Else None."""
+    """The error if all gave the same answer, one that no patience mends: another secret, another version.  Else None."""
     kinds = {type(why) for why in said.values()}
     return kinds.pop()(told(said)) if kinds in ({SecretError}, {VersionMismatch}) else None
 
@@ -1032,7 +1063,7 @@ class MasterLink:
         await connection.serve(owner)
         self.connection = None
         if self._onward is not None:
-            return stands_by(*self._onward or [None])
+            return stands_by(self._onward[0] if self._onward else None)
         why = "it closed the connection"
         self.lost_at, self.why_lost = time.monotonic(), told({address: why})
         owner.master_lost()
@@ -1080,12 +1111,12 @@ MAX_CLASSES = 4096                # classes kept alive after they were sent, as 
 MAX_CHAIN = 100                   # how far causes, contexts and group members of a failure are followed
 MAX_FRAMES = 100                  # of each exception: more are left out in the middle
 MAX_TEXT = 10_000                 # characters of the message that stands for an exception which cannot be rebuilt
-_missing_modules = {}             # in a worker: name -> what the ModuleNotFoundError should say; its Finder's
+_missing_modules = {}             # in a worker: {name: what the ModuleNotFoundError should say}, by its Finder
 _MAINS = ("__main__", "__mp_main__")      # the second is the first's name in a child of multiprocessing
-_MAIN = b"_main__"                # in a pickle that names either
+_MAIN = b"_main__"                # is in each pickle that names either
 _RAW = {bytes, bytearray}         # what travels as a _Raw, if it is large
-_ABSENT = type("absent", (), {"__repr__": lambda self: "<absent>"})()     # the value of a name that has none
-_UNRESOLVED = {}                  # {Ref: what makes one that arrives as a Ref, wherever it is}
+_ABSENT = object()                # the value of a name that has none
+_UNRESOLVED = {}                  # {Ref: makes one that arrives as a Ref even among arguments}: for _leave_refs, from Data
 
 
 class _Pickling(threading.local):
@@ -1108,23 +1139,23 @@ def _noting_refs(pack, *args, resolve=False):
         pickling.refs, pickling.resolve = before
 
 
-def pack(obj, by_value=None, snapshot=True):
+def pack(obj, pickler=None, snapshot=True):
     """The payload of obj: bytes, or (bytes, [pickle.PickleBuffer]) with the buffers of 64 KiB and more.
 
     snapshot: writable buffers are copied, so that obj may be changed afterwards; read-only ones never are.
-    by_value(obj, buffer_callback) pickles what plain pickle cannot.  Raises what it raises.  Any thread may call."""
-    return _pack(_raw(obj), by_value or _by_value, snapshot)
+    pickler() is the class that pickles what plain pickle cannot.  Raises what that raises.  Any thread may call."""
+    return _pack(_raw(obj), pickler or _by_value_pickler, snapshot)
 
 
-def _pack(obj, by_value, snapshot=True):
+def _pack(obj, pickler, snapshot=True):
     buffers = _Buffers(snapshot)
     try:
         data = pickle.dumps(obj, 5, buffer_callback=buffers)
-    except Exception:                             # a lambda, local class, lock ...: if by_value cannot either, it raises
+    except Exception:                             # a lambda, local class, lock ...: if the pickler cannot either, it raises
         data = _MAIN
     if data.find(_MAIN) >= 0 or _registered():    # find: for bytes, `in` first tries to make a number of _MAIN, 0.2 us
         buffers.clear()
-        data = by_value(obj, buffers)
+        data = _dumps(pickler(), obj, buffers)
     return (data, list(buffers)) if buffers else data
 
 
@@ -1139,13 +1170,10 @@ class _Buffers(list):
         view = buffer.raw()
         if view.nbytes < LARGE:
             return True                           # it stays in the pickle
-        self.append(buffer if view.readonly or not self.snapshot else pickle.PickleBuffer(_copied(view)))
-
-
-def _copied(view):
-    copied = memory(view.nbytes)
-    memoryview(copied)[:] = view
-    return copied
+        if self.snapshot and not view.readonly:
+            buffer = pickle.PickleBuffer(memory(view.nbytes))
+            buffer.raw()[:] = view
+        self.append(buffer)
 
 
 def unpack(payload):
@@ -1166,8 +1194,8 @@ def payload_size(payload):
 
 
 def pack_arguments(function_name, args, kwargs, func=None):
-    """(the payload of (args, kwargs), the Refs among them, which arrive as their values). Raises PicklingError that
-    names the argument at fault and its type; with func also the parameter's name. Any thread may call."""
+    """(the payload of (args, kwargs), the Refs among them, which arrive as their values).  Raises PicklingError that
+    names the argument at fault and its type; with func also the parameter's name.  Any thread may call."""
     for value in args:
         if type(value) in _RAW:
             args = tuple([_raw(value) for value in args])
@@ -1175,7 +1203,7 @@ def pack_arguments(function_name, args, kwargs, func=None):
     if kwargs:
         kwargs = {name: _raw(value) for name, value in kwargs.items()}
     try:
-        return _noting_refs(_pack, (args, kwargs), _by_value, resolve=True)
+        return _noting_refs(_pack, (args, kwargs), _by_value_pickler, resolve=True)
     except Exception as error:      # whatever a class of the user's raises while it is pickled
         named = [*_numbered(args, func), *((f"argument {name!r}", kwargs[name]) for name in kwargs)]
         raise pickle.PicklingError(f"{function_name} cannot be called: {_culprit(named, 'its arguments')} "
@@ -1192,10 +1220,6 @@ def _registered():
     names = module.list_registry_pickle_by_value()          # a copy
     names.discard("__mp_main__")                            # by _dumps, not by the user
     return names
-
-
-def _by_value(obj, buffer_callback=None):
-    return _dumps(_by_value_pickler(), obj, buffer_callback)
 
 
 def _dumps(pickler, obj, buffer_callback=None):
@@ -1230,6 +1254,13 @@ def _by_value_pickler():
                 _leave_refs(reduced[2][1])
             return reduced
     return Pickler
+
+
+def _contents(cell, otherwise):
+    try:
+        return cell.cell_contents
+    except ValueError:                            # not assigned yet
+        return otherwise
 
 
 def _leave_refs(state):
@@ -1375,14 +1406,10 @@ _client_classes = weakref.WeakSet()     # in a worker: classes and type variable
 def pack_result(value, name="the call"):
     """The payload of what `name` returned, its buffers not copied.  Raises PicklingError that says its type."""
     try:
-        return pack(value, _result_by_value, snapshot=False)
+        return pack(value, _result_pickler, snapshot=False)
     except BaseException as error:                # whatever a class of the user's raises while it is pickled, SystemExit too
         raise pickle.PicklingError(f"the result of {name}, a {_type_name(type(value))}, cannot be "
                                    f"pickled: {error}") from error
-
-
-def _result_by_value(obj, buffer_callback=None):
-    return _dumps(_result_pickler(), obj, buffer_callback)
 
 
 @functools.cache
@@ -1495,7 +1522,7 @@ def _capture(func):
     reads = _reads(func)                          # first: what changes while it is pickled is seen by the next capture
     buffers = _Buffers(snapshot=False)
     try:
-        data, refs = _noting_refs(_by_value, func, buffers)
+        data, refs = _noting_refs(_dumps, _by_value_pickler(), func, buffers)
     except Exception as error:                    # whatever a class of the user's raises while it is pickled
         raise pickle.PicklingError(f"{name} cannot be sent to a worker: {_culprit(_used(func), 'it')} cannot "
                                    f"be pickled: {error}") from error
@@ -1526,12 +1553,9 @@ def _remember(func, function, reads):
     with _capture_lock:
         _captures.pop(id(func), None)             # it is the newest now
         _captures[id(func)] = func, function, reads
-        while len(_captures) > MAX_CAPTURES or function.size >= LARGE and _captured_bytes() > MAX_CAPTURED_BYTES:
+        while len(_captures) > MAX_CAPTURES or function.size >= LARGE and (
+                sum(kept.size for _, kept, _ in _captures.values()) > MAX_CAPTURED_BYTES):
             del _captures[next(iter(_captures))]
-
-
-def _captured_bytes():
-    return sum(function.size for _, function, _ in _captures.values())
 
 
 def limit_key(func):
@@ -1617,13 +1641,6 @@ def _function_reads(func, reads):
     return [value for value in values if value is not _ABSENT] + [func.__defaults__]
 
 
-def _contents(cell, otherwise):
-    try:
-        return cell.cell_contents
-    except ValueError:                            # not assigned yet
-        return otherwise
-
-
 @functools.lru_cache(MAX_CAPTURES)
 def _global_names(code):
     """The globals that cloudpickle sends with the code: named by it or by a function in it."""
@@ -1654,11 +1671,15 @@ def _used(func):
 # them, only their places in a list that travels beside (_alone).
 
 def pack_exception(error, skip_frames=0, where=""):
-    """The payload that unpack_exception takes.  Cannot raise.
+    """The payload of an exception with its causes, contexts, group members, notes and traceback.  Cannot raise.
 
+    `unpack` makes the exception: raised there, it prints as if the call had run there.  One that cannot be rebuilt, be it
+    a cause, is a RemoteError with a note that says why.
     skip_frames: how many of the outermost frames are not the user's; where: a text that stands for them, or none."""
     try:
-        frames = [(f"<{where}>", "call", 1, 1, None, None, None)] * bool(where) + _frames(error.__traceback__)[skip_frames:]
+        frames = _frames(error.__traceback__)[skip_frames:]
+        if where:
+            frames.insert(0, (f"<{where}>", "call", 1, 1, None, None, None))
         return _dumps(functools.partial(_FailurePickler, {id(error): frames}), error)
     except BaseException as problem:              # RecursionError, MemoryError, a class that breaks type()
         why = f"{type(problem).__name__} while the exception was taken apart"
@@ -1707,13 +1728,8 @@ def _parts(error):
 def _alone(obj):
     """(pickle, [the exceptions in it]) of obj, or (None, why there is none)."""
     others = {}                                   # {id of an exception: (its place, it)}
-
-    def pickler(*arguments):
-        made = _part_pickler()(*arguments)
-        made.others = others
-        return made
     try:
-        return _dumps(pickler, obj), [error for _, error in others.values()]
+        return _dumps(functools.partial(_part_pickler(), others), obj), [error for _, error in others.values()]
     except BaseException as problem:              # whatever the user's methods raise; RecursionError, MemoryError
         return None, _line(problem)
 
@@ -1721,6 +1737,10 @@ def _alone(obj):
 @functools.cache
 def _part_pickler():
     class Pickler(_result_pickler()):
+        def __init__(self, others, *arguments):
+            super().__init__(*arguments)
+            self.others = others
+
         def persistent_id(self, obj):
             if isinstance(obj, BaseException):
                 return self.others.setdefault(id(obj), (len(self.others), obj))[0]
@@ -1741,13 +1761,9 @@ def _frames(trace):
     while trace is not None:
         code = trace.tb_frame.f_code
         line, text = trace.tb_lineno or code.co_firstlineno, _line_text(trace.tb_frame, trace.tb_lineno)
-        first, last, column, last_column = (None,) * 4
-        if trace.tb_lasti >= 0:
-            positions = itertools.islice(code.co_positions(), trace.tb_lasti // 2, None)
-            first, last, column, last_column = next(positions)
-        if first != line:
-            last, column, last_column = line, None, None
-        frames.append((code.co_filename, code.co_name, line, last, column, last_column, text))
+        instruction = trace.tb_lasti // 2                   # negative, if there is none
+        first, *rest = next(itertools.islice(code.co_positions(), instruction, None)) if instruction >= 0 else [None]
+        frames.append((code.co_filename, code.co_name, line, *(rest if first == line else (line, None, None)), text))
         trace = trace.tb_next
     return frames
 
@@ -1770,13 +1786,6 @@ def _shortened(frames):
     return [*frames[:half], gap, *frames[-half:]]
 
 
-def unpack_exception(payload):
-    """The exception of a pack_exception, with its causes, contexts, group members, notes, and the worker's traceback:
-    raised here, it prints as if the call had run here.  One that cannot be rebuilt, be it a cause, is a RemoteError with a
-    note that says why.  Any thread may call."""
-    return unpack(payload)
-
-
 class _PartUnpickler(pickle.Unpickler):
     def __init__(self, data, others):
         super().__init__(io.BytesIO(data))
@@ -1793,8 +1802,7 @@ def _together(data, others):
 def _rebuilt(type_name, message, frames, data, others):
     try:
         make, args = _together(data, others)
-        error = make(*args)
-        return error.with_traceback(_traceback(frames))
+        return make(*args).with_traceback(_traceback(frames))
     except Exception as problem:                  # a constructor's, a module is missing here, or what it made is no exception
         return _remote_error(type_name, message, frames, _line(problem))
 
@@ -1992,13 +2000,15 @@ def _distribution(name):
     return (names[0], metadata.version(names[0])) if names else (top, None)
 
 
-FETCHES = {"module": module_source}               # what a worker may ask its client for; called in a thread that may block
+# What a worker may ask its client for, by a function that is called in a thread that may block; Data adds "ref" and "release".
+FETCHES = {"module": module_source}
 served = {}                                       # {name: buffers} of the Refs that this process shared without Redis
 
 
 # ==== Future =================================================================
 # A call and its outcome in one object.  PENDING: it waits for a slot.  RUNNING: it was sent to one, and may have begun.
 # FINISHED or CANCELLED_AND_NOTIFIED: it has its outcome.  A recall or a lost worker takes RUNNING back to PENDING.
+# Only the engine's loop moves a call between PENDING and RUNNING; any thread may give it its outcome, by `conclude`.
 #
 # All futures share one Condition as their lock, and nobody waits on it: whoever waits for a future adds a waiter, as
 # concurrent.futures' own wait() and as_completed() do.  That makes a pending call 0.4 KB instead of 1.9 KB and takes
@@ -2006,8 +2016,8 @@ served = {}                                       # {name: buffers} of the Refs 
 # run user code, which may block, and must never do so in the engine's loop.
 
 def bounded(seconds):
-    """A time-out that a lock takes: not less than 0, and not more than there is."""
-    return max(0, min(seconds, threading.TIMEOUT_MAX))
+    """A time-out that a lock takes: not less than 0, and not more than there is, which also stands for None."""
+    return threading.TIMEOUT_MAX if seconds is None else max(0, min(seconds, threading.TIMEOUT_MAX))
 
 
 PENDING, RUNNING, FINISHED = "PENDING", "RUNNING", "FINISHED"
@@ -2116,31 +2126,33 @@ class Future(concurrent.futures.Future):
                 return True
             self._waiters.append(waiter)
         try:
-            return waiter.lock.acquire(timeout=-1 if timeout is None else bounded(timeout))
-        except KeyboardInterrupt:
-            if self._engine:
-                self._engine.cancel_all()
-            raise
+            return self._until(waiter.lock.acquire, timeout)
         finally:
             with self._condition:
                 if waiter in self._waiters:
                     self._waiters.remove(waiter)
 
-    def _wait_for_handlers(self, timeout=None):
-        """Whether it is done within `timeout` seconds, its handlers included; one of them does not wait for itself."""
-        if self._state in _DONE and self._handled is None:
-            return True
-        deadline = math.inf if timeout is None else time.monotonic() + timeout
-        if not self._wait(timeout):
-            return False
-        if self._handled is None or getattr(_handling, "future", None) is self:
-            return True
+    def _until(self, wait, seconds):
+        """wait(timeout=seconds), which Ctrl-C may interrupt."""
         try:
-            return self._handled.wait(bounded(deadline - time.monotonic()))
+            return wait(timeout=bounded(seconds))
         except KeyboardInterrupt:
             if self._engine:
                 self._engine.cancel_all()
             raise
+
+    def wait(self, timeout=10):
+        """Whether it completed within `timeout` seconds (None: for ever), its handlers included.
+
+        A handler that asks does not wait for itself."""
+        if self._state in _DONE and self._handled is None:
+            return True
+        deadline = math.inf if timeout is None else time.monotonic() + _duration(timeout)
+        if not self._wait(deadline - time.monotonic()):
+            return False
+        if self._handled is None or getattr(_handling, "future", None) is self:
+            return True
+        return self._until(self._handled.wait, deadline - time.monotonic())
 
     def _open(self):
         """Unpickle the outcome, in the thread that asks for it; the first of several threads decides."""
@@ -2148,27 +2160,22 @@ class Future(concurrent.futures.Future):
         if packed is None:
             return
         succeeded, payload = packed
-        result = exception = None
         try:
-            if succeeded:
-                result = unpack(payload)
-            else:
-                exception = unpack_exception(payload)
-        except BaseException as error:          # it may be anything that a user's __setstate__ raises
-            if isinstance(error, KeyboardInterrupt):
-                raise
-            exception = RemoteError(type(error).__name__, f"{error} (the {'result' if succeeded else 'exception'} of "
-                                    f"{self._function.name} arrived, but cannot be unpickled here)")
+            result, exception = (unpack(payload), None) if succeeded else (None, unpack(payload))
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:            # it may be anything that a user's __setstate__ raises
+            result, exception = None, RemoteError(
+                type(error).__name__, f"{error} (the {'result' if succeeded else 'exception'} of {self._function.name} arrived, "
+                                      "but cannot be unpickled here)")
             exception.__cause__ = error
         with self._condition:
             if self._packed is packed:
                 self._result, self._exception, self._packed = result, exception, None
 
     def result(self, timeout=None):
-        """The result. Raises the call's exception, CancelledError, or TimeoutError after `timeout` seconds."""
-        if not self._wait(timeout):
-            raise TimeoutError(f"{self!r} has no result after {timeout:g} s")
-        exception = self.exception()
+        """The result.  Raises the call's exception, CancelledError, or TimeoutError after `timeout` seconds."""
+        exception = self.exception(timeout)
         if exception is not None:
             try:
                 raise exception
@@ -2177,7 +2184,7 @@ class Future(concurrent.futures.Future):
         return self._result
 
     def exception(self, timeout=None):
-        """The call's exception, or None. Raises CancelledError, or TimeoutError after `timeout` seconds."""
+        """The call's exception, or None.  Raises CancelledError, or TimeoutError after `timeout` seconds."""
         if not self._wait(timeout):
             raise TimeoutError(f"{self!r} has no result after {timeout:g} s")
         if self._state == CANCELLED:
@@ -2185,11 +2192,9 @@ class Future(concurrent.futures.Future):
         self._open()
         return self._exception
 
-    def wait(self, timeout=10):
-        """Whether it completed within `timeout` seconds (None: for ever), its handlers included."""
-        return self._wait_for_handlers(None if timeout is None else _duration(timeout))
-
-    completed = property(lambda self: self._state in _DONE)
+    @property
+    def completed(self):
+        return self._state in _DONE
 
     @property
     def failure(self):
@@ -2217,7 +2222,7 @@ class Future(concurrent.futures.Future):
 
     def _handle(self, succeeded, handler):
         with self._condition:
-            start = self._state in _DONE and self._handlers is None        # else somebody is at it, or will be
+            start = self._state in _DONE and self._handlers is None        # else `conclude` or who runs them takes this, too
             self._handlers = (self._handlers or []) + [(succeeded, handler)]
             if self._handled is None or self._handled.is_set():
                 self._handled = threading.Event()
@@ -2362,8 +2367,9 @@ threads = Threads()
 #               any       ^                    |
 #             thread      +--------------------+  recalled, or its worker died
 #
-# Only the loop moves a call between PENDING and RUNNING; any thread may conclude it (cancel), so every room meets calls that
-# have their outcome already, and passes over them.
+# Any thread may conclude a call (cancel), so every room meets calls that have their outcome already, and passes over them.
+# What holds in between: Slot.calls is in the order sent, which is that in which the worker begins them, so `verdicts` can tell
+# from the last one that began; Slot.children has a key only while a nested call of it is unfinished, so a key means "waits".
 
 class BaseEngine:
     """What runs calls: the client of a cluster (Engine), another executor (ExecutorEngine), or the client of a worker in
@@ -2386,6 +2392,7 @@ class BaseEngine:
         raise NotImplementedError
 
     def cancel_all(self):
+        """Cancel the unfinished calls; those made after it returned are not among them."""
         for call in self.calls():
             call.cancel()
 
@@ -2498,11 +2505,6 @@ class Backlog:
 
     def __repr__(self):
         return f"<Backlog {self.wanted} slots wanted, {len(self.limits)} limits>"
-
-    @property
-    def pending(self):
-        """How many calls have no outcome."""
-        return sum(limit.pending for limit in list(self.limits.values()))
 
     def waiting(self):
         """The calls that wait for a slot."""
@@ -2688,19 +2690,22 @@ def died(call, slot, how):
         text += f"; peak memory {how['peak'] / 2**30:.2f}{of} GB"
     if how.get("code") == -9 and how["why"] == Why.DIED:
         text += "; nobody here sent it, so the system may have been out of memory"
-    for title, lines in (("its last lines of standard error", how.get("lines")),
-                         ("it was at", [line for line in how.get("stack", "").splitlines() if "clupy" not in line])):
-        if lines:
-            text += f"; {title}:\n  " + "\n  ".join(lines)
-    return WorkerDied(text)
+    if how.get("lines"):
+        text += "; its last lines of standard error:\n  " + "\n  ".join(how["lines"])
+    return WorkerDied(text + _was_at(how))
 
 
 def timed_out(call, slot, how):
     """The CallTimeout of a call; names the place at which it was."""
     text = (f"{call._function.name} ran longer than its timeout of {call._timeout:g} s; worker {how['pid']} on "
             f"{slot.link.name} was killed")
-    stack = [line for line in how.get("stack", "").splitlines() if "clupy_server" not in line]
-    return CallTimeout(text + ("; it was at:\n  " + "\n  ".join(stack) if len(stack) > 1 else ""))
+    return CallTimeout(text + _was_at(how))
+
+
+def _was_at(how):
+    """The place at which a worker was killed, without CluPy's own frames; the stack's first line is a title."""
+    stack = [line for line in how.get("stack", "").splitlines() if not re.search(r'\bclupy(_server)?\.py"', line)]
+    return "; it was at:\n  " + "\n  ".join(stack) if len(stack) > 1 else ""
 
 
 # ---- one worker, one server
@@ -2709,7 +2714,7 @@ OPENING, OPEN, LEAVING, ENDING, OVER = range(5)
 
 
 class Slot:
-    """What is under way in one worker, and the connection to it: an asyncio.BufferedProtocol through `as_protocol`.
+    """What is under way in one worker, and the connection to it: an asyncio.BufferedProtocol through `slot_class`.
 
     Its states, which it goes through from left to right, each once at most:
 
@@ -2856,18 +2861,10 @@ class Slot:
         self.engine.soon(self.send, "fetched", request, answer)
 
 
-def as_protocol(slot):
-    """The slot as asyncio wants it: an object of its own base class, which is not there when this module is imported."""
-    protocol = _protocol_class()()
-    for name in ("connection_made", "connection_lost", "pause_writing", "resume_writing", "get_buffer", "buffer_updated",
-                 "eof_received"):
-        setattr(protocol, name, getattr(slot, name))
-    return protocol
-
-
 @functools.cache
-def _protocol_class():
-    return type("SlotProtocol", (asyncio.BufferedProtocol,), {})
+def slot_class():
+    """Slot as asyncio wants it: with a base class that is not there yet when this module is imported."""
+    return type("Slot", (Slot, asyncio.BufferedProtocol), {})
 
 
 class ServerLink:
@@ -2880,6 +2877,7 @@ class ServerLink:
         self.slots = {}                           # {number: Slot}, until they are over
         self.max_nested = 0                       # slots there beyond the share at most
         self.draining = False                     # takes no new slots
+        self.broken = None                        # why our libraries cannot be built there
         self.lost_at = None                       # when it could not be reached, or ended
         self.failures = 0                         # slots in a row that could not be opened
         self.retry_at = 0.0                       # no slot is opened before
@@ -2982,8 +2980,7 @@ class Output:
             self._thread.join(CLOSE_TIME)
 
     def _print(self):
-        while (entry := self._entries.get()) is not None:
-            connection, server, pid, stream, text, dropped = entry
+        for connection, server, pid, stream, text, dropped in iter(self._entries.get, None):
             target = sys.stderr if stream == "err" else sys.stdout
             lines = text.removesuffix("\n").split("\n") if text else []
             if dropped:
@@ -3090,7 +3087,7 @@ class Feeder:
         if not self._backlog.queued:
             return
         slots = [slot for slot in self._engine.pool.slots() if slot.takes_calls]
-        slots.sort(key=lambda slot: (slot.load, -slot.heard))             # of the idle ones that which is still warm
+        slots.sort(key=lambda slot: (slot.load, -slot.heard))             # of idle ones, who worked last: its caches are warm
         quota = self._quota(len(slots))
         for slot in slots:
             self.fill(slot, quota)
@@ -3288,9 +3285,9 @@ def slot_changes(slots, granted, draining, starving, now):
     may be one more, a nested slot.  starving: a nested call there must run, whatever else does."""
     staying = [slot for slot in slots if slot.state <= OPEN or slot.state == LEAVING and slot.suspended]
     active = [slot for slot in staying if not slot.suspended]
-    idle = [slot for slot in active if not slot.calls and (slot.state == OPEN or slot.nested)]     # others may have to wait
+    idle = [slot for slot in active if not slot.calls and (slot.state == OPEN or slot.nested)]     # else it may wait for a worker
     if draining:
-        granted = int(len(active) < len(staying))              # nothing new, but children must run
+        granted = int(len(active) < len(staying))              # nothing new, but who waits needs its nested calls
     missing = granted - len(active)
     plain = max(0, min(missing, granted - sum(not slot.nested for slot in staying)))
     leaving = []
@@ -3360,11 +3357,10 @@ class Pool:
     def _fail_stuck(self):
         """Calls inside calls that wait for each other in all workers that there may be: the newest of them fails."""
         slots = self.slots()
-        if not slots or not all(slot.suspended for slot in slots) or self._engine.children.starving(slots) is None:
+        if not all(slot.suspended for slot in slots) or (call := self._engine.children.starving(slots)) is None:
             return
         links = {slot.link for slot in slots}
         if all(sum(slot.nested for slot in link.slots.values()) >= link.max_nested for link in links):
-            call = self._engine.children.starving(slots)
             self._engine.feeder.finish([(call, False, ClupyError(
                 f"calls inside calls wait for each other in all workers of {', '.join(link.name for link in links)} (max_nested "
                 f"is {max(link.max_nested for link in links)}); a module that makes calls when it is imported does so in every "
@@ -3380,7 +3376,7 @@ class Pool:
                             "one; raise the limit (ulimit -n)", len(self.slots()))
             return
         self._engine.output.start()
-        slot = Slot(link, next(self._numbers), nested)
+        slot = slot_class()(link, next(self._numbers), nested)
         link.slots[slot.number] = slot
         slot.task = asyncio.create_task(self._connect(slot))
 
@@ -3396,7 +3392,7 @@ class Pool:
                     await self._engine.loop.sock_sendall(sock, head)
                 context = tls_context(settings, "dial")
                 tls = {"server_hostname": link.address[0], "ssl_handshake_timeout": NO_LIMIT} if context else {}
-                await self._engine.loop.create_connection(lambda: as_protocol(slot), sock=sock, ssl=context, **tls)
+                await self._engine.loop.create_connection(lambda: slot, sock=sock, ssl=context, **tls)
             except BaseException:
                 sock.close()
                 raise
@@ -3485,7 +3481,7 @@ class Pool:
         if how["why"] == Why.MAX_NESTED:
             slot.link.retry_at = time.monotonic() + LINGER_TIME
         self._engine.feeder.slot_over(slot, how)
-        self._engine.libraries.slot_over(slot.link)
+        self._engine.libraries.leave_broken(slot.link)
         self.balance()
 
     # -- servers that are gone
@@ -3496,14 +3492,13 @@ class Pool:
         self.share.pop(link.id, None)
         for slot in list(link.slots.values()):
             self.ending(slot)
-        self._engine.master_side.state()
+        self._engine.master_side.send_statement()
 
     def judge(self, now):
         """Forget servers that were lost long enough ago to be tried again, and give up those that are silent."""
         for link in list(self.links.values()):
             if link.lost_at is not None and now - link.lost_at > RETRY_TIME and not link.slots:
                 del self.links[link.id]
-                self._engine.libraries.forget(link)
             heard = max([link.heard] + [slot.heard for slot in link.slots.values()])
             if link.connection and now - heard > SILENCE_TIME and any(slot.calls for slot in link.slots.values()):
                 log.warning("server %s has been silent for %g s; it is lost", link.name, SILENCE_TIME)
@@ -3528,7 +3523,6 @@ class OwnLibraries:
         self.wheels = {}                          # {sha256: bytes} of the local libraries in it
         self.resolution = None                    # Resolution that the master made of all; None: it has not said yet
         self.checking = engine.settings.library_check == "error"          # no call starts until versions were compared
-        self.broken = {}                          # {server id: why our libraries cannot be built there}
         self._told = None                         # Connection to the master that was told the list itself
         self._fault = None                        # why the master could not resolve it, as the log says
         self._shown = False                       # a line of pip's stands on the terminal
@@ -3575,11 +3569,14 @@ class OwnLibraries:
             threads.run(self._check, resolution.pins)
 
     def _check(self, pins):
+        self._compare(pins)
+        self._engine.soon(self._checked)
+
+    def _compare(self, pins):
         try:
             clupy_master.check_libraries(pins, self._engine.settings.library_check)
         except LibraryMismatch as error:
             self._engine.soon(self._engine.fail_all, error)
-        self._engine.soon(self._checked)
 
     def _checked(self):
         self.checking = False
@@ -3588,11 +3585,7 @@ class OwnLibraries:
     def check_server(self, versions):
         """cloudpickle is in no list as a rule, but everything travels by it."""
         if not self._engine.embedded and versions.get("cloudpickle"):      # before a slot is opened
-            try:
-                pins = [clupy_master.Pin("cloudpickle", versions["cloudpickle"])]
-                clupy_master.check_libraries(pins, self._engine.settings.library_check)
-            except LibraryMismatch as error:
-                self._engine.fail_all(error)
+            self._compare([clupy_master.Pin("cloudpickle", versions["cloudpickle"])])
 
     def show_progress(self, line):
         self._shown = True
@@ -3607,28 +3600,26 @@ class OwnLibraries:
 
     def cannot_be_built(self, link, why):
         """Use other servers; if the next share names none, the calls hear of it."""
-        self.broken[link.id] = why
+        link.broken = why
         link.draining = True                      # what runs there, in the environment before, goes on
         self._engine.pool.balance()
-        self.slot_over(link)
+        self.leave_broken(link)
 
-    def slot_over(self, link):
+    def leave_broken(self, link):
         """Leave a server for good on which our libraries cannot be had, and nothing runs any more."""
-        if link.id in self.broken and not link.slots and link.connection:
+        if link.broken and not link.slots and link.connection:
             link.connection.close()
 
     def opened(self, link):
         """A slot is open there, so they can be had."""
-        self.broken.pop(link.id, None)
+        link.broken = None
         self.clear_progress()
-
-    def forget(self, link):
-        self.broken.pop(link.id, None)
 
     def judge(self, share):
         """The outcome of the calls where no server is left that might have our libraries."""
-        if self.broken and not any(slots or id not in self.broken for id, (_, slots) in share.items()):
-            why = next(iter(self.broken.values()))
+        broken = {id: link.broken for id, link in self._engine.pool.links.items() if link.broken}
+        if broken and not any(slots or id not in broken for id, (_, slots) in share.items()):
+            why = next(iter(broken.values()))
             self._engine.feeder.fail_waiting(DependencyError(why.partition("\n")[0], why.split("\n")[1:]))
 
 
@@ -3648,13 +3639,35 @@ class MasterSide:
     def __repr__(self):
         return f"<MasterSide {self.link} {self._wanted[0]} wanted>"
 
+    async def run(self):
+        """Be connected to a master, for ever."""
+        engine = self._engine
+        self.link = MasterLink(await self._find_masters(), engine.secret, engine.settings)
+        await self.link.run(self)
+
+    async def _find_masters(self):
+        """The masters' addresses: those of the settings, one that answers on localhost, or an embedded one's."""
+        engine = self._engine
+        if engine.settings.master:
+            return masters_of(engine.settings)
+        if engine.secret:
+            address = ("127.0.0.1", engine.settings.port)
+            try:
+                (await dial(address, TO_MASTER, engine.secret, engine.settings)).close()
+                return [address]
+            except ConnectionRefusedError:
+                pass
+            except (OSError, ClupyError) as error:
+                log.warning("%s:%s is not our master (%s); using this machine's cores instead", *address, error)
+        return [await engine.embed()]
+
     def master_joined(self, connection):
-        self.state()
+        self.send_statement()
 
     def master_lost(self):
         """Calls that have slots go on; `judge` looks after the others."""
 
-    def state(self):
+    def send_statement(self):
         """Say to the master what this client wants."""
         self._stating, now = False, time.monotonic()
         if now - self._wanted[1] > 1.0:
@@ -3676,12 +3689,12 @@ class MasterSide:
             self._wanted = wanted, time.monotonic()
             if not self._stating:
                 self._stating = True
-                self._engine.loop.call_later(max(0.0, self._stated + GATHER_TIME - time.monotonic()), self.state)
+                self._engine.loop.call_later(max(0.0, self._stated + GATHER_TIME - time.monotonic()), self.send_statement)
 
     def judge(self, now):
         """State what is due, and look after calls that wait without any slot."""
         if now - self._stated >= STATEMENT_TIME * 0.9:
-            self.state()
+            self.send_statement()
         if self.link:
             self.link.look(now)
         answered = self.link and self.link.connection
@@ -3725,7 +3738,7 @@ class MasterSide:
         engine = self._engine
         engine.libraries.hear(libraries)
         engine.pool.share = {id: ((host or self.link.host, port), slots) for id, ((host, port), slots) in share.items()}
-        if services != engine.said:
+        if services != engine.said:               # else it stays the same object, by which Services sees that nothing changed
             engine.said = services
         engine.joined.set()
         engine.pool.balance()
@@ -3764,6 +3777,7 @@ class Engine(BaseEngine):
         self.master_side = MasterSide(self)
         self._inbox = collections.deque()         # calls from any thread, not yet seen by the loop
         self._awake = False                       # the loop will look at the inbox
+        self._least_slots = 0                     # of an embedded server, as `grow` said
         self._numbers = itertools.count(1)        # of calls
         self._selector = selectors.DefaultSelector()
         self.loop = asyncio.SelectorEventLoop(self._selector)
@@ -3782,7 +3796,7 @@ class Engine(BaseEngine):
             self.soon(self._pump)
 
     def cancel(self, call):
-        self.soon(self._cancelled, call)
+        self.soon(self.feeder.cancelled, call)
 
     def soon(self, function, *args):
         """Call the function in the loop."""
@@ -3792,17 +3806,9 @@ class Engine(BaseEngine):
             self._lose()
 
     def calls(self):
-        if self.closed:
+        if self.closed or self.loop.is_closed():
             return []
         return asyncio.run_coroutine_threadsafe(self._calls(), self.loop).result()
-
-    def cancel_all(self):
-        """Cancel every unfinished call of this client; those made after it returned are not among them."""
-        done = threading.Event()
-        self.soon(self._cancel_all)
-        self.soon(done.set)
-        if not self.closed:
-            done.wait(CLOSE_TIME)
 
     def close(self):
         """End all calls and slots; returns when the last output was shown, after CLOSE_TIME at most."""
@@ -3817,10 +3823,6 @@ class Engine(BaseEngine):
         self.soon(self.loop.stop)
         self._thread.join(CLOSE_TIME)
         self._lose()
-
-    def unfinished(self):
-        """About how many calls have no outcome yet."""
-        return 0 if self.closed else len(self._inbox) + self.backlog.pending
 
     def grow(self, slots):
         self.soon(self._grow, slots)
@@ -3842,7 +3844,7 @@ class Engine(BaseEngine):
         for number in () if self.loop.is_closed() else self.descriptors():
             with contextlib.suppress(OSError):    # closed by the parent's loop in this very moment
                 os.close(number)
-        self._inbox.extend(self.backlog.waiting() + [call for slot in self.pool.slots() for call in slot.calls.values()])
+        self._inbox.extend(self._seen())
         self.closed, self.soon = True, self._lose
         self._lose()
 
@@ -3856,10 +3858,7 @@ class Engine(BaseEngine):
     def descriptors(self):
         """The numbers of the engine's open files: a forked child closes them, and nothing else of the engine."""
         numbers = {key.fd for key in list(self._selector.get_map().values())} | {self._selector.fileno()}
-        for link in list(self.pool.links.values()):
-            for slot in list(link.slots.values()):
-                if slot.transport:
-                    numbers.add(slot.transport.get_extra_info("socket").fileno())
+        numbers.update(slot.transport.get_extra_info("socket").fileno() for slot in self.pool.slots() if slot.transport)
         for part in self.embedded or ():
             numbers.update(part.descriptors())
         return {number for number in numbers if number >= 0}
@@ -3883,9 +3882,8 @@ class Engine(BaseEngine):
     async def _live(self):
         try:
             await self.libraries.pack()
-            self.master_side.link = MasterLink(await self._find_masters(), self.secret, self.settings)
             async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self.master_side.link.run(self.master_side))
+                tasks.create_task(self.master_side.run())
                 tasks.create_task(self._tick())
         except* Exception as group:               # the engine's edge: no call may wait for an engine that is no more
             error = group.exceptions[0]
@@ -3894,34 +3892,6 @@ class Engine(BaseEngine):
                     log.error("the engine failed", exc_info=group)
                 error = ClupyError(f"the engine failed: {error!r}")
             self.fail_all(error)
-
-    async def _find_masters(self):
-        """The masters' addresses: those of the settings, one that answers on localhost, or an embedded one's."""
-        if self.settings.master:
-            return masters_of(self.settings)
-        if self.secret:
-            address = ("127.0.0.1", self.settings.port)
-            try:
-                (await dial(address, TO_MASTER, self.secret, self.settings)).close()
-                return [address]
-            except ConnectionRefusedError:
-                pass
-            except (OSError, ClupyError) as error:
-                log.warning("%s:%s is not our master (%s); using this machine's cores instead", *address, error)
-        return [await self._embed()]
-
-    async def _embed(self):
-        """Start a master and a server in this loop, on loopback, with a secret of their own."""
-        self.secret = os.urandom(32).hex().encode()
-        services = merged_services(self.settings, {})              # the workers' are this process's
-        own = {**vars(self.settings), **{key: getattr(services, key) for key in SERVICE_KEYS}}
-        master = clupy_master.Master(default_settings("master", **own, listen=("127.0.0.1", 0)), self.secret)
-        server = clupy_server.Server(default_settings("server", **{**own, "master": [master.address]}, listen=("127.0.0.1", 0)),
-                                     self.secret)
-        master.given = sorted(services.given)
-        self.embedded = master, server
-        await server.start()
-        return master.address
 
     async def _tick(self):
         """Every STATEMENT_TIME: state, and look for what ended without a word."""
@@ -3963,19 +3933,14 @@ class Engine(BaseEngine):
         if self.fatal or self.closed:
             self.feeder.finish([(call, False, self.fatal or Closed("the client was closed"))])
 
-    def _cancelled(self, call):
-        self._pump()
-        self.feeder.cancelled(call)
+    def _seen(self):
+        """The calls without an outcome, but for those in the inbox."""
+        sent = [call for slot in self.pool.slots() for call in slot.calls.values() if call._state not in _DONE]
+        return self.backlog.waiting() + sent
 
     async def _calls(self):
         self._pump()
-        return self.backlog.waiting() + [call for slot in self.pool.slots() for call in slot.calls.values()]
-
-    def _cancel_all(self):
-        self._pump()
-        for call in self.backlog.waiting() + [call for slot in self.pool.slots() for call in slot.calls.values()]:
-            if not call._parent:
-                call.cancel()
+        return self._seen()
 
     def fail_all(self, error):
         """No call can succeed any more: give this error to all, now and later."""
@@ -3985,16 +3950,30 @@ class Engine(BaseEngine):
         self.feeder.fail_waiting(error)
 
     def _grow(self, slots):
+        self._least_slots = max(self._least_slots, slots)
         if self.embedded:
             self.embedded[1].grow(slots)
-        elif not self.joined.is_set():
-            self.loop.call_later(0.01, self._grow, slots)
+
+    async def embed(self):
+        """Start a master and a server in this loop, on loopback, with a secret of their own."""
+        self.secret = os.urandom(32).hex().encode()
+        services = merged_services(self.settings, {})              # the workers' are this process's
+        own = {**vars(self.settings), **{key: getattr(services, key) for key in SERVICE_KEYS}}
+        master = clupy_master.Master(default_settings("master", **own, listen=("127.0.0.1", 0)), self.secret)
+        server = clupy_server.Server(default_settings("server", **{**own, "master": [master.address]}, listen=("127.0.0.1", 0)),
+                                     self.secret)
+        master.given = sorted(services.given)
+        self.embedded = master, server
+        await server.start()
+        server.grow(self._least_slots)
+        return master.address
 
     # -- the end
 
     async def _close(self):
         """Cancel what is unfinished, end every slot, and wait for its last output."""
-        self._cancel_all()
+        for call in await self._calls():
+            call.cancel()
         deadline = self.loop.time() + CLOSE_TIME
         for slot in self.pool.slots():
             self.pool.end(slot)
@@ -4177,7 +4156,7 @@ def wait_all(results, time_out=None, progress=False):
     step = 0.5 if progress else math.inf
     try:
         for future in results:
-            while not future._wait_for_handlers(min(step, deadline - time.monotonic())):
+            while not future.wait(min(step, deadline - time.monotonic())):
                 if time.monotonic() >= deadline:
                     return False
                 if progress:
@@ -4251,7 +4230,7 @@ def _map(call, batches, chunked):
             if chunked:
                 yield from result[0]
                 if result[1] is not None:
-                    raise unpack_exception(result[1])
+                    raise unpack(result[1])
             else:
                 yield result
     finally:
@@ -5743,7 +5722,7 @@ _parents = []                   # in a forked child: kept for ever, as nothing o
 
 @atexit.register
 def _at_exit():
-    unfinished = sum(engine.unfinished() for engine in list(_engines))
+    unfinished = sum(len(engine.calls()) for engine in list(_engines))
     if unfinished:
         log.warning("the program ended before %s of its calls; clupy.wait_all() waits for them", unfinished)
     close()

@@ -1765,6 +1765,16 @@ def test_who_is_charged_when_a_worker_dies():
     assert clupy.had_begun([4, 5], None) == [True, True]          # nobody knows
 
 
+@pytest.mark.parametrize("error, why", [(clupy.died, clupy.Why.DIED), (clupy.timed_out, clupy.Why.TIMEOUT)])
+def test_the_place_at_which_a_worker_was_killed_is_the_users_whatever_his_folder_is_called(error, why):
+    lines = ["Current thread 0x7f00 (most recent call first):", '  File "/home/me/try_clupy/clupy_area.py", line 3 in area',
+             '  File "/site/clupy.py", line 9 in unpack', '  File "/site/clupy_server.py", line 9 in run']
+    call = clupy.Future(None, clupy.Function(b"", b"", "area", None), timeout=1.0)
+    slot = types.SimpleNamespace(link=types.SimpleNamespace(name="node"), pid=7)
+    text = str(error(call, slot, {"why": why, "pid": 7, "stack": "\n".join(lines)}))
+    assert "clupy_area.py" in text and "unpack" not in text and "in run" not in text
+
+
 @pytest.mark.parametrize("error", [ValueError, OSError])         # the second looks like the end of the slot
 def test_a_worker_whose_main_thread_dies_ends_whatever_threads_its_calls_left(cluster, error):
     def leave_a_thread_and_a_handler():
@@ -1856,9 +1866,9 @@ class HandEngine(clupy.BaseEngine):
     """The rooms that decide, without thread, loop and connections."""
 
     def __init__(self):
-        nothing = types.SimpleNamespace(call_later=lambda *_: None, update_wanted=lambda: None, state=lambda: None,
-                                        count_wanted=lambda: self.backlog.wanted, slot_over=lambda link: None,
-                                        opened=lambda link: None)
+        nothing = types.SimpleNamespace(call_later=lambda *_: None, update_wanted=lambda: None,
+                                        count_wanted=lambda: self.backlog.wanted, leave_broken=lambda link: None,
+                                        opened=lambda link: None, send_statement=lambda: None)
         self.loop = self.master_side = self.libraries = self.output = nothing
         self.backlog, self.children, self.numbers = clupy.Backlog(), clupy.Children(self), itertools.count(1)
         self.feeder, self.pool = clupy.Feeder(self), HandPool(self)
