@@ -4314,7 +4314,8 @@ class ExecutorEngine(BaseEngine):
         self._running = {}                        # {call: the executor's future}
 
     def submit(self, call):
-        theirs = self.executor.submit(run_packed, call._function.payload, call._function.setup, call._arguments)
+        packed = pickle.dumps((call._function.payload, call._function.setup, call._arguments), 5)
+        theirs = self.executor.submit(_run_pickled, packed)
         self._running[call] = theirs
         theirs.add_done_callback(functools.partial(self._done, call))
 
@@ -4325,7 +4326,7 @@ class ExecutorEngine(BaseEngine):
         elif theirs.exception():
             conclude([(call, False, theirs.exception())])
         else:
-            conclude([(call, *theirs.result())])
+            conclude([(call, *pickle.loads(theirs.result()))])
 
     def cancel(self, call):
         if theirs := self._running.get(call):
@@ -4351,6 +4352,11 @@ def set_up(setup, unpack=unpack):
                 _set_up[key] = error
     if _set_up[key] is not None:
         raise BrokenExecutor("the initializer raised") from _set_up[key]
+
+
+def _run_pickled(packed):
+    """What run_packed gives, pickled as its arguments are: buffers of payloads need protocol 5, and multiprocessing has 4."""
+    return pickle.dumps(run_packed(*pickle.loads(packed)), 5)
 
 
 def run_packed(function, setup, arguments):

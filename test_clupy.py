@@ -2660,6 +2660,8 @@ def test_calls_can_run_on_another_executor_and_are_pickled_all_the_same(kind):
         numbers = [1, 2, 3]
         assert clupy.parallel(lambda n: n + 1)(1).result(PATIENCE) == 2
         assert clupy.parallel(list)(numbers).result(PATIENCE) is not numbers
+        large = clupy.parallel(lambda data: data + b"end")(bytearray(1 << 20)).result(PATIENCE)
+        assert large == bytes(1 << 20) + b"end" and type(large) is bytearray
         with pytest.raises(ValueError, match="on purpose"):
             clupy.parallel(fails)("on purpose").result(PATIENCE)
         assert "lock" in str(clupy.parallel(square)(threading.Lock()).failure)
