@@ -2053,7 +2053,6 @@ class Future(concurrent.futures.Future):
     _took = None                  # seconds from then to its outcome
     _number = _cost = _tries = 0  # its number, seconds it counts as in its slot, starts that were charged to it
     _spared = 0                   # workers that died before they began it, though it was the next
-    _counted = False              # whether it is among the engine's unfinished calls
     _refs = ()                    # the Refs among its arguments: they live until its outcome
 
     def __init__(self, engine=None, function=None, arguments=(), timeout=None, retries=0, limit=None):
@@ -2499,6 +2498,7 @@ class Backlog:
     Knows no connection, clock or thread; slots are asked for `calls`, `limits` and `suspended` alone."""
 
     def __init__(self):
+        self.calls = {}                           # {number: call} of all, in the order made
         self.limits = {}                          # {(key, max) or None: Limit} with calls without an outcome, or under way
         self.wanted = 0                           # slots that these could use
         self.queued = 0                           # calls that wait for a slot
@@ -2506,11 +2506,6 @@ class Backlog:
 
     def __repr__(self):
         return f"<Backlog {self.wanted} slots wanted, {len(self.limits)} limits>"
-
-    @property
-    def pending(self):
-        """How many calls have no outcome."""
-        return sum(limit.pending for limit in list(self.limits.values()))
 
     def waiting(self):
         """The calls that wait for a slot."""
@@ -2521,7 +2516,7 @@ class Backlog:
         limit = self.limits.get(call._limit)
         if limit is None:
             limit = self.limits[call._limit] = Limit(call._limit and call._limit[1])
-        call._counted = True
+        self.calls[call._number] = call
         self.queued += 1
         self._count(limit, pending=1)
         limit.add(call)
@@ -2538,9 +2533,8 @@ class Backlog:
 
     def finish(self, call):
         """The call has its outcome; whether it was among the unfinished ones until now."""
-        if not call._counted:
+        if self.calls.pop(call._number, None) is None:
             return False
-        call._counted = False
         self.queued -= call._slot is None
         limit = self.limits[call._limit]
         self._count(limit, pending=-1)
@@ -3806,7 +3800,7 @@ class Engine(BaseEngine):
 
     def unfinished(self):
         """About how many calls have no outcome yet."""
-        return 0 if self.closed else len(self._inbox) + self.backlog.pending
+        return 0 if self.closed else len(self._inbox) + len(self.backlog.calls)
 
     def grow(self, slots):
         self.soon(self._grow, slots)
@@ -3828,7 +3822,7 @@ class Engine(BaseEngine):
         for number in () if self.loop.is_closed() else self.descriptors():
             with contextlib.suppress(OSError):    # closed by the parent's loop in this very moment
                 os.close(number)
-        self._inbox.extend(self.backlog.waiting() + [call for slot in self.pool.slots() for call in slot.calls.values()])
+        self._inbox.extend(self.backlog.calls.values())
         self.closed, self.soon = True, self._lose
         self._lose()
 
@@ -3930,7 +3924,8 @@ class Engine(BaseEngine):
         self._awake = False
         inbox = self._inbox
         for _ in range(len(inbox)):
-            self.enqueue(inbox.popleft())
+            self.enqueue(inbox[0])                # in this order: a child that is forked off finds it in one or the other
+            inbox.popleft()
         if inbox and not self._awake:
             self._awake = True
             self.loop.call_soon(self._pump)
@@ -3955,11 +3950,11 @@ class Engine(BaseEngine):
 
     async def _calls(self):
         self._pump()
-        return self.backlog.waiting() + [call for slot in self.pool.slots() for call in slot.calls.values()]
+        return list(self.backlog.calls.values())
 
     def _cancel_all(self):
         self._pump()
-        for call in self.backlog.waiting() + [call for slot in self.pool.slots() for call in slot.calls.values()]:
+        for call in list(self.backlog.calls.values()):
             if not call._parent:
                 call.cancel()
 

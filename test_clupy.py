@@ -2448,6 +2448,22 @@ def test_ctrl_c_in_a_wait_ends_the_calls_and_the_prompt_is_back(tmp_path):
             assert program.out.read_text().split("\n")[1:4] == ["interrupted", "True {True}", "32"], wait
 
 
+def test_a_forked_child_has_an_outcome_for_every_call_at_whatever_moment_it_was_forked_off(tmp_path):
+    run_script(tmp_path, f"""
+        import os, sys, clupy
+        sys.setswitchinterval(1e-5)               # threads are switched in the middle of everything
+        results, children = [clupy.parallel(int)(i) for i in range(20_000)], []
+        for _ in range(5):
+            children.append(os.fork())
+            if not children[-1]:
+                for result in results:
+                    result.exception(5)
+                os._exit(0)
+        assert [os.waitpid(child, 0)[1] for child in children] == [0] * 5
+        assert [result.result({PATIENCE}) for result in results] == list(range(20_000))
+    """)
+
+
 def test_a_forked_child_gets_an_engine_of_its_own(tmp_path):
     done = run_script(tmp_path, """
         import clupy, os, warnings
