@@ -2360,6 +2360,9 @@ threads = Threads()
 # Only the loop moves a call between PENDING and RUNNING; any thread may conclude it (cancel), so every room meets calls that
 # have their outcome already, and passes over them.
 
+FORKED = "the call is one of the process that forked this one off"
+
+
 class BaseEngine:
     """What runs calls: the client of a cluster (Engine), another executor (ExecutorEngine), or the client of a worker in
     which a call makes calls (NestedCalls).  Any thread may call its methods."""
@@ -2405,7 +2408,7 @@ class BaseEngine:
         """These shared values are used no more: let their copies go, on every machine."""
 
     def abandon(self):
-        """In a forked child: nothing of this engine is the child's."""
+        """In a forked child: nothing of this engine is the child's, and the child's copies of calls are told so."""
 
     def close(self):
         self.cancel_all()
@@ -3830,7 +3833,7 @@ class Engine(BaseEngine):
         """No loop will look at the inbox any more."""
         self._awake = False                       # first: a call that is submitted now comes here by itself
         calls = list(self._inbox)
-        why = "the client was closed" if self.pid == os.getpid() else "the call is one of the process that forked this one off"
+        why = "the client was closed" if self.pid == os.getpid() else FORKED
         conclude([(call, False, Closed(why)) for call in calls])
 
     def descriptors(self):
@@ -4329,6 +4332,9 @@ class ExecutorEngine(BaseEngine):
 
     def calls(self):
         return list(self._running)
+
+    def abandon(self):
+        conclude([(call, False, Closed(FORKED)) for call in self._running])
 
 
 _set_up = {}                    # {content id of an initializer: None, or the exception that it raised here}

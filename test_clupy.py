@@ -2687,6 +2687,23 @@ def test_calls_can_run_on_another_executor_and_are_pickled_all_the_same(kind):
         clupy.close()
 
 
+def test_a_forked_child_hears_that_calls_on_another_executor_are_its_parents(tmp_path):
+    run_script(tmp_path, """
+        import concurrent.futures, os, threading, clupy
+        pool, go = concurrent.futures.ThreadPoolExecutor(1), threading.Event()
+        pool.submit(go.wait)
+        clupy.connect(executor=pool)
+        result = clupy.parallel(int)("42")
+        child = os.fork()
+        if not child:
+            assert isinstance(result.exception(5), clupy.Closed)
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        go.set()
+        assert result.result(30) == 42
+        """)
+
+
 # ==== Code: what travels with a call, and what comes back ====================
 # The project of a client is in a folder of its own, which no worker has on its path: all that a worker knows of it
 # came over the slot.  Only `asked` looks behind the scenes: the modules that workers ask their client for.
