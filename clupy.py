@@ -3024,7 +3024,7 @@ class Children:
         for number, parent, function, arguments, timeout, retries, limit in calls:
             call = Future(self._engine, slot.functions[function], forwarded(arguments), timeout, retries, limit)
             call._parent, call._outer = (slot, number), parent
-            if parent not in slot.calls:          # made by a thread that its call left behind
+            if parent not in slot.calls or slot.calls[parent].completed:       # a thread was left behind, or it is cancelled
                 slot.send("results", [(number, False, pack_exception(CancelledError()))])
                 continue
             if parent not in slot.children:
@@ -3241,8 +3241,10 @@ class Feeder:
 
     def cancelled(self, call):
         """A call was cancelled by its caller: it has its outcome, the rest of it must go."""
-        self.finish([(call, False, CancelledError())])
         slot = call._slot
+        if slot is not None:
+            self._engine.children.cancel_of(slot, call._number)        # now: its worker may take long to end
+        self.finish([(call, False, CancelledError())])
         if slot is None or call._number not in slot.calls:
             return
         if len(slot.calls) > 1:

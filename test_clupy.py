@@ -610,6 +610,21 @@ def test_when_those_are_cancelled_that_a_max_lets_through_the_next_ones_run():
         assert waiting.cancel() and last.result(10) == "last" and busy.cancel()
 
 
+def test_a_cancelled_call_takes_its_nested_ones_along_though_its_server_does_not_answer(cluster):
+    def outer():
+        return clupy.parallel(sleepy)(60).result()
+    clupy.connect(cluster.address)
+    result = clupy.parallel(outer)()
+    until(lambda: any(call._parent and call.running() for call in clupy._engine.calls()))
+    cluster.servers[0].process.send_signal(signal.SIGSTOP)
+    try:
+        result.cancel()
+        until(lambda: not clupy._engine.calls(), 5)
+    finally:
+        cluster.servers[0].process.send_signal(signal.SIGCONT)
+    assert clupy.parallel(square)(3).result(PATIENCE) == 9
+
+
 def test_a_call_counts_for_max_again_when_its_nested_calls_have_ended(tmp_path):
     def outer(folder):
         nested = clupy.parallel(square)(2).result()
