@@ -2063,7 +2063,6 @@ class Future(concurrent.futures.Future):
     _took = None                  # seconds from then to its outcome
     _number = _cost = _tries = 0  # its number, seconds it counts as in its slot, starts that were charged to it
     _spared = 0                   # workers that died before they began it, though it was the next
-    _counted = False              # whether it is among the engine's unfinished calls
     _refs = ()                    # the Refs among its arguments: they live until its outcome
 
     def __init__(self, engine=None, function=None, arguments=(), timeout=None, retries=0, limit=None):
@@ -2371,6 +2370,9 @@ threads = Threads()
 # What holds in between: Slot.calls is in the order sent, which is that in which the worker begins them, so `verdicts` can tell
 # from the last one that began; Slot.children has a key only while a nested call of it is unfinished, so a key means "waits".
 
+FORKED = "the call is one of the process that forked this one off"
+
+
 class BaseEngine:
     """What runs calls: the client of a cluster (Engine), another executor (ExecutorEngine), or the client of a worker in
     which a call makes calls (NestedCalls).  Any thread may call its methods."""
@@ -2417,7 +2419,7 @@ class BaseEngine:
         """These shared values are used no more: let their copies go, on every machine."""
 
     def abandon(self):
-        """In a forked child: nothing of this engine is the child's."""
+        """In a forked child: nothing of this engine is the child's, and the child's copies of calls are told so."""
 
     def close(self):
         self.cancel_all()
@@ -2498,6 +2500,7 @@ class Backlog:
     Knows no connection, clock or thread; slots are asked for `calls`, `limits` and `suspended` alone."""
 
     def __init__(self):
+        self.calls = {}                           # {number: call} of all, in the order made
         self.limits = {}                          # {(key, max) or None: Limit} with calls without an outcome, or under way
         self.wanted = 0                           # slots that these could use
         self.queued = 0                           # calls that wait for a slot
@@ -2515,7 +2518,7 @@ class Backlog:
         limit = self.limits.get(call._limit)
         if limit is None:
             limit = self.limits[call._limit] = Limit(call._limit and call._limit[1])
-        call._counted = True
+        self.calls[call._number] = call
         self.queued += 1
         self._count(limit, 1)
         if call._parent:
@@ -2536,9 +2539,8 @@ class Backlog:
 
     def finish(self, call):
         """The call has its outcome; whether it was among the unfinished ones until now."""
-        if not call._counted:
+        if self.calls.pop(call._number, None) is None:
             return False
-        call._counted = False
         self.queued -= call._slot is None
         limit = self.limits[call._limit]
         if limit.most is None:                    # as _count, which most calls need not
@@ -3025,7 +3027,7 @@ class Children:
         for number, parent, function, arguments, timeout, retries, limit in calls:
             call = Future(self._engine, slot.functions[function], forwarded(arguments), timeout, retries, limit)
             call._parent, call._outer = (slot, number), parent
-            if parent not in slot.calls:          # made by a thread that its call left behind
+            if parent not in slot.calls or slot.calls[parent].completed:       # a thread was left behind, or it is cancelled
                 slot.send("results", [(number, False, pack_exception(CancelledError()))])
                 continue
             if parent not in slot.children:
@@ -3253,8 +3255,10 @@ class Feeder:
 
     def cancelled(self, call):
         """A call was cancelled by its caller: it has its outcome, the rest of it must go."""
-        self.finish([(call, False, CancelledError())])
         slot = call._slot
+        if slot is not None:
+            self._engine.children.cancel_of(slot, call._number)        # now: its worker may take long to end
+        self.finish([(call, False, CancelledError())])
         if slot is None or call._number not in slot.calls:
             return
         if len(slot.calls) > 1:
@@ -3844,7 +3848,7 @@ class Engine(BaseEngine):
         for number in () if self.loop.is_closed() else self.descriptors():
             with contextlib.suppress(OSError):    # closed by the parent's loop in this very moment
                 os.close(number)
-        self._inbox.extend(self._seen())
+        self._inbox.extend(self.backlog.calls.values())
         self.closed, self.soon = True, self._lose
         self._lose()
 
@@ -3852,7 +3856,7 @@ class Engine(BaseEngine):
         """No loop will look at the inbox any more."""
         self._awake = False                       # first: a call that is submitted now comes here by itself
         calls = list(self._inbox)
-        why = "the client was closed" if self.pid == os.getpid() else "the call is one of the process that forked this one off"
+        why = "the client was closed" if self.pid == os.getpid() else FORKED
         conclude([(call, False, Closed(why)) for call in calls])
 
     def descriptors(self):
@@ -3914,7 +3918,8 @@ class Engine(BaseEngine):
         self._awake = False
         inbox = self._inbox
         for _ in range(len(inbox)):
-            self.enqueue(inbox.popleft())
+            self.enqueue(inbox[0])                # in this order: a child that is forked off finds it in one or the other
+            inbox.popleft()
         if inbox and not self._awake:
             self._awake = True
             self.loop.call_soon(self._pump)
@@ -3933,14 +3938,9 @@ class Engine(BaseEngine):
         if self.fatal or self.closed:
             self.feeder.finish([(call, False, self.fatal or Closed("the client was closed"))])
 
-    def _seen(self):
-        """The calls without an outcome, but for those in the inbox."""
-        sent = [call for slot in self.pool.slots() for call in slot.calls.values() if call._state not in _DONE]
-        return self.backlog.waiting() + sent
-
     async def _calls(self):
         self._pump()
-        return self._seen()
+        return list(self.backlog.calls.values())
 
     def fail_all(self, error):
         """No call can succeed any more: give this error to all, now and later."""
@@ -4300,7 +4300,8 @@ class ExecutorEngine(BaseEngine):
         self._running = {}                        # {call: the executor's future}
 
     def submit(self, call):
-        theirs = self.executor.submit(run_packed, call._function.payload, call._function.setup, call._arguments)
+        packed = pickle.dumps((call._function.payload, call._function.setup, call._arguments), 5)
+        theirs = self.executor.submit(_run_pickled, packed)
         self._running[call] = theirs
         theirs.add_done_callback(functools.partial(self._done, call))
 
@@ -4311,7 +4312,7 @@ class ExecutorEngine(BaseEngine):
         elif theirs.exception():
             conclude([(call, False, theirs.exception())])
         else:
-            conclude([(call, *theirs.result())])
+            conclude([(call, *pickle.loads(theirs.result()))])
 
     def cancel(self, call):
         if theirs := self._running.get(call):
@@ -4319,6 +4320,9 @@ class ExecutorEngine(BaseEngine):
 
     def calls(self):
         return list(self._running)
+
+    def abandon(self):
+        conclude([(call, False, Closed(FORKED)) for call in self._running])
 
 
 _set_up = {}                    # {content id of an initializer: None, or the exception that it raised here}
@@ -4337,6 +4341,11 @@ def set_up(setup, unpack=unpack):
                 _set_up[key] = error
     if _set_up[key] is not None:
         raise BrokenExecutor("the initializer raised") from _set_up[key]
+
+
+def _run_pickled(packed):
+    """What run_packed gives, pickled as its arguments are: buffers of payloads need protocol 5, and multiprocessing has 4."""
+    return pickle.dumps(run_packed(*pickle.loads(packed)), 5)
 
 
 def run_packed(function, setup, arguments):

@@ -610,6 +610,21 @@ def test_when_those_are_cancelled_that_a_max_lets_through_the_next_ones_run():
         assert waiting.cancel() and last.result(10) == "last" and busy.cancel()
 
 
+def test_a_cancelled_call_takes_its_nested_ones_along_though_its_server_does_not_answer(cluster):
+    def outer():
+        return clupy.parallel(sleepy)(60).result()
+    clupy.connect(cluster.address)
+    result = clupy.parallel(outer)()
+    until(lambda: any(call._parent and call.running() for call in clupy._engine.calls()))
+    cluster.servers[0].process.send_signal(signal.SIGSTOP)
+    try:
+        result.cancel()
+        until(lambda: not clupy._engine.calls(), 5)
+    finally:
+        cluster.servers[0].process.send_signal(signal.SIGCONT)
+    assert clupy.parallel(square)(3).result(PATIENCE) == 9
+
+
 def test_a_call_counts_for_max_again_when_its_nested_calls_have_ended(tmp_path):
     def outer(folder):
         nested = clupy.parallel(square)(2).result()
@@ -2464,6 +2479,22 @@ def test_ctrl_c_in_a_wait_ends_the_calls_and_the_prompt_is_back(tmp_path):
             assert program.out.read_text().split("\n")[1:4] == ["interrupted", "True {True}", "32"], wait
 
 
+def test_a_forked_child_has_an_outcome_for_every_call_at_whatever_moment_it_was_forked_off(tmp_path):
+    run_script(tmp_path, f"""
+        import os, sys, clupy
+        sys.setswitchinterval(1e-5)               # threads are switched in the middle of everything
+        results, children = [clupy.parallel(int)(i) for i in range(20_000)], []
+        for _ in range(5):
+            children.append(os.fork())
+            if not children[-1]:
+                for result in results:
+                    result.exception(5)
+                os._exit(0)
+        assert [os.waitpid(child, 0)[1] for child in children] == [0] * 5
+        assert [result.result({PATIENCE}) for result in results] == list(range(20_000))
+    """)
+
+
 def test_a_forked_child_gets_an_engine_of_its_own(tmp_path):
     done = run_script(tmp_path, """
         import clupy, os, warnings
@@ -2685,6 +2716,8 @@ def test_calls_can_run_on_another_executor_and_are_pickled_all_the_same(kind):
         numbers = [1, 2, 3]
         assert clupy.parallel(lambda n: n + 1)(1).result(PATIENCE) == 2
         assert clupy.parallel(list)(numbers).result(PATIENCE) is not numbers
+        large = clupy.parallel(lambda data: data + b"end")(bytearray(1 << 20)).result(PATIENCE)
+        assert large == bytes(1 << 20) + b"end" and type(large) is bytearray
         with pytest.raises(ValueError, match="on purpose"):
             clupy.parallel(fails)("on purpose").result(PATIENCE)
         assert "lock" in str(clupy.parallel(square)(threading.Lock()).failure)
@@ -2692,6 +2725,23 @@ def test_calls_can_run_on_another_executor_and_are_pickled_all_the_same(kind):
         with clupy.Executor() as mine:
             assert mine.submit(square, 4).result(PATIENCE) == 16
         clupy.close()
+
+
+def test_a_forked_child_hears_that_calls_on_another_executor_are_its_parents(tmp_path):
+    run_script(tmp_path, """
+        import concurrent.futures, os, threading, clupy
+        pool, go = concurrent.futures.ThreadPoolExecutor(1), threading.Event()
+        pool.submit(go.wait)
+        clupy.connect(executor=pool)
+        result = clupy.parallel(int)("42")
+        child = os.fork()
+        if not child:
+            assert isinstance(result.exception(5), clupy.Closed)
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        go.set()
+        assert result.result(30) == 42
+        """)
 
 
 # ==== Code: what travels with a call, and what comes back ====================
