@@ -732,9 +732,11 @@ async def resolve(dependencies, wheels={}, progress=None):
             await pip(["install", "--dry-run", "--ignore-installed", "--report", str(report),
                        *dependencies.pip_options, "-r", str(requirements)], what, progress)
             found = json.loads(report.read_text("utf-8"))["install"]
+            return Resolution(tuple(sorted(_pin(item, folder) for item in found)), dependencies.pip_options)
     except OSError as error:
         raise DependencyError(f"{what}: {error}") from error
-    return Resolution(tuple(sorted(_pin(item, folder) for item in found)), dependencies.pip_options)
+    except (KeyError, ValueError) as error:        # a pip that reports otherwise
+        raise DependencyError(f"{what}: this pip's report cannot be read: {error!r}; upgrade pip on the master") from error
 
 
 def _pin(item, folder):
