@@ -1301,8 +1301,8 @@ def _is_wrapped(func):
 
 
 def _readable(func):
-    """func, or a twin whose annotations are texts: Python 3.14 evaluates them when they are asked for, as cloudpickle does,
-    and what they name may not be there, or only for a type checker."""
+    """func, or a twin whose annotations are texts, or none: Python 3.14 evaluates them when they are asked for, as cloudpickle
+    does, and what they name may not be there, or only for a type checker."""
     try:
         func.__annotations__
         return func
@@ -1310,7 +1310,10 @@ def _readable(func):
         twin = types.FunctionType(func.__code__, func.__globals__, func.__name__, func.__defaults__, func.__closure__)
         for name in "__kwdefaults__", "__module__", "__qualname__", "__doc__", "__dict__":
             setattr(twin, name, getattr(func, name))
-        twin.__annotations__ = annotationlib.get_annotations(func, format=annotationlib.Format.STRING)
+        try:
+            twin.__annotations__ = annotationlib.get_annotations(func, format=annotationlib.Format.STRING)
+        except Exception:                         # 1 / 0 is evaluated even for its text
+            twin.__annotations__ = {}
         return twin
 
 

@@ -21,6 +21,7 @@ import io
 import itertools
 import json
 import linecache
+import multiprocessing
 import mmap
 import os
 import pickle
@@ -464,6 +465,11 @@ def test_map_raises_where_the_failing_item_is():
         next(items)
 
 
+def process_pool(workers):
+    """A pool that forks: from 3.14 on they start a fork server, which stays when they have ended."""
+    return concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("fork"))
+
+
 def test_the_executor_gives_the_same_answers_as_a_process_pool():
     def story(executor):
         with executor:
@@ -473,7 +479,7 @@ def test_the_executor_gives_the_same_answers_as_a_process_pool():
             done, rest = concurrent.futures.wait([executor.submit(abs, -n) for n in range(9)], timeout=PATIENCE)
             error = failed.exception(PATIENCE)
             return a, b, type(error), error.args, sorted(f.result() for f in done), len(rest)
-    assert story(clupy.Executor(2)) == story(concurrent.futures.ProcessPoolExecutor(2))
+    assert story(clupy.Executor(2)) == story(process_pool(2))
 
 
 def test_an_executor_gets_as_many_workers_as_it_asks_for_on_the_embedded_cluster():
@@ -2709,7 +2715,7 @@ def test_a_killed_client_leaves_nothing_behind(tmp_path):
 
 # ---- Other engines
 
-@pytest.mark.parametrize("kind", [concurrent.futures.ThreadPoolExecutor, concurrent.futures.ProcessPoolExecutor])
+@pytest.mark.parametrize("kind", [concurrent.futures.ThreadPoolExecutor, process_pool])
 def test_calls_can_run_on_another_executor_and_are_pickled_all_the_same(kind):
     with kind(2) as executor:
         clupy.connect(executor=executor)
