@@ -130,7 +130,7 @@ argparse = _Lazy("argparse")
 ast = _Lazy("ast")
 asyncio = _Lazy("asyncio")
 cloudpickle = _Lazy("cloudpickle")
-clupy_master = _Lazy("clupy_master")          # it and clupy_server against the order: to embed a cluster, and to start one
+clupy_master = _Lazy("clupy_master")          # these two against the order: for libraries, to embed a cluster, and to start one
 clupy_server = _Lazy("clupy_server")
 difflib = _Lazy("difflib")
 dis = _Lazy("dis")
@@ -2361,7 +2361,7 @@ threads = Threads()
 #   Children     which calls wait for calls that they made
 #   Feeder       moves calls: from the Backlog into slots, back from them, out with their outcome
 #   Pool         which slots are open where, as the share says
-#   Libraries    this client's own list, and how its versions differ from the cluster's
+#   (ClientLibraries: its own list, and how its versions differ from the cluster's; it stands in clupy_master.py)
 #   MasterSide   what this client wants, and what becomes of it without a master                   one connection
 #   Engine       thread and loop; what any thread may call; fork and end
 #
@@ -3518,118 +3518,6 @@ class Pool:
                 one.heard = now
 
 
-# ---- this client's libraries
-
-class OwnLibraries:
-    """The libraries of this client's workers: its own list and the master's, as the master resolved them; and how their
-    versions differ from those here."""
-
-    def __init__(self, engine, dependencies):
-        self._engine = engine
-        self._dependencies = dependencies         # this client's own list; None: it has none
-        self.wheels = {}                          # {sha256: bytes} of the local libraries in it
-        self.resolution = None                    # Resolution that the master made of all; None: it has not said yet
-        self.checking = engine.settings.library_check == "error"          # no call starts until versions were compared
-        self._told = None                         # Connection to the master that was told the list itself
-        self._fault = None                        # why the master could not resolve it, as the log says
-        self._shown = False                       # a line of pip's stands on the terminal
-
-    @property
-    def awaited(self):
-        """Whether calls must not start yet."""
-        return self.resolution is None or self.checking
-
-    async def pack(self):
-        """Make wheels of the local libraries in the list."""
-        if self._dependencies:
-            self._dependencies, self.wheels = await clupy_master.packed(self._dependencies, self.show_progress)
-
-    def statement(self, connection):
-        """What the master is told of the list: (its hash, the list itself if this connection is new), or None."""
-        own, told, self._told = self._dependencies, self._told, connection
-        if not own or not own.libraries:
-            return None
-        return own.hash, (own.libraries, own.pip_options, self.wheels) if told is not connection else None
-
-    def hear(self, said):
-        """What the master made of it: (hash, the exact list if it is new, why there is none); None: it is not known yet."""
-        _, found, error = said or (None, None, None)
-        if said:
-            self.clear_progress()
-        if error and self.resolution is None:
-            self._engine.fail_all(DependencyError(*error))
-        elif error and error != self._fault:
-            log.warning("our libraries stay as they were: %s", DependencyError(*error))
-        elif found:
-            self.resolution = clupy_master.Resolution.of(found)
-            self.check(self.resolution)
-            for link in self._engine.pool.links.values():
-                link.greet()                      # the server asks for the slots back once it has the new ones
-            self._engine.master_side.update_wanted()
-        self._fault = error
-
-    def check(self, resolution):
-        """Compare the libraries of its workers with this client's, in a thread, since it reads files."""
-        if self._engine.settings.library_check == "off" or self._engine.embedded:
-            self.checking = False                 # an embedded cluster's workers run this very Python
-        else:
-            threads.run(self._check, resolution.pins)
-
-    def _check(self, pins):
-        self._compare(pins)
-        self._engine.soon(self._checked)
-
-    def _compare(self, pins):
-        try:
-            clupy_master.check_libraries(pins, self._engine.settings.library_check)
-        except LibraryMismatch as error:
-            self._engine.soon(self._engine.fail_all, error)
-
-    def _checked(self):
-        self.checking = False
-        self._engine.master_side.update_wanted()
-
-    def check_server(self, versions):
-        """cloudpickle is in no list as a rule, but everything travels by it."""
-        if not self._engine.embedded and versions.get("cloudpickle"):      # before a slot is opened
-            self._compare([clupy_master.Pin("cloudpickle", versions["cloudpickle"])])
-
-    def show_progress(self, line):
-        self._shown = True
-        clupy_master.show_progress(f"clupy: {line}")
-
-    def clear_progress(self):
-        if self._shown:
-            self._shown = False
-            clupy_master.show_progress("")
-
-    # -- servers that cannot have them
-
-    def cannot_be_built(self, link, why):
-        """Use other servers; if the next share names none, the calls hear of it."""
-        link.broken = why
-        link.draining = True                      # what runs there, in the environment before, goes on
-        self._engine.pool.balance()
-        self.leave_broken(link)
-
-    def leave_broken(self, link):
-        """Leave a server for good on which our libraries cannot be had, and nothing runs any more."""
-        if link.broken and not link.slots and link.connection:
-            link.connection.close()
-
-    def opened(self, link):
-        """A slot is open there, so they can be had."""
-        link.broken = None
-        self.clear_progress()
-
-    def judge(self, share):
-        """The outcome of the calls where no server is left that might have our libraries."""
-        broken = {id: link.broken for id, link in self._engine.pool.links.items() if link.broken}
-        if broken and not any(slots or id not in broken for id, (_, slots) in share.items()):
-            why = next(iter(broken.values()))
-            self._engine.feeder.fail_waiting(DependencyError(why.partition("\n")[0], why.split("\n")[1:]))
-
-
 # ---- what the master is told, and says
 
 class MasterSide:
@@ -3780,7 +3668,7 @@ class Engine(BaseEngine):
         self.children = Children(self)
         self.feeder = Feeder(self)
         self.pool = Pool(self)
-        self.libraries = OwnLibraries(self, dependencies)
+        self.libraries = clupy_master.ClientLibraries(self, dependencies)
         self.master_side = MasterSide(self)
         self._inbox = collections.deque()         # calls from any thread, not yet seen by the loop
         self._awake = False                       # the loop will look at the inbox
@@ -4040,7 +3928,7 @@ def connect(master=None, *, executor=None, config=None, **settings):
 
 def _make_engine(settings):
     file = "clupy.client.dependency.yaml"
-    own = clupy_master.read_dependencies(file) if os.path.exists(file) else None
+    own = clupy_master.read_dependencies(file)
     try:
         secret = find_secret(settings)
     except SecretError as error:
