@@ -600,8 +600,8 @@ def find_secret(settings, create=False):
 #                             stack, base: the nested slot that has its
 #                             place now}
 # server -> client  late      number, call: it is over, or has not begun   -           asked again while it is out
-# server -> client  output    pid, stream, text, dropped lines             seen        over UNSEEN_OUTPUT: dropped
-# client -> server  seen      characters                                   -
+# server -> client  output    [(pid, stream, text)], dropped lines, bytes  seen        over UNSEEN_OUTPUT: dropped
+# client -> server  seen      bytes                                        -
 # client -> server  release   names of Refs that nobody has any more       -           the session's end
 # any -> client     notice    what, text: draining, alive, renew (the      -
 #                             libraries changed: give slots back), broken
@@ -2942,9 +2942,9 @@ class ServerLink:
         if slot and call in slot.calls:           # it had not begun yet, or its result is on its way: ask again
             asyncio.get_running_loop().call_later(0.05, self.kill, slot, call)
 
-    def on_output(self, connection, pid, stream, text, dropped):
+    def on_output(self, connection, entries, dropped, size):
         self.heard = time.monotonic()
-        self.engine.output.show(connection, self.name, pid, stream, text, dropped)
+        self.engine.output.show(connection, self.name, entries, dropped, size)
 
     def on_notice(self, _, what, text):
         self.heard = time.monotonic()
@@ -2972,8 +2972,9 @@ class Output:
             self._thread = threading.Thread(target=self._print, name="clupy-output", daemon=True)
             self._thread.start()
 
-    def show(self, connection, server, pid, stream, text, dropped):
-        self._entries.put((connection, server, pid, stream, text, dropped))
+    def show(self, connection, server, entries, dropped, size):
+        """Show [(pid, stream, text)] of a server, and say to it that so many bytes are seen."""
+        self._entries.put((connection, server, entries, dropped, size))
 
     def end(self):
         """No more will come."""
@@ -2985,17 +2986,26 @@ class Output:
             self._thread.join(CLOSE_TIME)
 
     def _print(self):
-        for connection, server, pid, stream, text, dropped in iter(self._entries.get, None):
-            target = sys.stderr if stream == "err" else sys.stdout
-            lines = text.removesuffix("\n").split("\n") if text else []
+        begun = {}                                # {(server, pid, stream): a line of which the end has not come}
+        for connection, server, entries, dropped, size in iter(self._entries.get, None):
+            for pid, stream, text in entries:
+                whole, end, rest = (begun.pop((server, pid, stream), "") + text).rpartition("\n")
+                if rest:
+                    begun[server, pid, stream] = rest
+                self._write(stream, f"[{server} {pid}]", whole.split("\n") if end else [])
             if dropped:
-                lines.append(f"... {dropped} lines were not shown: more than {UNSEEN_OUTPUT >> 10} KiB were waiting")
-            if target is not None:
-                try:
-                    write_text(target, "".join(f"[{server} {pid}] {line}\n" for line in lines))
-                except (OSError, ValueError) as error:      # a closed pipe or stream: output ends, calls do not
-                    log.debug("output of %s cannot be shown: %s", server, error)
-            self._engine.soon(connection.send, "seen", len(text))
+                self._write("err", f"[{server}]", [f"... {dropped} lines were not shown: more than {UNSEEN_OUTPUT >> 10} KiB "
+                                                   "were waiting"])
+            self._engine.soon(connection.send, "seen", size)
+
+    @staticmethod
+    def _write(stream, mark, lines):
+        target = sys.stderr if stream == "err" else sys.stdout
+        if target is not None and lines:
+            try:
+                write_text(target, "".join([f"{mark} {line}\n" for line in lines]))
+            except (OSError, ValueError) as error:      # a closed pipe or stream: output ends, calls do not
+                log.debug("output of %s cannot be shown: %s", mark, error)
 
 
 def write_text(stream, text):

@@ -36,6 +36,7 @@ import importlib.machinery
 import json
 import linecache
 import logging
+import math
 import mmap
 import os
 import queue
@@ -75,6 +76,9 @@ RESERVED_FILES = 20                # descriptors that no worker takes: for clien
 RETRY_START = 1.0, 30.0            # seconds until a worker that could not be started is tried again: at first, and at most
 LAST_LINES = 10                    # of standard error that an error message shows
 LINE_SIZE = 16 << 10               # characters of one line that an error message or a stack shows
+OUTPUT_FRAME = 16 << 10            # bytes of output that make a frame; less is sent after GATHER_TIME
+OUTPUT_PIECE = 4 << 10             # characters of output that are sent as one; a long line goes in pieces, as it is seen
+ENTRY_SIZE = 24                    # bytes on the wire of one entry of a frame, beside its text
 LONGEST_LINE = 1 << 20             # characters after which a line is passed on without its end; more is memory for each worker
 
 
@@ -1177,7 +1181,7 @@ class Output:
                 self.last_lines.clear()
             self.last_lines.extend(lines[-LINE_SIZE:].splitlines())
         if process.slot:
-            process.slot.session.show(process.pid, stream, lines)
+            process.slot.session.printed.show(process.pid, stream, lines)
         else:
             log.info("worker %s: %s", process.pid, lines.rstrip())
 
@@ -1466,6 +1470,7 @@ class Workers:
         process.output.close()
         process.board.close()
         if slot:
+            slot.session.printed.flush()
             slot.session.connection.send("ended", slot.number, {
                 "pid": process.pid, "begun": begun, "why": process.why or Why.DIED, "reason": describe_exit(code),
                 "code": code, "peak": peak, "limit": self.settings.memory_limit, "lines": list(process.output.last_lines),
@@ -1719,6 +1724,63 @@ class NodeLibraries:
 
 # ==== Server =================================================================
 
+class Printed:
+    """What a client's calls print, on its way to the client: gathered, and never more on the wire than its kernel has room for.
+
+    Else a client that is stopped, or busy in C code, would look dead: its window would close, and the kernel gives up a
+    connection on which nothing moves."""
+
+    def __init__(self, connection):
+        self.wanted = True                         # whether the client wants to see it
+        self._connection = connection
+        self._waiting = collections.deque()        # (pid, stream, text, bytes on the wire) in pieces that were not sent
+        self._size = self._unseen = 0              # bytes of these; bytes that were sent, and the client has not shown
+        self._dropped = 0                          # lines that were not sent, since the client had enough to show
+        self._timer = None                         # TimerHandle, while more is gathered
+
+    def show(self, pid, stream, text):
+        """Send lines on, unless the client has not seen what was sent before."""
+        size = len(text.encode())
+        if not self.wanted or size + self._size + self._unseen > clupy.UNSEEN_OUTPUT and self._size + self._unseen:
+            self._dropped += self.wanted and text.count("\n")
+            return
+        for start in range(0, len(text), OUTPUT_PIECE):
+            piece = text[start:start + OUTPUT_PIECE]
+            self._waiting.append((pid, stream, piece, len(piece.encode()) + ENTRY_SIZE))
+            self._size += self._waiting[-1][-1]
+        if self._size >= OUTPUT_FRAME:
+            self._send()
+        elif not self._timer:
+            self._timer = asyncio.get_running_loop().call_later(clupy.GATHER_TIME, self._send)
+
+    def seen(self, size):
+        """The client has shown so many bytes."""
+        self._unseen -= size
+        if self._waiting or self._dropped and not self._unseen:
+            self._send()
+
+    def flush(self):
+        """Send all that waits: what is said next is to come after it."""
+        if self._waiting:
+            self._send(math.inf)
+
+    def _send(self, room=clupy.UNSEEN_OUTPUT):
+        if self._timer:
+            self._timer.cancel()
+            self._timer = None
+        entries, before = [], self._unseen
+        while self._waiting and self._unseen < room:
+            pid, stream, text, size = self._waiting.popleft()
+            if entries and entries[-1][:2] == (pid, stream):
+                text = entries.pop()[2] + text
+            entries.append((pid, stream, text))
+            self._size -= size
+            self._unseen += size
+        if entries or self._dropped:
+            self._connection.send("output", entries, self._dropped, self._unseen - before)
+            self._dropped = 0
+
+
 class Session:
     """One client's control connection.  The methods on_<kind> answer its messages."""
 
@@ -1728,11 +1790,9 @@ class Session:
         self.client = "?"
         self.libraries = None                      # Libraries that its workers are to have; None until it said which
         self.copies = None                         # the client's clupy.Copies of Refs on this machine
-        self.output = True                         # whether the client wants to see what its calls print
+        self.printed = Printed(connection)         # what its calls print, on its way to it
         self.slots = {}                            # {number: SlotRow} open or waiting
         self.numbers = set()                       # every number that was used: each opens one slot, once
-        self._unseen = 0                           # bytes of output on their way to the client
-        self._dropped = 0                          # lines since then that were not sent
 
     def __repr__(self):
         return f"<Session {self.client[:6]} {len(self.slots)} slots>"
@@ -1741,7 +1801,7 @@ class Session:
         return sum(slot.nested for slot in self.slots.values() if slot.process or waiting)
 
     def on_hello(self, connection, client, resolution, wheels, output):
-        self.client, self.output = client, output
+        self.client, self.printed.wanted = client, output
         if self.copies is None:
             self.copies = clupy.Copies(client)
         self.libraries = self.server.libraries.libraries_of(clupy_master.Resolution.of(resolution), wheels)
@@ -1770,21 +1830,8 @@ class Session:
     def on_release(self, _, names):
         self.copies.release(names)
 
-    def on_seen(self, _, count):
-        self._unseen -= count
-        if self._dropped and not self._unseen:
-            self.show(0, "err", "")
-
-    def show(self, pid, stream, lines):
-        """Send lines on, unless the client has not seen what was sent before."""
-        if not self.output:
-            return
-        if self._unseen + len(lines) > clupy.UNSEEN_OUTPUT and self._unseen:
-            self._dropped += lines.count("\n")
-            return
-        dropped, self._dropped = self._dropped, 0
-        self._unseen += len(lines)
-        self.connection.send("output", pid, stream, lines, dropped)
+    def on_seen(self, _, size):
+        self.printed.seen(size)
 
 
 class Server:

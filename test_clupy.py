@@ -2403,6 +2403,30 @@ def test_lines_that_are_not_ascii_are_all_shown_however_many_and_an_unfinished_l
     assert lines == ["ü" * 4000] * 20 and last == "ü without an end"
 
 
+@pytest.mark.parametrize("line", ["yes\n", "x" * 200 + "\n", "\u6c49\u5b57" * 30 + "\n", "\u20ac" * 100_000 + "\n"])
+def test_output_that_a_client_has_not_seen_is_bounded_in_bytes_on_the_wire(line):
+    """A client that is stopped: its kernel takes what is sent, but only so much."""
+    class Wire(list):
+        def send(self, *message):
+            self.append(message)
+
+    async def story():
+        wire = Wire()
+        printed = clupy_server.Printed(wire)
+        for number in range(20_000):
+            printed.show(number % 4, "out", line)
+        await asyncio.sleep(0.1)
+        sent = sum(len(part) for message in wire for part in clupy.encode(message))
+        assert sent < 100_000 and len(wire) <= 10
+        shown, dropped, seen = "", 0, 0
+        while seen < len(wire):                            # it goes on, and shows what was sent, until no more comes
+            _, entries, more, size = wire[seen]
+            shown, dropped, seen = shown + "".join(text for _, _, text in entries), dropped + more, seen + 1
+            printed.seen(size)
+        assert shown.count("\n") + dropped == 20_000 and shown == line * shown.count("\n") and shown
+    asyncio.run(story())
+
+
 def test_output_can_be_switched_off(tmp_path):
     text = "import clupy\nclupy.parallel(print)('loud').result(30)\nclupy.close()"
     done = run_script(tmp_path, text, CLUPY_OUTPUT="off")
@@ -2543,8 +2567,10 @@ def test_a_stopped_client_master_or_server_is_not_dead(tmp_path):
         def work(path, seconds):
             with open(path, "a") as file:
                 file.write("x")
-            print("begun", flush=True)
-            time.sleep(seconds)
+            end = time.monotonic() + seconds
+            while time.monotonic() < end:
+                print("yes")                            # a short line is most of its way
+                time.sleep(0.002)
             return "done"
         calls = [clupy.parallel(work, retries=0)(os.path.abspath(f"{sys.argv[1]}{n}"), n) for n in (1, 23)]
         while not calls[1].running():
