@@ -2046,6 +2046,45 @@ class _Waiter:
 _handling = threading.local()     # .future: the one whose handlers this thread runs
 
 
+class Failures:
+    """The failed calls that nobody has looked at, by asking for the result or the exception, or with a handler: none may pass
+    unseen, so the program's end tells of them.  Changed under the futures' lock."""
+
+    KEPT = 8                                      # with their exceptions, to name the first
+
+    def __init__(self):
+        self.calls = self.unseen = 0              # how many have an outcome; how many of these failed, and nobody looked
+        self._first = {}                          # {id of a call: its exception, or the payload of it}
+
+    def add(self, call, error):
+        call._unseen = True
+        self.unseen += 1
+        if len(self._first) < self.KEPT:
+            self._first[id(call)] = error
+
+    def seen(self, call):
+        with Future._condition:
+            if call._unseen:
+                call._unseen = False
+                self.unseen -= 1
+                self._first.pop(id(call), None)
+
+    def __str__(self):
+        text = f"{self.unseen} of {self.calls} calls failed and nobody looked"
+        for error in self._first.values():
+            try:
+                error = error if isinstance(error, BaseException) else unpack(error)
+            except Exception as problem:          # of its class, which is the user's
+                error = problem
+            places = traceback.extract_tb(error.__traceback__)
+            text += f"; the first: {_line(error)}"
+            return f"{text} at {places[-1].filename} line {places[-1].lineno}" if places else text
+        return text
+
+
+failures = Failures()
+
+
 class Future(concurrent.futures.Future):
     """The outcome of one call, to come: a concurrent.futures.Future that can also be awaited.
 
@@ -2059,6 +2098,7 @@ class Future(concurrent.futures.Future):
     _packed = None                # (succeeded, payload) until somebody asks for the result
     _waiting = _callbacks = None  # lists of _waiters and of _done_callbacks, made when they are first needed
     _handlers = None              # [(on success, f)] that have not run yet; None: there are none
+    _unseen = False               # whether it failed, and nobody has looked
     _handled = None               # Event that all handlers have run; None: there never was one
     _parent = _outer = None       # a nested call: (Slot, its number there), number of the call that made it
     _slot = None                  # the Slot that it was sent to last, and when
@@ -2191,6 +2231,8 @@ class Future(concurrent.futures.Future):
             raise TimeoutError(f"{self!r} has no result after {timeout:g} s")
         if self._state == CANCELLED:
             raise CancelledError()
+        if self._unseen:
+            failures.seen(self)
         self._open()
         return self._exception
 
@@ -2210,7 +2252,14 @@ class Future(concurrent.futures.Future):
 
     @property
     def value(self):
-        return self._result if self.successful else None
+        return self._result if self._succeeded() else None
+
+    def _succeeded(self):
+        """Whether it has; not as somebody who looks."""
+        if self._state != FINISHED:
+            return False
+        self._open()
+        return self._exception is None
 
     # -- handlers
 
@@ -2223,6 +2272,8 @@ class Future(concurrent.futures.Future):
         return self._handle(False, handler)
 
     def _handle(self, succeeded, handler):
+        if self._unseen and not succeeded:
+            failures.seen(self)
         with self._condition:
             start = self._state in _DONE and self._handlers is None        # else `conclude` or who runs them takes this, too
             self._handlers = (self._handlers or []) + [(succeeded, handler)]
@@ -2237,7 +2288,7 @@ class Future(concurrent.futures.Future):
         _handling.future = self
         while entries := self._handlers:
             for succeeded, handler in entries:
-                if self.successful is succeeded:
+                if self._succeeded() is succeeded:
                     try:
                         handler(self._result if succeeded else self.failure)
                     except BaseException:          # SystemExit, too: whoever waits for the handlers must not wait for ever
@@ -2276,7 +2327,7 @@ def conclude(outcomes):
     """Give each call of [(call, succeeded, value)] its outcome, unless it has one; any thread.
 
     value: plain, or a payload; for a failure an exception or its payload."""
-    followed, dropped = [], []     # dropped: Refs, which may be the last, and give their values up outside the lock
+    concluded, followed, dropped = 0, [], []     # dropped: Refs, which may be the last, and give their values up outside the lock
     with Future._condition:
         for call, succeeded, value in outcomes:
             if call._state in _DONE:
@@ -2288,6 +2339,10 @@ def conclude(outcomes):
             else:
                 call._packed = succeeded, value
             call._state = CANCELLED if type(value) is CancelledError else FINISHED
+            concluded += 1
+            if not succeeded and call._state == FINISHED and type(value) is not Closed and (
+                    not call._handlers or all(on_success for on_success, _ in call._handlers)):
+                failures.add(call, value)
             call._arguments = None
             if call._refs:
                 dropped.append(call._refs)
@@ -2301,6 +2356,7 @@ def conclude(outcomes):
                     waiter.add_exception(call)
             if call._callbacks or call._handlers:
                 followed.append((call, call._handlers is not None))
+        failures.calls += concluded
     for call, handle in followed:
         threads.run(call._after, handle)
 
@@ -5635,6 +5691,8 @@ def _at_exit():
     unfinished = sum(len(engine.calls()) for engine in list(_engines))
     if unfinished:
         log.warning("the program ended before %s of its calls; clupy.wait_all() waits for them", unfinished)
+    if failures.unseen and not _client:           # in a worker it is the affair of the call that made them
+        log.warning("%s", failures)
     close()
     for engine in list(_engines):
         engine.close()

@@ -2460,6 +2460,28 @@ def test_closing_while_the_embedded_cluster_starts_leaves_nothing():
     assert clupy.parallel(square)(3).result(PATIENCE) == 9
 
 
+def test_a_failure_that_nobody_looked_at_is_told_in_one_line_when_the_program_ends(tmp_path):
+    text = """
+        import clupy
+        def bug(n):
+            return 1 / n
+        if __name__ == "__main__":
+            results = [clupy.parallel(bug)(n) for n in (0, 1, 0, 2)]
+            clupy.wait_all(results, time_out=30)
+            print([r.value for r in results])
+            LOOK
+        """
+    for look, told in {
+            "results = None": "2 of 4", "results[2].failure": "1 of 4", "results[0].succeed(print)": "2 of 4",
+            "[r.exception() for r in results]": "", "[r.fail(lambda _: None) for r in results]": "",
+            "[r.successful for r in results]": "", "raise SystemExit(3)": "2 of 4"}.items():
+        done = run_script(tmp_path, text.replace("LOOK", look), check=False)
+        assert done.stdout.startswith("[None, 1.0, None, 0.5]")
+        line = (f"{told} calls failed and nobody looked; the first: ZeroDivisionError: division by zero "
+                f"at {tmp_path}/script.py line 4")
+        assert done.stderr.strip() == (line if told else "")
+
+
 @pytest.mark.parametrize("end", ["", "raise SystemExit(3)", "raise ValueError('x')", "os.kill(os.getpid(), 2)",
                                  "os._exit(0)", "import signal; os.kill(os.getpid(), 9)"])
 def test_leaving_the_program_never_hangs_and_leaves_nothing(tmp_path, end):
