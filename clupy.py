@@ -4488,6 +4488,10 @@ def _once(command, name):
                                     "look before you repeat it") from error
 
 
+class _Refused(Unavailable):
+    """Redis can be read, but takes no change now."""
+
+
 def _why_lost(error, name):
     """Why Redis did not answer.  Raises what waiting does not cure: a wrong password, a user that may not, a wrong command."""
     if isinstance(error, (redis.AuthenticationError, redis.exceptions.AuthorizationError, redis.exceptions.NoPermissionError)):
@@ -4495,6 +4499,10 @@ def _why_lost(error, name):
                                     "redis://:password@host:6379/0 or redis://user:password@...") from error
     if "WRONGTYPE" in str(error):
         raise TypeError(f"{name!r} is the name of {_kind(name)}, which does not know this operation") from error
+    if (isinstance(error, (redis.exceptions.OutOfMemoryError, redis.exceptions.ReadOnlyError))
+            or "MISCONF" in str(error) or "NOREPLICAS" in str(error)):
+        what = str(error).rpartition(" caused error: ")[2]             # without the command, which holds the data
+        raise _Refused(str(_unavailable("redis", f"it refuses to write, so nothing has changed ({what})"))) from None
     if not isinstance(error, (redis.ConnectionError, redis.TimeoutError)):
         raise error
     return str(error).rstrip(".")
@@ -4718,22 +4726,37 @@ def _header(kind, ttl, sizes):
 
 
 def _store(key, kind, buffers, ttl):
-    """Write everything beside the old value, then rename it.
+    """Write a value in place of whatever has the key: all of it, or nothing if Redis refuses a part.
 
-    A transaction would be refused over 1 GB, as the server's client-query-buffer-limit counts it.  What a crash in the
-    middle leaves beside is gone in an hour."""
-    beside = _key(uuid.uuid4().hex, "new")
+    A small one in a transaction.  That would be refused over 1 GB, as the server's client-query-buffer-limit counts it; so a
+    large one is written beside, and renamed once all of it is there.  What a crash leaves beside is gone in an hour."""
     header = _header(kind, ttl, [len(buffer) for buffer in buffers])
+    pieces = dict(enumerate(_pieces(buffers)))
+    if len(pieces) <= WINDOW:
+        def command(client):
+            with client.pipeline() as pipe:
+                pipe.unlink(key)
+                pipe.hset(key, mapping={"h": header, **pieces})
+                _expire(pipe, key, ttl)
+                pipe.execute()
+    else:
+        beside = _key(uuid.uuid4().hex, "new")
 
-    def command(client):
-        with client.pipeline(transaction=False) as pipe:
-            pipe.hset(beside, "h", header)
-            pipe.pexpire(beside, 3_600_000)
-            for number, piece in enumerate(_pieces(buffers)):
-                pipe.hset(beside, str(number), piece)
-            pipe.rename(beside, key)
-            _expire(pipe, key, ttl)
-            pipe.execute()
+        def command(client):
+            try:
+                with client.pipeline(transaction=False) as pipe:
+                    pipe.hset(beside, "h", header)
+                    pipe.pexpire(beside, 3_600_000)
+                    for number, piece in pieces.items():
+                        pipe.hset(beside, number, piece)
+                    pipe.execute()
+            except redis.ResponseError:                # no memory left, say: give back what this took
+                client.unlink(beside)
+                raise
+            with client.pipeline() as pipe:
+                pipe.rename(beside, key)
+                _expire(pipe, key, ttl)
+                pipe.execute()
 
     _retried(command)
 
@@ -4762,7 +4785,8 @@ def _load(key, name, allocate):
                 target[:] = piece
         else:
             if ttl:
-                _retried(lambda client: client.eval(_REFRESH, 1, key, header, ttl))
+                with contextlib.suppress(_Refused):    # what was read is read
+                    _retried(lambda client: client.eval(_REFRESH, 1, key, header, ttl))
             return kind, ttl, buffers
         window = max(len(targets), WINDOW)
 
@@ -5700,9 +5724,9 @@ def _at_exit():
 
 def _after_fork():
     """In a forked child: the engines stay the parent's; the child gets one of its own when it makes a call."""
-    global _engine, _engines, _engine_lock, _capture_lock, _set_up_lock, threads
+    global _engine, _engines, _engine_lock, _capture_lock, _set_up_lock, failures, threads
     _engine_lock, _capture_lock, _set_up_lock = threading.Lock(), threading.Lock(), threading.Lock()
-    Future._condition, threads = threading.Condition(), Threads()
+    Future._condition, threads, failures = threading.Condition(), Threads(), Failures()
     for engine in {*_engines, *filter(None, [_engine])}:
         engine.abandon()
         _parents.append(engine)

@@ -5303,6 +5303,35 @@ def test_a_missing_or_wrong_password_is_told_at_once_and_the_right_one_works(tmp
         assert clupy.get("x") == b"\xff\x00"
 
 
+def test_a_redis_that_refuses_a_change_keeps_what_it_had(tmp_path, settings):
+    server = RedisServer(tmp_path / "redis")
+    server.settings += ["maxmemory 40mb"]
+    with server:
+        settings(redis=server.url)
+        client = clupy._redis()
+        for name, size in ("small", 1000), ("large", 6 << 20):
+            clupy.put(name, bytes(size))
+        for size in 60 << 20, 5 << 20:                     # too large beside what is there; and where there is no room at all
+            for name in "small", "large", "new":
+                with pytest.raises(clupy.Unavailable, match="refuses to write"):
+                    clupy.put(name, os.urandom(size))
+            with pytest.raises(clupy.Unavailable, match="refuses to write"), clupy.open("file", "wb") as file:
+                file.write(os.urandom(size))
+            client.config_set("maxmemory", "5mb")
+        with pytest.raises(clupy.Unavailable, match="refuses to write"):
+            clupy.put("small", 2)
+        client.config_set("maxmemory", "0")
+        client.config_set("min-replicas-to-write", 1)
+        with pytest.raises(clupy.Unavailable, match="NOREPLICAS"):
+            clupy.put("small", 3)
+        assert len(clupy.get("small")) == 1000 and len(clupy.get("large")) == 6 << 20
+        assert sorted(clupy.keys()) == ["large", "small"] and not list(client.scan_iter("*:new:*"))
+        client.config_set("min-replicas-to-write", 0)
+        clupy.put("small", 4)
+        assert clupy.get("small") == 4
+        clupy.close_services()
+
+
 def test_a_redis_that_is_killed_and_comes_back_costs_time_and_no_error(mortal_redis):
     with Dialogue("""
         for number in range(1_000_000):
