@@ -168,7 +168,7 @@ __version__ = "0.1.0"
 # one are this file's alone.  `open` and `map` are CluPy's own here, so what opens a file says io.open.
 __all__ = [
     "connect", "close", "parallel", "map", "wait_all", "as_completed", "Future", "Executor",                    # calls
-    "configure", "put", "get", "delete", "exists", "keys", "shared", "open", "share", "Ref",                    # data
+    "configure", "put", "get", "add", "update", "delete", "exists", "keys", "shared", "open", "share", "Ref",     # data
     "counter", "Counter", "queue", "Queue", "publish", "subscribe", "Subscription",
     "lock", "semaphore", "election", "Election", "barrier", "event", "Event", "LockLost",                       # coordination
     "ClupyError", "ConfigurationError", "SecretError", "VersionMismatch", "ProtocolError", "MasterUnreachable",   # errors
@@ -4619,12 +4619,35 @@ def get(name, default=_ABSENT):
 
     Never half of an old and half of a new value.  Unpickling runs code: whoever writes to this Redis is trusted."""
     found = _load(_key(name), name, _memory)
-    if found is None:
-        if default is _ABSENT:
+    if found is not None:
+        return _value_in(found)
+    if default is _ABSENT:
+        raise KeyError(name)
+    return default
+
+
+def _value_in(stored):
+    return b"".join(stored.buffers) if stored.kind == "file" else unpack((stored.buffers[0], stored.buffers[1:]))
+
+
+def add(name, value, ttl=None):
+    """Whether the value was put, as nothing had that name: of several that try at once, one succeeds."""
+    return _swap(name, value, _ttl(ttl), b"")
+
+
+def update(name, change, default=_ABSENT):
+    """The value change(old) that is put in place of the old one at one stroke: done again if another was first.
+
+    default: what is changed where there is no value; without it that is a KeyError.  The time to live stays as it was."""
+    while True:
+        old = _load(_key(name), name, _memory)
+        if old is None and default is _ABSENT:
             raise KeyError(name)
-        return default
-    kind, _, buffers = found
-    return b"".join(buffers) if kind == "file" else unpack((buffers[0], buffers[1:]))
+        if old and old.kind == "file":
+            raise TypeError(f"{name!r} is the name of a file: use clupy.open")
+        value = change(_value_in(old) if old else default)
+        if _swap(name, value, old.ttl if old else _ttl(None), old.header if old else b""):
+            return value
 
 
 def delete(*names):
@@ -4653,7 +4676,8 @@ def _names(pattern, redis_type):
 
 
 class _Shared(MutableMapping):
-    """Values and files as a mapping.  `shared["x"] += 1` is not atomic: that is what counter() is for."""
+    """Values and files as a mapping.  `shared["x"] += 1` is not atomic: that is what counter() and update() are for; all
+    others are, pop() and setdefault() too."""
 
     def __repr__(self):
         return "clupy.shared"
@@ -4676,6 +4700,26 @@ class _Shared(MutableMapping):
     def __delitem__(self, name):
         if not delete(name):
             raise KeyError(name)
+
+    def setdefault(self, name, default=None):
+        while True:
+            try:
+                return get(name)
+            except KeyError:
+                if add(name, default):                 # else another was first, and may be gone again
+                    return default
+
+    def pop(self, name, default=_ABSENT):
+        mine = _key(uuid.uuid4().hex, "new")           # under which nobody else finds it
+        try:
+            _once(lambda client: client.rename(_key(name), mine), name)
+        except redis.ResponseError:                    # there is no such key
+            if default is _ABSENT:
+                raise KeyError(name) from None
+            return default
+        found = _load(mine, name, _memory)
+        _retried(lambda client: client.unlink(mine))
+        return _value_in(found)
 
 
 shared = _Shared()
@@ -4729,44 +4773,70 @@ def _store(key, kind, buffers, ttl):
     """Write a value in place of whatever has the key: all of it, or nothing if Redis refuses a part.
 
     A small one in a transaction.  That would be refused over 1 GB, as the server's client-query-buffer-limit counts it; so a
-    large one is written beside, and renamed once all of it is there.  What a crash leaves beside is gone in an hour."""
+    large one is written beside, and renamed once all of it is there."""
     header = _header(kind, ttl, [len(buffer) for buffer in buffers])
-    pieces = dict(enumerate(_pieces(buffers)))
-    if len(pieces) <= WINDOW:
-        def command(client):
-            with client.pipeline() as pipe:
-                pipe.unlink(key)
-                pipe.hset(key, mapping={"h": header, **pieces})
-                _expire(pipe, key, ttl)
-                pipe.execute()
-    else:
-        beside = _key(uuid.uuid4().hex, "new")
+    pieces = list(_pieces(buffers))
+    if len(pieces) > WINDOW:
+        beside = _write_beside(header, pieces)
 
-        def command(client):
-            try:
-                with client.pipeline(transaction=False) as pipe:
-                    pipe.hset(beside, "h", header)
-                    pipe.pexpire(beside, 3_600_000)
-                    for number, piece in pieces.items():
-                        pipe.hset(beside, number, piece)
-                    pipe.execute()
-            except redis.ResponseError:                # no memory left, say: give back what this took
-                client.unlink(beside)
-                raise
-            with client.pipeline() as pipe:
+    def command(client):
+        with client.pipeline() as pipe:
+            if len(pieces) > WINDOW:
                 pipe.rename(beside, key)
-                _expire(pipe, key, ttl)
-                pipe.execute()
-
+            else:
+                pipe.unlink(key)
+                pipe.hset(key, mapping={"h": header, **dict(enumerate(pieces))})
+            _expire(pipe, key, ttl)
+            pipe.execute()
     _retried(command)
+
+
+def _write_beside(header, pieces):
+    """The key, in nobody's way, under which a value is written.  What a crash leaves there is gone in an hour."""
+    beside = _key(uuid.uuid4().hex, "new")
+
+    def command(client):
+        try:
+            with client.pipeline(transaction=False) as pipe:
+                pipe.hset(beside, "h", header)
+                pipe.pexpire(beside, 3_600_000)
+                for number, piece in enumerate(pieces):
+                    pipe.hset(beside, number, piece)
+                pipe.execute()
+        except redis.ResponseError:                    # no memory left, say: give back what this took
+            client.unlink(beside)
+            raise
+    _retried(command)
+    return beside
+
+
+# By compare and set: redis-py reports a lost connection of a WATCH as a WatchError.  Done already: its answer was lost.
+_SWAP = """
+local now = redis.call('hget', KEYS[2], 'h') or ''
+if now == ARGV[2] then return 1 end
+if now ~= ARGV[1] then redis.call('unlink', KEYS[1]) return 0 end
+redis.call('rename', KEYS[1], KEYS[2])
+if ARGV[3] == '0' then redis.call('persist', KEYS[2]) else redis.call('pexpire', KEYS[2], ARGV[3]) end
+return 1"""
+
+
+def _swap(name, value, ttl, old):
+    """Whether the value has taken the place of the one with this header, b"" for none, as nobody else was first."""
+    buffers = _buffers_of(value)
+    header = _header("value", ttl, [len(buffer) for buffer in buffers])
+    beside = _write_beside(header, list(_pieces(buffers)))
+    return bool(_retried(lambda client: client.eval(_SWAP, 2, beside, _key(name), old, header, ttl), name))
 
 
 # Of the value that was read alone: one that has replaced it, of whatever kind, has a time to live of its own.
 _REFRESH = "if redis.pcall('hget', KEYS[1], 'h') == ARGV[1] then redis.call('pexpire', KEYS[1], ARGV[2]) end"
 
 
+_Stored = collections.namedtuple("_Stored", "kind ttl buffers header")
+
+
 def _load(key, name, allocate):
-    """(kind, ttl, buffers) of what is stored under the key, or None; its time to live begins anew.
+    """The _Stored under the key, or None; its time to live begins anew.
 
     allocate(sizes) -> writable buffers of these sizes; called again if the value was replaced while it was read."""
     window = WINDOW
@@ -4787,7 +4857,7 @@ def _load(key, name, allocate):
             if ttl:
                 with contextlib.suppress(_Refused):    # what was read is read
                     _retried(lambda client: client.eval(_REFRESH, 1, key, header, ttl))
-            return kind, ttl, buffers
+            return _Stored(kind, ttl, buffers, header)
         window = max(len(targets), WINDOW)
 
 
@@ -4825,7 +4895,7 @@ def _read_file(name):
     found = _load(_key(name), name, allocate)
     if found is None:
         raise FileNotFoundError(errno.ENOENT, "no file of that name in Redis", name)
-    if found[0] != "file":
+    if found.kind != "file":
         raise TypeError(f"{name!r} is the name of a value: use clupy.get")
     return file
 
@@ -4986,7 +5056,7 @@ def _fetched(ref):
     """The buffers of a Ref, from Redis or from the client that serves it."""
     if ref.in_redis:
         found = _load(_key(ref.name, "ref"), ref.name, _memory)
-        buffers = found and found[2]
+        buffers = found and found.buffers
     else:
         buffers = _fetch and _fetch("ref", ref.name)
     if not isinstance(buffers, list):      # None, or why the client cannot answer

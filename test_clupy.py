@@ -4961,6 +4961,35 @@ def test_names_may_have_any_characters_and_the_mapping_agrees_with_the_functions
     assert clupy.keys() == ["theirs"] and clupy.delete("theirs") == 1
 
 
+def test_of_many_that_change_a_value_at_once_each_is_one_stroke(redis):
+    """Eight threads: each setdefault gives all the same value, each item is popped once, no update is lost."""
+    rounds, start = range(30), threading.Barrier(8)
+
+    def story(me):
+        firsts, popped = [], []
+        for n in rounds:
+            start.wait()
+            firsts.append(clupy.shared.setdefault(f"first {n}", (me, bytes(10_000))))
+            if clupy.add(f"item {n}", bytes(5 << 20)):          # more than one transaction takes
+                firsts.append("mine")
+            start.wait()
+            popped.append(clupy.shared.pop(f"item {n}", None) is not None)
+            clupy.update("sum", lambda old: old + me, default=0)
+        return firsts, popped
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        stories = list(pool.map(story, range(8)))
+    assert sum(firsts.count("mine") for firsts, _ in stories) == len(rounds)
+    firsts = [[first for first in firsts if first != "mine"] for firsts, _ in stories]
+    assert all(one == firsts[0] for one in firsts)
+    assert [sum(popped[n] for _, popped in stories) for n in rounds] == [1] * len(rounds)
+    assert clupy.get("sum") == sum(range(8)) * len(rounds)
+    with pytest.raises(KeyError):
+        clupy.shared.pop("sun")
+    with pytest.raises(KeyError):
+        clupy.update("sun", abs)
+    assert clupy.shared.pop("sum") and not clupy.exists("sum") and not list(clupy._redis().scan_iter("*:new:*"))
+
+
 def test_the_wrong_kind_of_name_is_a_type_error_that_says_what_it_is(redis):
     clupy.put("value", 1)
     clupy.queue("queue").put(1)
