@@ -7,7 +7,7 @@
 
     results = [clupy.parallel(area)(r) for r in range(100)]
     clupy.wait_all(results, time_out=10)
-    print([r.value for r in results])
+    print([r.result() for r in results])
 
 Without any set-up the calls run on the cores of this machine; `python -m clupy master` and `python -m clupy serve
 --master HOST` make a cluster of several.  Trusted networks only: whoever knows the secret can run code.
@@ -2089,7 +2089,7 @@ class Future(concurrent.futures.Future):
     """The outcome of one call, to come: a concurrent.futures.Future that can also be awaited.
 
     .completed, .successful   bools
-    .value                    the result, or None until there is one
+    .value                    the result, or None until there is one, and if the call failed
     .failure                  the exception, or None
     Any thread may use it."""
 

@@ -40,7 +40,7 @@ def row_of_product(matrix, row):
 if __name__ == "__main__":
     done = [clupy.parallel(readings)(sensor) for sensor in range(4)]
     clupy.wait_all(done)
-    print("rows written:", sum(future.value for future in done))
+    print("rows written:", sum(future.result() for future in done))
 
     clupy.parallel(summary)(range(4)).result()
     with clupy.open("readings/all.parquet", "rb") as file:
@@ -57,6 +57,6 @@ if __name__ == "__main__":
     clupy.wait_all(sums)
     expected = (matrix[:40] @ matrix).sum(axis=1)
     print("rows done:", progress.value)
-    print("as expected:", numpy.allclose([future.value for future in sums], expected))
+    print("as expected:", numpy.allclose([future.result() for future in sums], expected))
 
     clupy.delete(*clupy.keys("readings/*"), "rows done")
