@@ -4008,12 +4008,32 @@ def _make_engine(settings):
     return engine
 
 
+class _Ended(BaseEngine):
+    """Stands in at the program's end, when no thread can be started: daemon threads may go on to make calls."""
+
+    closed = True
+
+    def submit(self, call):
+        conclude([(call, False, Closed("the program is ending"))])
+
+    def cancel(self, call):
+        """Nothing runs of it."""
+
+    def calls(self):
+        return []
+
+
 def _current_engine():
     global _engine
     if _engine is None:
         with _engine_lock:
             if _engine is None:
-                _engine = _make_engine(read_settings("client"))
+                try:
+                    _engine = _make_engine(read_settings("client"))
+                except RuntimeError as error:
+                    if "shutdown" not in str(error):
+                        raise
+                    _engine = _Ended()
     return _engine
 
 
@@ -5768,9 +5788,14 @@ def close():
     """End this process's calls and give its slots back; returns when their last output was shown.
 
     The next call connects anew."""
+    _close(None)
+
+
+def _close(successor):
+    """successor: what is to run the calls that are made from now on; None: what the next call makes."""
     global _engine, _known
     with _engine_lock:
-        engine, _engine, _known = _engine, None, None
+        engine, _engine, _known = _engine, successor, None
     if engine is not None:
         engine.close()
     forget_served()
@@ -5782,12 +5807,17 @@ _parents = []                   # in a forked child: kept for ever, as nothing o
 
 @atexit.register
 def _at_exit():
+    with contextlib.suppress(KeyboardInterrupt):      # whoever presses Ctrl-C again does not want to wait
+        _end()
+
+
+def _end():
     unfinished = sum(len(engine.calls()) for engine in list(_engines))
     if unfinished:
         log.warning("the program ended before %s of its calls; clupy.wait_all() waits for them", unfinished)
     if failures.unseen and not _client:           # in a worker it is the affair of the call that made them
         log.warning("%s", failures)
-    close()
+    _close(_Ended())
     for engine in list(_engines):
         engine.close()
 

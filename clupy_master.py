@@ -162,7 +162,9 @@ class Listener:
                     raise
                 life = await self._greet(sock, peer, role, data)
         except (ClupyError, OSError, EOFError) as error:
-            silent = isinstance(error, EOFError) and error.args[1:] == (0,)        # somebody only looked who is here
+            # Somebody only looked who is here, or left in the midst of the handshake.
+            silent = (isinstance(error, EOFError) and (error.args[1:] == (0,) or getattr(error, "partial", None) == b"")
+                      or isinstance(error, (ConnectionResetError, BrokenPipeError)))
             why = error.args[0] if isinstance(error, EOFError) else str(error)
             log.log(logging.DEBUG if silent else logging.WARNING, "refused %s: %s", peer,
                     why or f"no handshake within {HANDSHAKE_TIME:g} s")
