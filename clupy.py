@@ -1880,6 +1880,8 @@ def _remember_line(filename, line, text):
 # ---- modules on demand
 
 _EVERY_SERVERS = sys.stdlib_module_names | {"clupy", "clupy_master", "clupy_server"}
+_OWN = "source", "namespace"                      # kinds of answers that say that a module is the user's own
+_served_modules = {}    # {name: (its __spec__ here, or None; the last answer)} of own modules that workers were told of
 
 
 def own_modules():
@@ -1907,11 +1909,29 @@ def module_source(name, parent_path=None):
          ("library", distribution, version)                 installed here, but not sent
          ("refused", why)                                   own, but it has no source
          ("no",)                                            unknown here, or the standard library's
-    Nothing is imported or run, not even the parent.  Reads files; any thread may call; never raises."""
+    Nothing is imported or run, not even the parent.  As long as the program has a module as it was told, it is told the
+    same: all workers run one version.  Reads files; any thread may call; never raises."""
+    spec, (told_spec, told) = _spec_of(name), _served_modules.get(name, (None, None))
+    if spec is not None and spec is told_spec:
+        return told
     try:
-        return _module_source(name, parent_path)
+        answer = _module_source(name, parent_path)
     except BaseException as error:                # a finder or loader of the user's may raise anything
         return "refused", f"module {name!r} cannot be read by its client: {_line(error)}"
+    if answer[0] in _OWN:
+        _served_modules[name] = spec, answer
+    return answer
+
+
+def reloaded():
+    """Note which own modules the program has loaded anew since a worker was told of them, by importlib.reload or after a
+    failed import: each load gives a module another __spec__.  Whether one of them is another now."""
+    changed = False
+    for name, (spec, told) in list(_served_modules.items()):
+        now = _spec_of(name)
+        if now is not None and now is not spec:
+            changed |= module_source(name) != told
+    return changed
 
 
 def _module_source(name, parent_path):
@@ -2739,6 +2759,7 @@ class Slot:
         self.children = {}                        # {number of a call here: {number there: nested call}}, all unfinished
         self.children_sent = 0                    # of these, how many are in slots
         self.functions = {}                       # {id: Function} of nested calls, as long as the worker knows them
+        self.modules = {}                         # {name: module_source's answer} of own modules that the worker may have
         self.pid = None                           # of the worker, once it is open
         self.transport = None
         self.recalled = None                      # "asked" for what it has not begun; "answered", and no result since
@@ -2860,7 +2881,13 @@ class Slot:
         except Exception as error:                # the asking worker must hear of it, whatever it is
             log.exception("cannot answer a worker that asked for %s %s", what, fields)
             answer = error.__class__.__name__ + ": " + str(error)
-        self.engine.soon(self.send, "fetched", request, answer)
+        self.engine.soon(self._fetched, request, what, fields, answer)
+
+    def _fetched(self, request, what, fields, answer):
+        if what == "module" and answer[0] in _OWN:
+            self.modules[fields[0]] = answer
+        self.send("fetched", request, answer)
+        self.engine.pool.leave_outdated([self])   # the program may have reloaded it just now
 
 
 @functools.cache
@@ -3439,6 +3466,12 @@ class Pool:
             self.leave(slot)
         self.balance()
 
+    def leave_outdated(self, slots):
+        """Of these, leave those whose worker has another version of an own module than the program."""
+        for slot in slots:
+            if any(_served_modules[name][1] != answer for name, answer in slot.modules.items()):
+                self.leave(slot)
+
     def leave(self, slot):
         """Give the slot back after the call that runs in it."""
         if slot.state <= OPEN:
@@ -3924,8 +3957,11 @@ class Engine(BaseEngine):
             self._awake = True
             self.loop.call_soon(self._pump)
         self.master_side.update_wanted()
-        if self.backlog.queued and not self.pool.slots():
-            self.pool.balance()                   # the last slot has ended, but not the share
+        changed = reloaded()                      # before these calls are sent: they want what the program has now
+        if changed:
+            self.pool.leave_outdated(self.pool.slots())
+        if self.backlog.queued and (changed or not self.pool.slots()):
+            self.pool.balance()                   # slots have ended, but not the share
         else:
             self.feeder.feed()
 

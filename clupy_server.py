@@ -114,15 +114,15 @@ class Finder:
     """The importer of the client's modules.  It stands twice on sys.meta_path: first for the client's own top-level modules,
     so that another version installed here is not taken, last for all others.
 
-    fetch(name, parent's __path__) -> clupy.module_source's answer; it blocks, and any thread may call it.  What it says is
-    kept for the life of the worker, "no" included: a module has one version per slot.  Never asked: for the standard
-    library, for submodules of packages that did not come from the client, and in a child that the call forked, as the
-    socket is its parent's.  A child of multiprocessing's spawn has no Finder: it sees only what is installed."""
+    fetch(name, parent's __path__) -> clupy.module_source's answer; it blocks, and any thread may call it.  What it says
+    holds for the call that asks, number(): what is missing or broken now may be there for the next.  Never asked: for the
+    standard library, for submodules of packages that did not come from the client, and in a child that the call forked, as
+    the socket is its parent's.  A child of multiprocessing's spawn has no Finder: it sees only what is installed."""
 
-    def __init__(self, fetch, own, server):
-        self.fetch, self.own, self.server = fetch, frozenset(own), server
+    def __init__(self, fetch, own, server, number):
+        self.fetch, self.own, self.server, self.number = fetch, frozenset(own), server, number
         self.pid = os.getpid()
-        self.answers = {}                          # {module's name: what the client said}; any importing thread adds
+        self.answers = {}                          # {module's name: (call, what the client said)}; any importing thread adds
         self.packages = set()                      # names of packages that came from the client; likewise
 
     def install(self):
@@ -137,9 +137,13 @@ class Finder:
         parent = name.rpartition(".")[0]
         if os.getpid() != self.pid or parent and parent not in self.packages or clupy.is_every_servers(name):
             return None
-        if name not in self.answers:
-            self.answers[name] = self.fetch(name, path and list(path))
-        kind, *answer = self.answers[name]
+        number = self.number()
+        asked, answer = self.answers.get(name, (None, None))
+        if asked != number:
+            answer = self.fetch(name, path and list(path))
+            self.answers[name] = number, answer
+            clupy._missing_modules.pop(name, None)
+        kind, *answer = answer
         return getattr(self, f"on_{kind}")(name, path, *answer)
 
     def on_source(self, name, path, text, filename, package_path):
@@ -563,7 +567,7 @@ class Worker:
         self._bell.ring()
 
     def on_opening(self, _, own_modules):
-        Finder(functools.partial(self.fetch, "module"), own_modules, self.server).install()
+        Finder(functools.partial(self.fetch, "module"), own_modules, self.server, self.call_of_this_thread).install()
         self.send("opened", self.pid)
 
     def on_calls(self, _, items):

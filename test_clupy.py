@@ -2865,7 +2865,7 @@ def test_what_the_client_need_not_be_asked_it_is_not_asked(tmp_path, asked):
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     clupy.connect(slots=1)
     assert call(imports) and call(imports) and call(fork) == 1
-    assert asked == ["nowhere"] and call(fork_and_get, [[clupy.share(1).unresolved()]]) == 2
+    assert asked == ["nowhere"] * 2 and call(fork_and_get, [[clupy.share(1).unresolved()]]) == 2
     cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
     try:
         assert call(printed, ValueError()) == "ValueError\n" and __name__ in asked    # though pytest loaded it
@@ -2955,6 +2955,58 @@ def test_a_traceback_shows_the_served_lines_even_if_the_file_was_edited_since(tm
             open("broken.py", "w").write("# other\\n" * 5)
         assert call(inspect.getsource, broken.f).splitlines()[0] == "def f():"
         """, {"broken.py": "def f():\n    raise ValueError('broken')\n"})
+
+
+@pytest.mark.parametrize("master", ["embedded", "a cluster"])
+def test_a_call_runs_the_modules_as_the_program_has_them_now(tmp_path, request, master):
+    address = request.getfixturevalue("cluster").address if master == "a cluster" else ""
+    tell(tmp_path / "client", """
+        import importlib, os, sys, time, types
+        import model, user                             # user imports model
+        clupy.connect(**({"master": os.environ["MASTER"]} if os.environ["MASTER"] else {"slots": 2}))
+        def write(name, text):
+            time.sleep(0.01)                           # a file of the same second and size is taken for the one before
+            with open(name + ".py", "w") as file: file.write(text)
+            os.utime(name + ".py", ns=(time.time_ns(), time.time_ns() + next(later)))
+        later = iter(range(2 * 10**9, 10**12, 2 * 10**9))
+        def both(): return model.f(), user.g(), os.getpid()
+        def slowly():
+            time.sleep(1)
+            return model.f()
+        one = call(both)
+        assert one[:2] == (1, 1)
+        running = [clupy.parallel(slowly)() for _ in range(2)]
+        while not all(future.running() for future in running): time.sleep(0.01)
+        write("model", "def f(): return 2\\n")
+        importlib.reload(model)
+        assert call(both)[:2] == (2, 2) and call(model.f) == 2
+        assert all(future.result(30) in (1, 2) for future in running) and running[0].result() == 1
+        pids = {call(both)[2] for _ in range(5)}
+        importlib.reload(model)                        # nothing changed: nobody is renewed
+        assert call(both)[2] in pids and one[2] not in pids
+        write("model", "def f(): return 3\\n")
+        del sys.modules["model"]
+        import model
+        assert call(both)[:2] == (3, 3)
+        old = model.f                                  # as %autoreload 2 does
+        write("model", "def f(): return 4\\n")
+        old.__code__ = importlib.reload(model).f.__code__
+        model.f = old
+        assert call(both)[:2] == (4, 4) and call(old) == 4
+        # a module that cannot be imported, until its file is mended: imported here, in calls alone, or not there at first
+        def late(name): return importlib.import_module(name).value
+        write("broken", "value = \\n")
+        assert type(clupy.parallel(late)("broken").exception(30)) is SyntaxError
+        write("broken", "value = 5\\n")
+        assert call(late, "broken") == 5
+        assert type(clupy.parallel(late)("missing").exception(30)) is ModuleNotFoundError
+        write("missing", "value = 1 / 0\\n")
+        importlib.invalidate_caches()
+        assert type(clupy.parallel(late)("missing").exception(30)) is ZeroDivisionError
+        write("missing", "value = 6\\n")
+        import missing
+        assert call(late, "missing") == 6 and call(lambda: missing.value) == 6
+        """, {"model.py": "def f(): return 1\n", "user.py": "import model\ndef g(): return model.f()\n"}, MASTER=address)
 
 
 def test_looking_for_a_module_imports_nothing(tmp_path, monkeypatch):
