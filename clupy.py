@@ -1879,17 +1879,32 @@ def _remember_line(filename, line, text):
 
 # ---- modules on demand
 
-_EVERY_SERVERS = sys.stdlib_module_names | {"clupy", "clupy_master", "clupy_server"}
+_CLUPY = {"clupy", "clupy_master", "clupy_server"}
+_EVERY_SERVERS = sys.stdlib_module_names | _CLUPY
 _OWN = "source", "namespace"                      # kinds of answers that say that a module is the user's own
 _served_modules = {}    # {name: (its __spec__ here, or None; the last answer)} of own modules that workers were told of
 
 
 def own_modules():
-    """The user's own top-level modules that are imported, or run by -m: a worker asks for these first.  Never raises."""
+    """The user's own top-level modules that are imported, or run by -m, or would shadow one of the standard library's: a
+    worker asks for these first.  Never raises."""
     specs = {name: _spec_of(name) for name in list(sys.modules) if isinstance(name, str) and "." not in name}
+    for name in _shadowing() - specs.keys():
+        with contextlib.suppress(BaseException):  # a finder of the user's may raise anything
+            specs[name] = _spec(name, None)
     if (main := specs.get("__main__")) is not None:         # under the name by which it could be imported
         specs.setdefault(main.name.partition(".")[0], main)
     return frozenset(name for name, spec in specs.items() if _is_own(name, spec))
+
+
+def _shadowing():
+    """Names of standard modules that something outside the library folders has, too: a script's folder is searched first."""
+    found = set()
+    for folder in sys.path:
+        with contextlib.suppress(OSError, TypeError):       # there is none; an archive; anything that users put there
+            if not _is_library(os.path.join(folder, "any")):
+                found.update(entry.partition(".")[0] for entry in os.listdir(folder or "."))
+    return found & sys.stdlib_module_names
 
 
 def _spec_of(name):
@@ -1939,10 +1954,10 @@ def _module_source(name, parent_path):
     if spec is None and sys.modules.get(name) is not None:
         return "refused", (f"module {name!r} was made while its client ran, so it has no source to send: "
                            f"call cloudpickle.register_pickle_by_value(module) before the calls that use it")
-    if spec is None or not _places(spec) or is_every_servers(name):
+    if spec is None or not _places(spec):
         return ("no",)
     if not _is_own(name, spec):
-        return "library", *_distribution(name)
+        return ("no",) if is_every_servers(name) else ("library", *_distribution(name))
     if not spec.has_location:
         return "namespace", [place for place in _places(spec) if not _is_library(place)]
     if hasattr(spec.loader, "get_source"):
@@ -1981,13 +1996,14 @@ def _namespace(name, parent_path):
 
 
 def is_every_servers(name):
-    """Whether the module is one of which every server has its own: the standard library's or CluPy's."""
+    """Whether every server has a module of this name: the standard library's or CluPy's."""
     return name.partition(".")[0] in _EVERY_SERVERS
 
 
 def _is_own(name, spec):
-    """Whether it is the user's own: a place of it, its file or a folder, is not where libraries are installed."""
-    if spec is None or name in _MAINS or is_every_servers(name):
+    """Whether it is the user's own: a place of it, its file or a folder, is not where libraries are installed.  Its name
+    says nothing: who has a module `secrets` here means that one, in a worker too."""
+    if spec is None or name in _MAINS or name in _CLUPY:
         return False
     try:
         return not all(_is_library(place) for place in _places(spec))
@@ -2008,7 +2024,7 @@ def _is_library(path):
 def _library_folders():
     """Where installed modules are, by plain and by real path.  An editable install is elsewhere: it is own."""
     folders = {sysconfig.get_path(kind) for kind in ("stdlib", "platstdlib", "purelib", "platlib")}
-    folders.update(site.getsitepackages(), [site.getusersitepackages()])
+    folders.update(site.getsitepackages(), [site.getusersitepackages(), os.path.dirname(os.__file__)])
     return tuple({os.path.join(form(folder), "")
                   for folder in folders for form in (os.path.abspath, os.path.realpath)})
 

@@ -126,6 +126,10 @@ class Finder:
         self.packages = set()                      # names of packages that came from the client; likewise
 
     def install(self):
+        shadowed = self.own & sys.stdlib_module_names
+        for name in list(sys.modules):             # this process may have imported the standard ones for itself
+            if name.partition(".")[0] in shadowed:
+                del sys.modules[name]
         sys.meta_path.insert(0, _OwnFirst(self))
         sys.meta_path.append(self)
 
@@ -135,7 +139,8 @@ class Finder:
         Does not raise for a missing module, as optional libraries are looked for with importlib.util.find_spec:
         clupy._missing_modules has the error's text."""
         parent = name.rpartition(".")[0]
-        if os.getpid() != self.pid or parent and parent not in self.packages or clupy.is_every_servers(name):
+        is_known = clupy.is_every_servers(name) and name.partition(".")[0] not in self.own
+        if os.getpid() != self.pid or parent and parent not in self.packages or is_known:
             return None
         number = self.number()
         asked, answer = self.answers.get(name, (None, None))

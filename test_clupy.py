@@ -2886,6 +2886,29 @@ def test_a_program_run_by_dash_m_is_a_module_of_its_package(tmp_path):
         assert done.stdout == says, done.stderr
 
 
+@pytest.mark.parametrize("master", ["embedded", "a cluster"])
+def test_who_shadows_a_standard_module_here_shadows_it_there(tmp_path, request, master):
+    names = "secrets", "statistics", "profile", "trace", "code", "calendar", "cmd", "this", "platform"
+    write_files(tmp_path / "client" / "sched", {"__init__.py": "mine = 'sched'\n", "part.py": "mine = 'part'\n"})
+    write_files(tmp_path / "client" / "wave", {"read.me": "a folder is no module"})
+    text = "mine = '{0}'\ndef name(): return mine\nimport sys\n"
+    text += "def python_version(): return sys.version.split()[0]\nsystem = node = python_implementation = machine = name\n"
+    tell(tmp_path / "client", """
+        import random, secrets, statistics, profile, code, calendar        # the others in calls alone
+        def mine(name): return importlib.import_module(name).mine
+        import importlib
+        for name in NAMES: assert call(mine, name) == name, name
+        assert call(lambda: (secrets.mine, calendar.mine)) == ("secrets", "calendar")
+        assert call(code.name) == "code" and call(mine, "sched") == "sched" and call(mine, "sched.part") == "part"
+        def standard():
+            import json.decoder, os, wave, types, typing
+            return random.randrange(1, 2), json.loads("3"), types is typing.types, bool(wave.open and os.fork)
+        assert call(standard) == (1, 3, True, True)
+        """.replace("NAMES", repr(names)),
+        {f"{name}.py": text.format(name) for name in names} | {"os.py": "1 / 0\n"},
+        **{"CLUPY_MASTER": request.getfixturevalue("cluster").address} if master == "a cluster" else {})
+
+
 def test_what_the_server_has_goes_behind_the_clients_own_and_a_library_that_it_lacks_is_named(tmp_path):
     write_files(tmp_path / "installed", {"versioned.py": "n = 'server'\n", "only_here.py": "n = 'server'\n"})
     packages = f"user/lib/python3.{sys.version_info.minor}/site-packages"
