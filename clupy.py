@@ -1881,7 +1881,8 @@ def _remember_line(filename, line, text):
 
 _CLUPY = {"clupy", "clupy_master", "clupy_server"}
 _EVERY_SERVERS = sys.stdlib_module_names | _CLUPY
-_OWN = "source", "namespace"                      # kinds of answers that say that a module is the user's own
+_OWN = "source", "namespace", "compiled", "value"           # kinds of answers that say that a module is the user's own
+MAX_FILE = 64 << 20               # bytes of a file beside a module; more is memory for every worker that asks for it
 _served_modules = {}    # {name: (its __spec__ here, or None; the last answer)} of own modules that workers were told of
 
 
@@ -1921,6 +1922,8 @@ def module_source(name, parent_path=None):
     """What a worker is told that lacks a module; parent_path: the __path__ of the package it is in.  One of
          ("source", text, file name, __path__ or None)      it is the user's own
          ("namespace", __path__)                            a folder without __init__.py
+         ("compiled", file name, stamp, why not, __path__)  own without source: for who has that file
+         ("value", payload, file name, __path__)            own, and its file is gone: the module's namespace
          ("library", distribution, version)                 installed here, but not sent
          ("refused", why)                                   own, but it has no source
          ("no",)                                            unknown here, or the standard library's
@@ -1960,16 +1963,20 @@ def _module_source(name, parent_path):
         return ("no",) if is_every_servers(name) else ("library", *_distribution(name))
     if not spec.has_location:
         return "namespace", [place for place in _places(spec) if not _is_library(place)]
-    if hasattr(spec.loader, "get_source"):
-        text = spec.loader.get_source(spec.name)
-    else:                                         # pytest's
-        with io.open(spec.origin, "rb") as file:
-            text = importlib.util.decode_source(file.read())
+    path = None if spec.submodule_search_locations is None else list(spec.submodule_search_locations)
+    text, is_gone = None, name in sys.modules and not os.path.exists(spec.origin)
+    try:
+        text = _text(spec)
+    except (ImportError, OSError):
+        if not is_gone:
+            raise
+    if text is None and is_gone:
+        return "value", _module_payload(sys.modules[name]), spec.origin, path
     if text is None:
-        return "refused", (f"module {name!r} is compiled ({spec.origin}), and only source is sent: add its "
-                           f"project under `libraries:` in clupy.client.dependency.yaml")
-    path = spec.submodule_search_locations
-    return "source", text, spec.origin, None if path is None else list(path)
+        return "compiled", spec.origin, stamp(spec.origin), (
+            f"module {name!r} is compiled ({spec.origin}), and only source is sent: add its "
+            f"project under `libraries:` in clupy.client.dependency.yaml"), path
+    return "source", text, spec.origin, path
 
 
 def _spec(name, parent_path):
@@ -1993,6 +2000,78 @@ def _namespace(name, parent_path):
     spec = importlib.machinery.ModuleSpec(name, None, is_package=True)
     spec.submodule_search_locations = [place for part in parts for place in part.submodule_search_locations]
     return spec
+
+
+def _text(spec):
+    """The source of a module, or None: it is compiled."""
+    if hasattr(spec.loader, "get_source"):
+        return spec.loader.get_source(spec.name)
+    with io.open(spec.origin, "rb") as file:      # pytest's loader
+        return importlib.util.decode_source(file.read())
+
+
+def stamp(path):
+    """By which one knows the file of this path on another machine, or None: there is none."""
+    with contextlib.suppress(OSError):
+        found = os.stat(path)
+        return found.st_size, found.st_mtime_ns
+
+
+def _module_payload(module):
+    """The payload of a module's namespace, in which functions have the namespace of that module, where it arrives."""
+    class Pickler(_by_value_pickler()):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.globals_ref[id(vars(module))] = _Globals(module.__name__)
+
+    with _payload_lock:                           # another thread may be about to unregister it
+        cloudpickle.register_pickle_by_value(module)
+        try:
+            return _dumps(Pickler, {name: value for name, value in vars(module).items() if not name.startswith("__")})
+        finally:
+            cloudpickle.unregister_pickle_by_value(module)
+
+
+_payload_lock = threading.Lock()
+
+
+class _Globals:
+    """Stands for the namespace of a module in what cloudpickle makes of functions."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def __reduce__(self):
+        return _module_globals, (self.name,)
+
+
+def _module_globals(name):
+    return vars(sys.modules[name])
+
+
+def package_file(path):
+    """What a worker is told of a file or folder beside a module: ("file", bytes), ("folder", names), ("absent", why) or
+    ("refused", why).  Only below the folders of own packages that workers were told of."""
+    real, size = os.path.realpath(path), (stamp(path) or [0])[0]
+    folders = {os.path.realpath(folder) for _, (*_, folders) in list(_served_modules.values()) for folder in folders or ()}
+    if not any(f"{real}{os.sep}".startswith(os.path.join(folder, "")) for folder in folders):
+        return "refused", (f"{path} is not on this worker, and only files in folders of the client's packages are sent there: "
+                           "pass what is in the file as an argument, or share() it")
+    if size > MAX_FILE and os.path.isfile(path):
+        return "refused", (f"{path} has {size >> 20} MiB, and at most {MAX_FILE >> 20} are sent of a file beside a module: "
+                           "share() what is in it")
+    return read_file(path)
+
+
+def read_file(path):
+    """What is in this file or folder here, as `package_file` says it."""
+    try:
+        if os.path.isdir(path):
+            return "folder", sorted(os.listdir(path))
+        with io.open(path, "rb") as file:
+            return "file", file.read()
+    except OSError as error:
+        return "absent", str(error)
 
 
 def is_every_servers(name):
@@ -2037,7 +2116,7 @@ def _distribution(name):
 
 
 # What a worker may ask its client for, by a function that is called in a thread that may block; Data adds "ref" and "release".
-FETCHES = {"module": module_source}
+FETCHES = {"module": module_source, "file": package_file}
 served = {}                                       # {name: buffers} of the Refs that this process shared without Redis
 
 

@@ -2954,17 +2954,51 @@ def test_a_module_that_cannot_be_sent_says_why_and_what_to_do(tmp_path, monkeypa
         cloudpickle.unregister_pickle_by_value(made)
 
 
-def test_data_files_beside_a_module_are_not_sent_and_the_error_says_so(tmp_path, monkeypatch):
-    def by_pkgutil():
-        return pkgutil.get_data("with_data", "table.txt")
+DATA = {
+    "with_data/__init__.py": "",
+    "with_data/table.txt": "1 2 3\n",
+    "with_data/deep/more.txt": "caf\xe9",
+    "spread/part.txt": "a part",
+    "single.py": "",
+    "beside.txt": "beside",
+    "secret.txt": "no",
+}
 
-    def by_resources():
-        return importlib.resources.files("with_data").joinpath("table.txt").read_text()
-    write_files(tmp_path, {"with_data/__init__.py": "", "with_data/table.txt": "1 2 3\n"})
-    monkeypatch.syspath_prepend(tmp_path)
-    for func in by_pkgutil, by_resources:
-        with pytest.raises(OSError, match="with_data.*only source"):
-            call(func)
+
+@pytest.mark.parametrize("master", ["embedded", "a cluster"])
+def test_files_beside_a_module_are_there_where_it_is(tmp_path, request, master):
+    tell(tmp_path / "client", """
+        import importlib.resources, os, pkgutil
+        read, package_file = [], clupy.FETCHES["file"]
+        clupy.FETCHES["file"] = lambda path: read.append(os.path.relpath(path)) or package_file(path)
+        if "CLUPY_MASTER" not in os.environ: clupy.connect(slots=1)
+        def data(name): return pkgutil.get_data("with_data", name)
+        def text(name): return importlib.resources.files("with_data").joinpath(name).read_text("utf-8")
+        def rest():
+            files = importlib.resources.files("with_data")
+            with importlib.resources.as_file(files / "table.txt") as path, open(path) as file: lines = file.readlines()
+            with (files / "deep" / "more.txt").open("rb") as file: more = file.read()
+            found = {one.name: one.is_dir() for one in files.iterdir() if not one.name.startswith("_")}
+            return lines, more.decode(), found, (files / "nothing").is_file(), importlib.resources.read_text("with_data", "table.txt")
+        assert call(data, "table.txt") == b"1 2 3\\n"
+        assert call(text, "table.txt") == "1 2 3\\n" and call(text, "deep/more.txt") == "caf\xe9"
+        assert call(rest) == (["1 2 3\\n"], "caf\xe9", {"table.txt": False, "deep": True}, False, "1 2 3\\n")
+        assert call(lambda: importlib.resources.files("spread").joinpath("part.txt").read_text()) == "a part"
+        assert read.count("with_data/table.txt") <= 1 + ("CLUPY_MASTER" in os.environ), read       # once for each worker
+        for name in "nothing", "deep":
+            assert isinstance(clupy.parallel(data)(name).exception(30), OSError)
+        assert type(clupy.parallel(text)("nothing").exception(30)) is FileNotFoundError
+        # of what is below no package: whatever is there by its path
+        assert call(pkgutil.get_data, "single", "beside.txt") == b"beside"
+        assert clupy.FETCHES["file"](os.path.abspath("with_data/../secret.txt"))[0] == "refused"
+        os.symlink(os.path.abspath("secret.txt"), "with_data/link.txt")
+        assert clupy.FETCHES["file"](os.path.abspath("with_data/link.txt"))[0] == "refused"
+        with open("with_data/large", "wb") as file: file.truncate((64 << 20) + 1)
+        kind, why = clupy.FETCHES["file"](os.path.abspath("with_data/large"))
+        assert kind == "refused" and "large has 64 MiB" in why and "share()" in why
+        with open("with_data/large", "wb") as file: file.truncate(40 << 20)
+        assert call(lambda: len(pkgutil.get_data("with_data", "large"))) == 40 << 20
+        """, DATA, **{"CLUPY_MASTER": request.getfixturevalue("cluster").address} if master == "a cluster" else {})
 
 
 def test_a_traceback_shows_the_served_lines_even_if_the_file_was_edited_since(tmp_path):
