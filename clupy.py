@@ -1239,7 +1239,7 @@ def _by_value_pickler():
     """The class, made late: cloudpickle takes 16 ms to import."""
     class Pickler(cloudpickle.Pickler):
         dispatch_table = cloudpickle.Pickler.dispatch_table.new_child(
-            {functools._lru_cache_wrapper: _reduce_cached, types.CodeType: _reduce_code})
+            {functools._lru_cache_wrapper: _reduce_cached, types.CodeType: _reduce_code, types.ModuleType: _reduce_module})
 
         def reducer_override(self, obj):
             if type(obj) is types.FunctionType:
@@ -1329,6 +1329,38 @@ def _reduce_code(code):
     """With its file's name, which cloudpickle leaves out from 3.1.3 on: tracebacks show their lines by it."""
     _, arguments = cloudpickle.Pickler.dispatch_table[types.CodeType](code)
     return _make_code, (arguments, code.co_filename)
+
+
+def _reduce_module(module):
+    """By name, and so that submodules, which something imported here, are found there through their package."""
+    make, arguments = cloudpickle.Pickler.dispatch_table[types.ModuleType](module)
+    return (make, arguments) if len(arguments) > 1 else (_module, arguments)      # two: by value
+
+
+def _module(name):
+    module = importlib.import_module(name)
+    import_when_asked([module])
+    return module
+
+
+def import_when_asked(values):
+    """Let the packages among the values, and those in them, import a submodule when somebody asks them for it."""
+    for package in values:
+        if type(package) is types.ModuleType and "__path__" in vars(package) and "__getattr__" not in vars(package):
+            package.__getattr__ = functools.partial(_submodule, package.__name__)
+            import_when_asked(list(vars(package).values()))
+
+
+def _submodule(package, name):
+    missing, full_name = f"module {package!r} has no attribute {name!r}", f"{package}.{name}"
+    if name.startswith("__"):
+        raise AttributeError(missing)
+    try:
+        return _module(full_name)
+    except ModuleNotFoundError as error:
+        if error.name != full_name:
+            raise
+        raise AttributeError(missing) from None
 
 
 def _make_code(arguments, filename):
@@ -2020,6 +2052,9 @@ def stamp(path):
 def _module_payload(module):
     """The payload of a module's namespace, in which functions have the namespace of that module, where it arrives."""
     class Pickler(_by_value_pickler()):
+        dispatch_table = _by_value_pickler().dispatch_table.new_child(
+            {types.ModuleType: lambda other: (_module, (other.__name__,))})       # its submodules, too
+
         def __init__(self, *args):
             super().__init__(*args)
             self.globals_ref[id(vars(module))] = _Globals(module.__name__)

@@ -238,6 +238,7 @@ class _Loader:
 
     def exec_module(self, module):
         self.run(vars(module))
+        clupy.import_when_asked(list(vars(module).values()))       # as the program may have imported their submodules elsewhere
 
     def get_source(self, name):
         """The text, for inspect and linecache."""

@@ -2941,6 +2941,7 @@ def test_a_module_that_cannot_be_sent_says_why_and_what_to_do(tmp_path, monkeypa
     made = types.ModuleType("made_by_hand")
     exec("def f(): return 5\nclass C: pass", vars(made))
     monkeypatch.setitem(sys.modules, "made_by_hand", made)
+    monkeypatch.setattr(clupy, "stamp", lambda path: (0, 0))        # as on another machine
     for func, words in ((lambda: __import__("fast"), "compiled .*fast.*clupy.client.dependency.yaml"),
                         (lambda: __import__("latin"), "cannot be read by its client: SyntaxError"),
                         (made.f, "cloudpickle.register_pickle_by_value")):
@@ -2952,6 +2953,74 @@ def test_a_module_that_cannot_be_sent_says_why_and_what_to_do(tmp_path, monkeypa
         assert call(made.f) == 5 and call(type, made.C()) is made.C
     finally:
         cloudpickle.unregister_pickle_by_value(made)
+
+
+@pytest.mark.parametrize("master", ["embedded", "a cluster"])
+def test_a_module_without_source_runs_where_its_file_is_and_by_value_if_that_is_gone(tmp_path, request, master):
+    tell(tmp_path / "client", """
+        import importlib, importlib.util, os, py_compile, shutil
+        for name in "quick", "package/part":
+            py_compile.compile(name + ".py", name + ".pyc")
+            os.remove(name + ".py")
+        import package.part, quick
+        assert call(quick.f) == call(package.part.f) == "compiled" and type(call(quick.C)) is quick.C
+        assert call(lambda: quick.__file__) == quick.__file__
+        if spec := importlib.util.find_spec("xxlimited"):          # an extension of CPython's own tests
+            shutil.copy(spec.origin, os.path.basename(spec.origin))
+            assert call(lambda: importlib.import_module("xxlimited").foo(2, 3)) == 5
+
+        import gone, lost.part
+        shutil.rmtree("lost")
+        shutil.rmtree("__pycache__")
+        os.remove("gone.py")
+        assert call(gone.count) == 1 and type(call(gone.C)) is gone.C and call(type, gone.C()) is gone.C
+        def twice():
+            gone.count(), gone.count()
+            return gone.state == [0] * 2 + gone.state[2:], gone.state is gone.get(), gone.C().json('2'), gone.__name__
+        assert call(twice) == (True, True, 2, "gone")
+        assert call(lost.part.f) == ("lost", 5)
+        import stuck
+        os.remove("stuck.py")
+        error = clupy.parallel(lambda: stuck.lock)().exception(30)
+        assert isinstance(error, ModuleNotFoundError) and "cannot be read by its client" in str(error), error
+        """, {"quick.py": "def f(): return 'compiled'\nclass C: pass\n", "package/__init__.py": "",
+              "package/part.py": "def f(): return 'compiled'\n", "stuck.py": "import threading\nlock = threading.Lock()\n",
+              "gone.py": "import json\nstate = []\ndef count():\n    state.append(0)\n    return len(state)\n"
+                         "def get(): return state\nclass C:\n    def json(self, text): return json.loads(text)\n",
+              "lost/__init__.py": "name = 'lost'\n", "lost/part.py": "import lost\ndef f(): return lost.name, 5\n"},
+        **{"CLUPY_MASTER": request.getfixturevalue("cluster").address} if master == "a cluster" else {})
+
+
+@pytest.mark.parametrize("master", ["embedded", "a cluster"])
+def test_submodules_that_were_imported_here_are_found_through_their_package_there(tmp_path, request, master):
+    tell(tmp_path / "client", """
+        import concurrent.futures, functools, json.tool, types, urllib.robotparser, wsgiref.headers, xml.dom.minidom
+        import indirect, mine.deep.leaf, pack
+        parse = "<a/>"
+        MODULES, TABLE, holder = [xml], {"mine": mine}, types.SimpleNamespace(mod=wsgiref)
+        class Holder:
+            mod = urllib
+            def names(self): return self.mod.robotparser.__name__, type(self).mod.robotparser.__name__
+        def through_a_list(): return MODULES[0].dom.minidom.parseString(parse).documentElement.tagName
+        def through_a_dict(): return TABLE["mine"].deep.leaf.value
+        def through_an_object(): return holder.mod.headers.__name__
+        def through_a_function(mod=json): return getattr(mod, "tool").__name__
+        assert call(through_a_list) == "a" and call(through_a_dict) == "leaf" and call(through_an_object) == "wsgiref.headers"
+        assert call(Holder().names) == ("urllib.robotparser",) * 2 and call(through_a_function) == "json.tool"
+        assert call(lambda module: module.deep.leaf.value, mine) == "leaf" and call(indirect.name) == "xml.dom.minidom"
+        assert call(functools.partial(getattr, concurrent), "futures").__name__ == "concurrent.futures"
+        def missing():
+            assert not hasattr(MODULES[0], "nothing") and not hasattr(mine, "nothing") and getattr(mine, "__all__", 3) == 3
+            return pack.own, hasattr(pack, "other"), mine.broken
+        error = clupy.parallel(missing)().exception(30)
+        assert type(error) is ModuleNotFoundError and error.name == "not_there", error
+        error = clupy.parallel(lambda: MODULES[0].nothing)().exception(30)
+        assert type(error) is AttributeError and str(error) == "module 'xml' has no attribute 'nothing'", error
+        """, {"mine/__init__.py": "", "mine/deep/__init__.py": "", "mine/deep/leaf.py": "value = 'leaf'\n",
+              "mine/broken.py": "import not_there\n",
+              "indirect.py": "import xml\ndef name(): return xml.dom.minidom.__name__\n",
+              "pack/__init__.py": "def __getattr__(name):\n    if name == 'own': return 1\n    raise AttributeError(name)\n"},
+        **{"CLUPY_MASTER": request.getfixturevalue("cluster").address} if master == "a cluster" else {})
 
 
 DATA = {
