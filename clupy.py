@@ -2528,7 +2528,9 @@ class BaseEngine:
     which a call makes calls (NestedCalls).  Any thread may call its methods."""
 
     closed = False                                # it takes no more calls
+    nested = False                                # it is a worker's, whose client alone is connected to a cluster
     settings = None                               # Settings of its own; None: it has none
+    executor = None                               # the other executor that runs its calls
     said = None                                   # {key: value} that a master said of Redis and ZooKeeper last
 
     def submit(self, call):
@@ -4178,18 +4180,23 @@ def connect(master=None, *, executor=None, config=None, **settings):
     master: "host", "host:port" or several with commas; None: that of clupy.client.yaml or CLUPY_MASTER, else one that
     answers on localhost, else the cores of this machine.  executor: a concurrent.futures.Executor that runs the calls
     instead, where `max`, `timeout` and `retries` do not apply.  config: a YAML file; settings: any key of it.  Returns
-    when the master has answered.
-    Raises ConfigurationError, SecretError, VersionMismatch, MasterUnreachable, or RuntimeError if connected already."""
+    when the master has answered.  Once more with the same settings does no harm, and in a worker it does nothing: modules
+    that connect may be imported there.
+    Raises ConfigurationError, SecretError, VersionMismatch, MasterUnreachable, or RuntimeError if connected otherwise."""
     global _engine
+    if _engine is not None and _engine.nested:
+        return
+    if executor is not None and not callable(getattr(executor, "submit", None)):
+        raise TypeError(f"executor must be a concurrent.futures.Executor, not {type(executor).__name__}")
+    wanted = read_settings("client", config, master=master, **settings) if executor is None else executor
     with _engine_lock:
-        if _engine is not None:
-            raise RuntimeError("this process is connected already; call clupy.close() first")
-        if executor is not None:
-            if not callable(getattr(executor, "submit", None)):
-                raise TypeError(f"executor must be a concurrent.futures.Executor, not {type(executor).__name__}")
-            _engine = ExecutorEngine(executor)
-            return
-        engine = _engine = _make_engine(read_settings("client", config, master=master, **settings))
+        if _engine is None:
+            _engine = _make_engine(wanted) if executor is None else ExecutorEngine(executor)
+        elif difference := _difference(_engine.executor or _engine.settings, wanted):
+            raise RuntimeError(f"this process is connected already, with {difference}; call clupy.close() first")
+        engine = _engine
+    if executor is not None:
+        return
     patience = engine.settings.patience
     joined = engine.joined.wait(min(UNSERVED_TIME, patience))
     if not joined and patience > UNSERVED_TIME:
@@ -4199,6 +4206,14 @@ def connect(master=None, *, executor=None, config=None, **settings):
         _engine = None
         engine.close()
         raise engine.fatal or engine.master_side.unreachable()
+
+
+def _difference(old, new):
+    """How what this process is connected with differs from what is wanted now, as a message says it; "": it does not."""
+    if not (isinstance(old, Settings) and isinstance(new, Settings)):
+        return "" if old is new else f"{old!r}, not {new!r}"
+    return ", ".join(f"{key}={masked(value)!r}, not {masked(getattr(new, key))!r}"
+                     for key, value in vars(old).items() if key != "given" and getattr(new, key) != value)
 
 
 def _make_engine(settings):
@@ -5882,10 +5897,12 @@ event = Event
 def close():
     """End this process's calls and give its slots back; returns when their last output was shown.
 
-    The next call connects anew."""
+    The next call connects anew.  In a worker nothing is closed but what its calls use: its client is connected."""
     global _engine, _known
     with _engine_lock:
-        engine, _engine, _known = _engine, None, None
+        engine = _engine
+        if engine is None or not engine.nested:
+            _engine = _known = None
     if engine is not None:
         engine.close()
     forget_served()

@@ -227,6 +227,9 @@ class _OwnFirst:
         return self.finder.find_spec(name, path) if first else None
 
 
+_importing = threading.local()      # name: the client's module that this thread runs the text of just now
+
+
 class _Loader:
     """What fills a module's namespace as the client said, under the client's file name."""
 
@@ -237,7 +240,11 @@ class _Loader:
         return None
 
     def exec_module(self, module):
-        self.run(vars(module))
+        before, _importing.name = getattr(_importing, "name", None), module.__name__
+        try:
+            self.run(vars(module))
+        finally:
+            _importing.name = before
         clupy.import_when_asked(list(vars(module).values()))       # as the program may have imported their submodules elsewhere
 
     def get_source(self, name):
@@ -783,6 +790,8 @@ def flush_output():
 class NestedCalls(clupy.BaseEngine):
     """The engine of calls inside calls: they go back over the slot to the client, which queues them newest first."""
 
+    nested = True
+
     def __init__(self, worker):
         self._worker = worker
         self._calls = {}                           # {number: call} without an outcome
@@ -791,6 +800,9 @@ class NestedCalls(clupy.BaseEngine):
         self._sending = threading.Lock()           # so that no call overtakes its function
 
     def submit(self, call):
+        if name := getattr(_importing, "name", None):        # else each worker that runs one makes all of them again
+            raise clupy.ClupyError(f"module {name!r} makes calls when it is imported, as it is in a worker now: put them under "
+                                   "if __name__ == '__main__':")
         worker, function = self._worker, call._function
         number = call._number = next(self._numbers)
         parent = worker.call_of_this_thread()

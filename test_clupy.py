@@ -3023,6 +3023,49 @@ def test_submodules_that_were_imported_here_are_found_through_their_package_ther
         **{"CLUPY_MASTER": request.getfixturevalue("cluster").address} if master == "a cluster" else {})
 
 
+@pytest.mark.parametrize("master", ["embedded", "a cluster"])
+def test_calls_that_a_module_makes_when_it_is_imported_are_refused_in_a_worker_with_the_advice(tmp_path, request, master):
+    options = {"CLUPY_MASTER": request.getfixturevalue("cluster").address} if master == "a cluster" else {}
+    calls = {"waits": "results = [clupy.parallel(work)(n) for n in range(20)]\nclupy.wait_all(results)\nresults[0].result()\n",
+             "asks": "print(clupy.parallel(work)(1).result(30))\n", "maps": "print(list(clupy.map(work, [1, 2])))\n",
+             "pools": "with clupy.Executor() as pool: print(pool.submit(work, 1).result(30))\n"}
+    files = {f"{name}.py": f"import clupy\ndef work(n): return n + 1\n{text}" for name, text in calls.items()}
+    files["top.py"] = ("import clupy\nclupy.connect(patience=50)\ndef inner(n): return n + 1\n"
+                       "def outer(n): return clupy.parallel(inner)(n).result()\nclupy.close()\n")
+    write_files(tmp_path / "client", files)
+    for name in calls:
+        done = run_script(tmp_path / "client", f"import {name}", check=False, timeout=30, **options)
+        advice = f"module '{name}' makes calls when it is imported, as it is in a worker now: put them under if __name__ == '__main__':"
+        assert done.returncode == 1 and advice in done.stderr and len(done.stderr.splitlines()) < 60, done.stderr
+    done = run_script(tmp_path / "client", """
+        import clupy, top
+        assert clupy.parallel(top.outer)(3).result(30) == 4 and clupy.parallel(top.outer)(4).result(30) == 5
+        """, **options)
+    assert not done.stderr
+
+
+@pytest.mark.parametrize("executor", [False, True])
+def test_a_second_connect_with_the_same_settings_is_the_same_cluster_and_another_names_both(executor):
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        first = {"executor": pool} if executor else {"slots": 1}
+        clupy.connect(**first)
+        engine = clupy._engine
+        clupy.connect(**first)
+        assert clupy._engine is engine and call(square, 3) == 9
+        with pytest.raises(RuntimeError, match="ThreadPool.* not Settings.*close" if executor else "with slots=1, not 2; .*close"):
+            clupy.connect(slots=2)
+        with pytest.raises(RuntimeError, match="ThreadPool.* not <.*ThreadPool" if executor else "Settings.* not <.*ThreadPool"):
+            clupy.connect(executor=concurrent.futures.ThreadPoolExecutor(1))
+        clupy.close()
+
+
+def test_the_first_call_connects_as_connect_does():
+    assert call(square, 3) == 9
+    engine = clupy._engine
+    clupy.connect()
+    assert clupy._engine is engine
+
+
 DATA = {
     "with_data/__init__.py": "",
     "with_data/table.txt": "1 2 3\n",
