@@ -1239,7 +1239,7 @@ def _by_value_pickler():
     """The class, made late: cloudpickle takes 16 ms to import."""
     class Pickler(cloudpickle.Pickler):
         dispatch_table = cloudpickle.Pickler.dispatch_table.new_child(
-            {functools._lru_cache_wrapper: _reduce_cached, types.CodeType: _reduce_code})
+            {functools._lru_cache_wrapper: _reduce_cached, types.CodeType: _reduce_code, types.ModuleType: _reduce_module})
 
         def reducer_override(self, obj):
             if type(obj) is types.FunctionType:
@@ -1332,6 +1332,38 @@ def _reduce_code(code):
     """With its file's name, which cloudpickle leaves out from 3.1.3 on: tracebacks show their lines by it."""
     _, arguments = cloudpickle.Pickler.dispatch_table[types.CodeType](code)
     return _make_code, (arguments, code.co_filename)
+
+
+def _reduce_module(module):
+    """By name, and so that submodules, which something imported here, are found there through their package."""
+    make, arguments = cloudpickle.Pickler.dispatch_table[types.ModuleType](module)
+    return (make, arguments) if len(arguments) > 1 else (_module, arguments)      # two: by value
+
+
+def _module(name):
+    module = importlib.import_module(name)
+    import_when_asked([module])
+    return module
+
+
+def import_when_asked(values):
+    """Let the packages among the values, and those in them, import a submodule when somebody asks them for it."""
+    for package in values:
+        if type(package) is types.ModuleType and "__path__" in vars(package) and "__getattr__" not in vars(package):
+            package.__getattr__ = functools.partial(_submodule, package.__name__)
+            import_when_asked(list(vars(package).values()))
+
+
+def _submodule(package, name):
+    missing, full_name = f"module {package!r} has no attribute {name!r}", f"{package}.{name}"
+    if name.startswith("__"):
+        raise AttributeError(missing)
+    try:
+        return _module(full_name)
+    except ModuleNotFoundError as error:
+        if error.name != full_name:
+            raise
+        raise AttributeError(missing) from None
 
 
 def _make_code(arguments, filename):
@@ -1882,15 +1914,33 @@ def _remember_line(filename, line, text):
 
 # ---- modules on demand
 
-_EVERY_SERVERS = sys.stdlib_module_names | {"clupy", "clupy_master", "clupy_server"}
+_CLUPY = {"clupy", "clupy_master", "clupy_server"}
+_EVERY_SERVERS = sys.stdlib_module_names | _CLUPY
+_OWN = "source", "namespace", "compiled", "value"           # kinds of answers that say that a module is the user's own
+MAX_FILE = 64 << 20               # bytes of a file beside a module; more is memory for every worker that asks for it
+_served_modules = {}    # {name: (its __spec__ here, or None; the last answer)} of own modules that workers were told of
 
 
 def own_modules():
-    """The user's own top-level modules that are imported, or run by -m: a worker asks for these first.  Never raises."""
+    """The user's own top-level modules that are imported, or run by -m, or would shadow one of the standard library's: a
+    worker asks for these first.  Never raises."""
     specs = {name: _spec_of(name) for name in list(sys.modules) if isinstance(name, str) and "." not in name}
+    for name in _shadowing() - specs.keys():
+        with contextlib.suppress(BaseException):  # a finder of the user's may raise anything
+            specs[name] = _spec(name, None)
     if (main := specs.get("__main__")) is not None:         # under the name by which it could be imported
         specs.setdefault(main.name.partition(".")[0], main)
     return frozenset(name for name, spec in specs.items() if _is_own(name, spec))
+
+
+def _shadowing():
+    """Names of standard modules that something outside the library folders has, too: a script's folder is searched first."""
+    found = set()
+    for folder in sys.path:
+        with contextlib.suppress(OSError, TypeError):       # there is none; an archive; anything that users put there
+            if not _is_library(os.path.join(folder, "any")):
+                found.update(entry.partition(".")[0] for entry in os.listdir(folder or "."))
+    return found & sys.stdlib_module_names
 
 
 def _spec_of(name):
@@ -1907,14 +1957,34 @@ def module_source(name, parent_path=None):
     """What a worker is told that lacks a module; parent_path: the __path__ of the package it is in.  One of
          ("source", text, file name, __path__ or None)      it is the user's own
          ("namespace", __path__)                            a folder without __init__.py
+         ("compiled", file name, stamp, why not, __path__)  own without source: for who has that file
+         ("value", payload, file name, __path__)            own, and its file is gone: the module's namespace
          ("library", distribution, version)                 installed here, but not sent
          ("refused", why)                                   own, but it has no source
          ("no",)                                            unknown here, or the standard library's
-    Nothing is imported or run, not even the parent.  Reads files; any thread may call; never raises."""
+    Nothing is imported or run, not even the parent.  As long as the program has a module as it was told, it is told the
+    same: all workers run one version.  Reads files; any thread may call; never raises."""
+    spec, (told_spec, told) = _spec_of(name), _served_modules.get(name, (None, None))
+    if spec is not None and spec is told_spec:
+        return told
     try:
-        return _module_source(name, parent_path)
+        answer = _module_source(name, parent_path)
     except BaseException as error:                # a finder or loader of the user's may raise anything
         return "refused", f"module {name!r} cannot be read by its client: {_line(error)}"
+    if answer[0] in _OWN:
+        _served_modules[name] = spec, answer
+    return answer
+
+
+def reloaded():
+    """Note which own modules the program has loaded anew since a worker was told of them, by importlib.reload or after a
+    failed import: each load gives a module another __spec__.  Whether one of them is another now."""
+    changed = False
+    for name, (spec, told) in list(_served_modules.items()):
+        now = _spec_of(name)
+        if now is not None and now is not spec:
+            changed |= module_source(name) != told
+    return changed
 
 
 def _module_source(name, parent_path):
@@ -1922,22 +1992,26 @@ def _module_source(name, parent_path):
     if spec is None and sys.modules.get(name) is not None:
         return "refused", (f"module {name!r} was made while its client ran, so it has no source to send: "
                            f"call cloudpickle.register_pickle_by_value(module) before the calls that use it")
-    if spec is None or not _places(spec) or is_every_servers(name):
+    if spec is None or not _places(spec):
         return ("no",)
     if not _is_own(name, spec):
-        return "library", *_distribution(name)
+        return ("no",) if is_every_servers(name) else ("library", *_distribution(name))
     if not spec.has_location:
         return "namespace", [place for place in _places(spec) if not _is_library(place)]
-    if hasattr(spec.loader, "get_source"):
-        text = spec.loader.get_source(spec.name)
-    else:                                         # pytest's
-        with io.open(spec.origin, "rb") as file:
-            text = importlib.util.decode_source(file.read())
+    path = None if spec.submodule_search_locations is None else list(spec.submodule_search_locations)
+    text, is_gone = None, name in sys.modules and not os.path.exists(spec.origin)
+    try:
+        text = _text(spec)
+    except (ImportError, OSError):
+        if not is_gone:
+            raise
+    if text is None and is_gone:
+        return "value", _module_payload(sys.modules[name]), spec.origin, path
     if text is None:
-        return "refused", (f"module {name!r} is compiled ({spec.origin}), and only source is sent: add its "
-                           f"project under `libraries:` in clupy.client.dependency.yaml")
-    path = spec.submodule_search_locations
-    return "source", text, spec.origin, None if path is None else list(path)
+        return "compiled", spec.origin, stamp(spec.origin), (
+            f"module {name!r} is compiled ({spec.origin}), and only source is sent: add its "
+            f"project under `libraries:` in clupy.client.dependency.yaml"), path
+    return "source", text, spec.origin, path
 
 
 def _spec(name, parent_path):
@@ -1963,14 +2037,90 @@ def _namespace(name, parent_path):
     return spec
 
 
+def _text(spec):
+    """The source of a module, or None: it is compiled."""
+    if hasattr(spec.loader, "get_source"):
+        return spec.loader.get_source(spec.name)
+    with io.open(spec.origin, "rb") as file:      # pytest's loader
+        return importlib.util.decode_source(file.read())
+
+
+def stamp(path):
+    """By which one knows the file of this path on another machine, or None: there is none."""
+    with contextlib.suppress(OSError):
+        found = os.stat(path)
+        return found.st_size, found.st_mtime_ns
+
+
+def _module_payload(module):
+    """The payload of a module's namespace, in which functions have the namespace of that module, where it arrives."""
+    class Pickler(_by_value_pickler()):
+        dispatch_table = _by_value_pickler().dispatch_table.new_child(
+            {types.ModuleType: lambda other: (_module, (other.__name__,))})       # its submodules, too
+
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.globals_ref[id(vars(module))] = _Globals(module.__name__)
+
+    with _payload_lock:                           # another thread may be about to unregister it
+        cloudpickle.register_pickle_by_value(module)
+        try:
+            return _dumps(Pickler, {name: value for name, value in vars(module).items() if not name.startswith("__")})
+        finally:
+            cloudpickle.unregister_pickle_by_value(module)
+
+
+_payload_lock = threading.Lock()
+
+
+class _Globals:
+    """Stands for the namespace of a module in what cloudpickle makes of functions."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def __reduce__(self):
+        return _module_globals, (self.name,)
+
+
+def _module_globals(name):
+    return vars(sys.modules[name])
+
+
+def package_file(path):
+    """What a worker is told of a file or folder beside a module: ("file", bytes), ("folder", names), ("absent", why) or
+    ("refused", why).  Only below the folders of own packages that workers were told of."""
+    real, size = os.path.realpath(path), (stamp(path) or [0])[0]
+    folders = {os.path.realpath(folder) for _, (*_, folders) in list(_served_modules.values()) for folder in folders or ()}
+    if not any(f"{real}{os.sep}".startswith(os.path.join(folder, "")) for folder in folders):
+        return "refused", (f"{path} is not on this worker, and only files in folders of the client's packages are sent there: "
+                           "pass what is in the file as an argument, or share() it")
+    if size > MAX_FILE and os.path.isfile(path):
+        return "refused", (f"{path} has {size >> 20} MiB, and at most {MAX_FILE >> 20} are sent of a file beside a module: "
+                           "share() what is in it")
+    return read_file(path)
+
+
+def read_file(path):
+    """What is in this file or folder here, as `package_file` says it."""
+    try:
+        if os.path.isdir(path):
+            return "folder", sorted(os.listdir(path))
+        with io.open(path, "rb") as file:
+            return "file", file.read()
+    except OSError as error:
+        return "absent", str(error)
+
+
 def is_every_servers(name):
-    """Whether the module is one of which every server has its own: the standard library's or CluPy's."""
+    """Whether every server has a module of this name: the standard library's or CluPy's."""
     return name.partition(".")[0] in _EVERY_SERVERS
 
 
 def _is_own(name, spec):
-    """Whether it is the user's own: a place of it, its file or a folder, is not where libraries are installed."""
-    if spec is None or name in _MAINS or is_every_servers(name):
+    """Whether it is the user's own: a place of it, its file or a folder, is not where libraries are installed.  Its name
+    says nothing: who has a module `secrets` here means that one, in a worker too."""
+    if spec is None or name in _MAINS or name in _CLUPY:
         return False
     try:
         return not all(_is_library(place) for place in _places(spec))
@@ -1991,7 +2141,7 @@ def _is_library(path):
 def _library_folders():
     """Where installed modules are, by plain and by real path.  An editable install is elsewhere: it is own."""
     folders = {sysconfig.get_path(kind) for kind in ("stdlib", "platstdlib", "purelib", "platlib")}
-    folders.update(site.getsitepackages(), [site.getusersitepackages()])
+    folders.update(site.getsitepackages(), [site.getusersitepackages(), os.path.dirname(os.__file__)])
     return tuple({os.path.join(form(folder), "")
                   for folder in folders for form in (os.path.abspath, os.path.realpath)})
 
@@ -2004,7 +2154,7 @@ def _distribution(name):
 
 
 # What a worker may ask its client for, by a function that is called in a thread that may block; Data adds "ref" and "release".
-FETCHES = {"module": module_source}
+FETCHES = {"module": module_source, "file": package_file}
 served = {}                                       # {name: buffers} of the Refs that this process shared without Redis
 
 
@@ -2437,7 +2587,9 @@ class BaseEngine:
     which a call makes calls (NestedCalls).  Any thread may call its methods."""
 
     closed = False                                # it takes no more calls
+    nested = False                                # it is a worker's, whose client alone is connected to a cluster
     settings = None                               # Settings of its own; None: it has none
+    executor = None                               # the other executor that runs its calls
     said = None                                   # {key: value} that a master said of Redis and ZooKeeper last
 
     def submit(self, call):
@@ -2798,6 +2950,7 @@ class Slot:
         self.children = {}                        # {number of a call here: {number there: nested call}}, all unfinished
         self.children_sent = 0                    # of these, how many are in slots
         self.functions = {}                       # {id: Function} of nested calls, as long as the worker knows them
+        self.modules = {}                         # {name: module_source's answer} of own modules that the worker may have
         self.pid = None                           # of the worker, once it is open
         self.transport = None
         self.recalled = None                      # "asked" for what it has not begun; "answered", and no result since
@@ -2919,7 +3072,13 @@ class Slot:
         except Exception as error:                # the asking worker must hear of it, whatever it is
             log.exception("cannot answer a worker that asked for %s %s", what, fields)
             answer = error.__class__.__name__ + ": " + str(error)
-        self.engine.soon(self.send, "fetched", request, answer)
+        self.engine.soon(self._fetched, request, what, fields, answer)
+
+    def _fetched(self, request, what, fields, answer):
+        if what == "module" and answer[0] in _OWN:
+            self.modules[fields[0]] = answer
+        self.send("fetched", request, answer)
+        self.engine.pool.leave_outdated([self])   # the program may have reloaded it just now
 
 
 @functools.cache
@@ -3508,6 +3667,12 @@ class Pool:
             self.leave(slot)
         self.balance()
 
+    def leave_outdated(self, slots):
+        """Of these, leave those whose worker has another version of an own module than the program."""
+        for slot in slots:
+            if any(_served_modules[name][1] != answer for name, answer in slot.modules.items()):
+                self.leave(slot)
+
     def leave(self, slot):
         """Give the slot back after the call that runs in it."""
         if slot.state <= OPEN:
@@ -3881,8 +4046,11 @@ class Engine(BaseEngine):
             self._awake = True
             self.loop.call_soon(self._pump)
         self.master_side.update_wanted()
-        if self.backlog.queued and not self.pool.slots():
-            self.pool.balance()                   # the last slot has ended, but not the share
+        changed = reloaded()                      # before these calls are sent: they want what the program has now
+        if changed:
+            self.pool.leave_outdated(self.pool.slots())
+        if self.backlog.queued and (changed or not self.pool.slots()):
+            self.pool.balance()                   # slots have ended, but not the share
         else:
             self.feeder.feed()
 
@@ -3969,18 +4137,23 @@ def connect(master=None, *, executor=None, config=None, **settings):
     master: "host", "host:port" or several with commas; None: that of clupy.client.yaml or CLUPY_MASTER, else one that
     answers on localhost, else the cores of this machine.  executor: a concurrent.futures.Executor that runs the calls
     instead, where `max`, `timeout` and `retries` do not apply.  config: a YAML file; settings: any key of it.  Returns
-    when the master has answered.
-    Raises ConfigurationError, SecretError, VersionMismatch, MasterUnreachable, or RuntimeError if connected already."""
+    when the master has answered.  Once more with the same settings does no harm, and in a worker it does nothing: modules
+    that connect may be imported there.
+    Raises ConfigurationError, SecretError, VersionMismatch, MasterUnreachable, or RuntimeError if connected otherwise."""
     global _engine
+    if _engine is not None and _engine.nested:
+        return
+    if executor is not None and not callable(getattr(executor, "submit", None)):
+        raise TypeError(f"executor must be a concurrent.futures.Executor, not {type(executor).__name__}")
+    wanted = read_settings("client", config, master=master, **settings) if executor is None else executor
     with _engine_lock:
-        if _engine is not None:
-            raise RuntimeError("this process is connected already; call clupy.close() first")
-        if executor is not None:
-            if not callable(getattr(executor, "submit", None)):
-                raise TypeError(f"executor must be a concurrent.futures.Executor, not {type(executor).__name__}")
-            _engine = ExecutorEngine(executor)
-            return
-        engine = _engine = _make_engine(read_settings("client", config, master=master, **settings))
+        if _engine is None:
+            _engine = _make_engine(wanted) if executor is None else ExecutorEngine(executor)
+        elif difference := _difference(_engine.executor or _engine.settings, wanted):
+            raise RuntimeError(f"this process is connected already, with {difference}; call clupy.close() first")
+        engine = _engine
+    if executor is not None:
+        return
     patience = engine.settings.patience
     joined = engine.joined.wait(min(UNSERVED_TIME, patience))
     if not joined and patience > UNSERVED_TIME:
@@ -3990,6 +4163,14 @@ def connect(master=None, *, executor=None, config=None, **settings):
         _engine = None
         engine.close()
         raise engine.fatal or engine.master_side.unreachable()
+
+
+def _difference(old, new):
+    """How what this process is connected with differs from what is wanted now, as a message says it; "": it does not."""
+    if not (isinstance(old, Settings) and isinstance(new, Settings)):
+        return "" if old is new else f"{old!r}, not {new!r}"
+    return ", ".join(f"{key}={masked(value)!r}, not {masked(getattr(new, key))!r}"
+                     for key, value in vars(old).items() if key != "given" and getattr(new, key) != value)
 
 
 def _make_engine(settings):
@@ -5787,7 +5968,7 @@ event = Event
 def close():
     """End this process's calls and give its slots back; returns when their last output was shown.
 
-    The next call connects anew."""
+    The next call connects anew.  In a worker nothing is closed but what its calls use: its client is connected."""
     _close(None)
 
 
@@ -5795,7 +5976,9 @@ def _close(successor):
     """successor: what is to run the calls that are made from now on; None: what the next call makes."""
     global _engine, _known
     with _engine_lock:
-        engine, _engine, _known = _engine, successor, None
+        engine = _engine
+        if engine is None or not engine.nested:
+            _engine, _known = successor, None
     if engine is not None:
         engine.close()
     forget_served()

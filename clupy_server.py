@@ -33,6 +33,7 @@ import faulthandler
 import fcntl
 import functools
 import importlib.machinery
+import importlib.util
 import json
 import linecache
 import logging
@@ -48,6 +49,7 @@ import sys
 import threading
 import time
 import traceback
+import types
 
 import clupy
 from clupy import (CONTROL, SLOT, DependencyError, ProtocolError, Why, dispatch, encode, pickling, proof,
@@ -118,18 +120,23 @@ class Finder:
     """The importer of the client's modules.  It stands twice on sys.meta_path: first for the client's own top-level modules,
     so that another version installed here is not taken, last for all others.
 
-    fetch(name, parent's __path__) -> clupy.module_source's answer; it blocks, and any thread may call it.  What it says is
-    kept for the life of the worker, "no" included: a module has one version per slot.  Never asked: for the standard
-    library, for submodules of packages that did not come from the client, and in a child that the call forked, as the
-    socket is its parent's.  A child of multiprocessing's spawn has no Finder: it sees only what is installed."""
+    fetch("module", name, parent's __path__) -> clupy.module_source's answer; it blocks, and any thread may call it.  What
+    it says holds for the call that asks, number(): what is missing or broken now may be there for the next.  Never asked:
+    for the standard library, for submodules of packages that did not come from the client, and in a child that the call
+    forked, as the socket is its parent's.  A child of multiprocessing's spawn has no Finder: it sees only what is installed."""
 
-    def __init__(self, fetch, own, server):
-        self.fetch, self.own, self.server = fetch, frozenset(own), server
+    def __init__(self, fetch, own, server, number):
+        self.fetch, self.own, self.server, self.number = fetch, frozenset(own), server, number
         self.pid = os.getpid()
-        self.answers = {}                          # {module's name: what the client said}; any importing thread adds
+        self.answers = {}                          # {module's name: (call, what the client said)}; any importing thread adds
         self.packages = set()                      # names of packages that came from the client; likewise
+        self.files = {}                            # {path there: bytes} of files beside modules; likewise
 
     def install(self):
+        shadowed = self.own & sys.stdlib_module_names
+        for name in list(sys.modules):             # this process may have imported the standard ones for itself
+            if name.partition(".")[0] in shadowed:
+                del sys.modules[name]
         sys.meta_path.insert(0, _OwnFirst(self))
         sys.meta_path.append(self)
 
@@ -139,27 +146,47 @@ class Finder:
         Does not raise for a missing module, as optional libraries are looked for with importlib.util.find_spec:
         clupy._missing_modules has the error's text."""
         parent = name.rpartition(".")[0]
-        if os.getpid() != self.pid or parent and parent not in self.packages or clupy.is_every_servers(name):
+        is_known = clupy.is_every_servers(name) and name.partition(".")[0] not in self.own
+        if os.getpid() != self.pid or parent and parent not in self.packages or is_known:
             return None
-        if name not in self.answers:
-            self.answers[name] = self.fetch(name, path and list(path))
-        kind, *answer = self.answers[name]
+        number = self.number()
+        asked, answer = self.answers.get(name, (None, None))
+        if asked != number:
+            answer = self.fetch("module", name, path and list(path))
+            self.answers[name] = number, answer
+            clupy._missing_modules.pop(name, None)
+        kind, *answer = answer
         return getattr(self, f"on_{kind}")(name, path, *answer)
 
     def on_source(self, name, path, text, filename, package_path):
         linecache.cache[filename] = len(text), None, text.splitlines(keepends=True), filename
-        spec = importlib.machinery.ModuleSpec(name, _Loader(text, filename), origin=filename)
-        spec.has_location = True                   # sets __file__
-        spec.submodule_search_locations = package_path
-        if package_path is not None:
-            self.packages.add(name)
-        return spec
+
+        def run(namespace):
+            exec(compile(text, filename, "exec", dont_inherit=True), namespace)
+        return self._spec(name, _Loader(self, run, text), package_path, filename)
+
+    def on_value(self, name, path, payload, filename, package_path):
+        def run(namespace):
+            namespace.update(unpack_call(payload))
+        return self._spec(name, _Loader(self, run), package_path, filename)
 
     def on_namespace(self, name, path, places):
         here = importlib.machinery.PathFinder.find_spec(name, path)     # parts of the package may be installed here
-        spec = importlib.machinery.ModuleSpec(name, None, is_package=True)
-        spec.submodule_search_locations = places + list(here.submodule_search_locations or () if here else ())
-        self.packages.add(name)
+        places = places + list(here.submodule_search_locations or () if here else ())
+        return self._spec(name, _Loader(self, lambda namespace: None), places)
+
+    def on_compiled(self, name, path, filename, stamp, why, package_path):
+        if clupy.stamp(filename) != stamp:         # not the client's machine, nor a folder that both have
+            return self.on_refused(name, path, why)
+        compiled = importlib.util.spec_from_file_location(name, filename)
+        return self._spec(name, compiled.loader, package_path, filename)
+
+    def _spec(self, name, loader, package_path, filename=None):
+        spec = importlib.machinery.ModuleSpec(name, loader, origin=filename)
+        spec.has_location = filename is not None   # sets __file__
+        spec.submodule_search_locations = package_path
+        if package_path is not None:
+            self.packages.add(name)
         return spec
 
     def on_library(self, name, path, distribution, version):
@@ -174,6 +201,24 @@ class Finder:
     def on_no(self, name, path):
         return None
 
+    def beside(self, path):
+        """clupy.package_file's answer of this path; what the client refuses may be found here, on the same machine."""
+        if path in self.files:
+            return "file", self.files[path]
+        answer = self.fetch("file", path) if os.getpid() == self.pid else ("refused", f"{path} is not in this forked process")
+        if answer[0] == "refused" and (here := clupy.read_file(path))[0] != "absent":
+            return here
+        if answer[0] == "file":
+            self.files[path] = answer[1]
+        return answer
+
+    def read(self, path):
+        """The bytes of a file beside a module.  Raises OSError."""
+        kind, content = self.beside(path)
+        if kind == "file":
+            return content
+        raise IsADirectoryError(path) if kind == "folder" else FileNotFoundError(content) if kind == "absent" else OSError(content)
+
 
 class _OwnFirst:
     """The Finder's first place on sys.meta_path: for the client's own modules alone."""
@@ -186,28 +231,88 @@ class _OwnFirst:
         return self.finder.find_spec(name, path) if first else None
 
 
-class _Loader:
-    """What runs the client's text under the client's file name."""
+_importing = threading.local()      # name: the client's module that this thread runs the text of just now
 
-    def __init__(self, text, filename):
-        self.text, self.filename = text, filename
+
+class _Loader:
+    """What fills a module's namespace as the client said, under the client's file name."""
+
+    def __init__(self, finder, run, text=None):
+        self.finder, self.run, self.text = finder, run, text
 
     def create_module(self, spec):
         return None
 
     def exec_module(self, module):
-        exec(compile(self.text, self.filename, "exec", dont_inherit=True), vars(module))
+        before, _importing.name = getattr(_importing, "name", None), module.__name__
+        try:
+            self.run(vars(module))
+        finally:
+            _importing.name = before
+        clupy.import_when_asked(list(vars(module).values()))       # as the program may have imported their submodules elsewhere
 
     def get_source(self, name):
         """The text, for inspect and linecache."""
         return self.text
 
     def get_data(self, path):
-        """Raise what pkgutil.get_data expects where there is no file, and importlib.resources before it reads one."""
-        raise OSError(f"{path} is not on this worker: of the client's modules only source is sent; pass what is in the "
-                      "file as an argument, or share() it")
+        """The bytes of a file beside the module, for pkgutil."""
+        return self.finder.read(path)
 
-    get_resource_reader = get_data
+    def get_resource_reader(self, name):
+        """Has `files()`, for importlib.resources."""
+        spec = sys.modules[name].__spec__
+        return types.SimpleNamespace(files=lambda: _Resource(
+            self.finder, spec.submodule_search_locations or [os.path.dirname(spec.origin)]))
+
+
+class _Resource:
+    """A file or folder beside a module of the client's, as importlib.resources wants it: a Traversable.
+
+    paths: where it is there; a namespace package has several folders."""
+
+    def __init__(self, finder, paths):
+        self._finder, self._paths = finder, paths
+        self.name = os.path.basename(paths[0])
+
+    def __fspath__(self):
+        return self._paths[0]                      # it can be opened by that where client and worker share a machine
+
+    __str__ = __fspath__
+
+    def __truediv__(self, name):
+        return self.joinpath(name)
+
+    def joinpath(self, *names):
+        return _Resource(self._finder, [os.path.join(path, *names) for path in self._paths])
+
+    def _found(self, kind):
+        """{path: what is in it} of those paths that are of this kind."""
+        answers = {path: self._finder.beside(path) for path in self._paths}
+        return {path: content for path, (found, content) in answers.items() if found == kind}
+
+    def is_file(self):
+        return bool(self._found("file"))
+
+    def is_dir(self):
+        return bool(self._found("folder"))
+
+    def iterdir(self):
+        names = [name for content in self._found("folder").values() for name in content]
+        return (self / name for name in dict.fromkeys(names))
+
+    def read_bytes(self):
+        for content in self._found("file").values():
+            return content
+        return self._finder.read(self._paths[0])   # raises
+
+    def read_text(self, *args, **options):
+        with self.open("r", *args, **options) as file:
+            return file.read()
+
+    def open(self, mode="r", *args, **options):
+        file = clupy.io.BytesIO(self.read_bytes())
+        return file if "b" in mode else clupy.io.TextIOWrapper(file, *args, **options)
 
 
 # ==== Worker: the process that runs calls ====================================
@@ -567,7 +672,7 @@ class Worker:
         self._bell.ring()
 
     def on_opening(self, _, own_modules):
-        Finder(functools.partial(self.fetch, "module"), own_modules, self.server).install()
+        Finder(self.fetch, own_modules, self.server, self.call_of_this_thread).install()
         self.send("opened", self.pid)
 
     def on_calls(self, _, items):
@@ -689,6 +794,8 @@ def flush_output():
 class NestedCalls(clupy.BaseEngine):
     """The engine of calls inside calls: they go back over the slot to the client, which queues them newest first."""
 
+    nested = True
+
     def __init__(self, worker):
         self._worker = worker
         self._calls = {}                           # {number: call} without an outcome
@@ -697,6 +804,9 @@ class NestedCalls(clupy.BaseEngine):
         self._sending = threading.Lock()           # so that no call overtakes its function
 
     def submit(self, call):
+        if name := getattr(_importing, "name", None):        # else each worker that runs one makes all of them again
+            raise clupy.ClupyError(f"module {name!r} makes calls when it is imported, as it is in a worker now: put them under "
+                                   "if __name__ == '__main__':")
         worker, function = self._worker, call._function
         number = call._number = next(self._numbers)
         parent = worker.call_of_this_thread()

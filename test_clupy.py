@@ -2936,7 +2936,7 @@ def test_what_the_client_need_not_be_asked_it_is_not_asked(tmp_path, asked):
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     clupy.connect(slots=1)
     assert call(imports) and call(imports) and call(fork) == 1
-    assert asked == ["nowhere"] and call(fork_and_get, [[clupy.share(1).unresolved()]]) == 2
+    assert asked == ["nowhere"] * 2 and call(fork_and_get, [[clupy.share(1).unresolved()]]) == 2
     cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
     try:
         assert call(printed, ValueError()) == "ValueError\n" and __name__ in asked    # though pytest loaded it
@@ -2955,6 +2955,29 @@ def test_a_program_run_by_dash_m_is_a_module_of_its_package(tmp_path):
         done = subprocess.run([sys.executable, "-m", name], cwd=tmp_path, env=environ(CLUPY_PORT=free_port()),
                               capture_output=True, text=True, timeout=60)
         assert done.stdout == says, done.stderr
+
+
+@pytest.mark.parametrize("master", ["embedded", "a cluster"])
+def test_who_shadows_a_standard_module_here_shadows_it_there(tmp_path, request, master):
+    names = "secrets", "statistics", "profile", "trace", "code", "calendar", "cmd", "this", "platform"
+    write_files(tmp_path / "client" / "sched", {"__init__.py": "mine = 'sched'\n", "part.py": "mine = 'part'\n"})
+    write_files(tmp_path / "client" / "wave", {"read.me": "a folder is no module"})
+    text = "mine = '{0}'\ndef name(): return mine\nimport sys\n"
+    text += "def python_version(): return sys.version.split()[0]\nsystem = node = python_implementation = machine = name\n"
+    tell(tmp_path / "client", """
+        import random, secrets, statistics, profile, code, calendar        # the others in calls alone
+        def mine(name): return importlib.import_module(name).mine
+        import importlib
+        for name in NAMES: assert call(mine, name) == name, name
+        assert call(lambda: (secrets.mine, calendar.mine)) == ("secrets", "calendar")
+        assert call(code.name) == "code" and call(mine, "sched") == "sched" and call(mine, "sched.part") == "part"
+        def standard():
+            import json.decoder, os, wave, types, typing
+            return random.randrange(1, 2), json.loads("3"), types is typing.types, bool(wave.open and os.fork)
+        assert call(standard) == (1, 3, True, True)
+        """.replace("NAMES", repr(names)),
+        {f"{name}.py": text.format(name) for name in names} | {"os.py": "1 / 0\n"},
+        **{"CLUPY_MASTER": request.getfixturevalue("cluster").address} if master == "a cluster" else {})
 
 
 def test_what_the_server_has_goes_behind_the_clients_own_and_a_library_that_it_lacks_is_named(tmp_path):
@@ -2989,6 +3012,7 @@ def test_a_module_that_cannot_be_sent_says_why_and_what_to_do(tmp_path, monkeypa
     made = types.ModuleType("made_by_hand")
     exec("def f(): return 5\nclass C: pass", vars(made))
     monkeypatch.setitem(sys.modules, "made_by_hand", made)
+    monkeypatch.setattr(clupy, "stamp", lambda path: (0, 0))        # as on another machine
     for func, words in ((lambda: __import__("fast"), "compiled .*fast.*clupy.client.dependency.yaml"),
                         (lambda: __import__("latin"), "cannot be read by its client: SyntaxError"),
                         (made.f, "cloudpickle.register_pickle_by_value")):
@@ -3002,17 +3026,162 @@ def test_a_module_that_cannot_be_sent_says_why_and_what_to_do(tmp_path, monkeypa
         cloudpickle.unregister_pickle_by_value(made)
 
 
-def test_data_files_beside_a_module_are_not_sent_and_the_error_says_so(tmp_path, monkeypatch):
-    def by_pkgutil():
-        return pkgutil.get_data("with_data", "table.txt")
+@pytest.mark.parametrize("master", ["embedded", "a cluster"])
+def test_a_module_without_source_runs_where_its_file_is_and_by_value_if_that_is_gone(tmp_path, request, master):
+    tell(tmp_path / "client", """
+        import importlib, importlib.util, os, py_compile, shutil
+        for name in "quick", "package/part":
+            py_compile.compile(name + ".py", name + ".pyc")
+            os.remove(name + ".py")
+        import package.part, quick
+        assert call(quick.f) == call(package.part.f) == "compiled" and type(call(quick.C)) is quick.C
+        assert call(lambda: quick.__file__) == quick.__file__
+        if spec := importlib.util.find_spec("xxlimited"):          # an extension of CPython's own tests
+            shutil.copy(spec.origin, os.path.basename(spec.origin))
+            assert call(lambda: importlib.import_module("xxlimited").foo(2, 3)) == 5
 
-    def by_resources():
-        return importlib.resources.files("with_data").joinpath("table.txt").read_text()
-    write_files(tmp_path, {"with_data/__init__.py": "", "with_data/table.txt": "1 2 3\n"})
-    monkeypatch.syspath_prepend(tmp_path)
-    for func in by_pkgutil, by_resources:
-        with pytest.raises(OSError, match="with_data.*only source"):
-            call(func)
+        import gone, lost.part
+        shutil.rmtree("lost")
+        shutil.rmtree("__pycache__")
+        os.remove("gone.py")
+        assert call(gone.count) == 1 and type(call(gone.C)) is gone.C and call(type, gone.C()) is gone.C
+        def twice():
+            gone.count(), gone.count()
+            return gone.state == [0] * 2 + gone.state[2:], gone.state is gone.get(), gone.C().json('2'), gone.__name__
+        assert call(twice) == (True, True, 2, "gone")
+        assert call(lost.part.f) == ("lost", 5)
+        import stuck
+        os.remove("stuck.py")
+        error = clupy.parallel(lambda: stuck.lock)().exception(30)
+        assert isinstance(error, ModuleNotFoundError) and "cannot be read by its client" in str(error), error
+        """, {"quick.py": "def f(): return 'compiled'\nclass C: pass\n", "package/__init__.py": "",
+              "package/part.py": "def f(): return 'compiled'\n", "stuck.py": "import threading\nlock = threading.Lock()\n",
+              "gone.py": "import json\nstate = []\ndef count():\n    state.append(0)\n    return len(state)\n"
+                         "def get(): return state\nclass C:\n    def json(self, text): return json.loads(text)\n",
+              "lost/__init__.py": "name = 'lost'\n", "lost/part.py": "import lost\ndef f(): return lost.name, 5\n"},
+        **{"CLUPY_MASTER": request.getfixturevalue("cluster").address} if master == "a cluster" else {})
+
+
+@pytest.mark.parametrize("master", ["embedded", "a cluster"])
+def test_submodules_that_were_imported_here_are_found_through_their_package_there(tmp_path, request, master):
+    tell(tmp_path / "client", """
+        import concurrent.futures, functools, json.tool, types, urllib.robotparser, wsgiref.headers, xml.dom.minidom
+        import indirect, mine.deep.leaf, pack
+        parse = "<a/>"
+        MODULES, TABLE, holder = [xml], {"mine": mine}, types.SimpleNamespace(mod=wsgiref)
+        class Holder:
+            mod = urllib
+            def names(self): return self.mod.robotparser.__name__, type(self).mod.robotparser.__name__
+        def through_a_list(): return MODULES[0].dom.minidom.parseString(parse).documentElement.tagName
+        def through_a_dict(): return TABLE["mine"].deep.leaf.value
+        def through_an_object(): return holder.mod.headers.__name__
+        def through_a_function(mod=json): return getattr(mod, "tool").__name__
+        assert call(through_a_list) == "a" and call(through_a_dict) == "leaf" and call(through_an_object) == "wsgiref.headers"
+        assert call(Holder().names) == ("urllib.robotparser",) * 2 and call(through_a_function) == "json.tool"
+        assert call(lambda module: module.deep.leaf.value, mine) == "leaf" and call(indirect.name) == "xml.dom.minidom"
+        assert call(functools.partial(getattr, concurrent), "futures").__name__ == "concurrent.futures"
+        def missing():
+            assert not hasattr(MODULES[0], "nothing") and not hasattr(mine, "nothing") and getattr(mine, "__all__", 3) == 3
+            return pack.own, hasattr(pack, "other"), mine.broken
+        error = clupy.parallel(missing)().exception(30)
+        assert type(error) is ModuleNotFoundError and error.name == "not_there", error
+        error = clupy.parallel(lambda: MODULES[0].nothing)().exception(30)
+        assert type(error) is AttributeError and str(error) == "module 'xml' has no attribute 'nothing'", error
+        """, {"mine/__init__.py": "", "mine/deep/__init__.py": "", "mine/deep/leaf.py": "value = 'leaf'\n",
+              "mine/broken.py": "import not_there\n",
+              "indirect.py": "import xml\ndef name(): return xml.dom.minidom.__name__\n",
+              "pack/__init__.py": "def __getattr__(name):\n    if name == 'own': return 1\n    raise AttributeError(name)\n"},
+        **{"CLUPY_MASTER": request.getfixturevalue("cluster").address} if master == "a cluster" else {})
+
+
+@pytest.mark.parametrize("master", ["embedded", "a cluster"])
+def test_calls_that_a_module_makes_when_it_is_imported_are_refused_in_a_worker_with_the_advice(tmp_path, request, master):
+    options = {"CLUPY_MASTER": request.getfixturevalue("cluster").address} if master == "a cluster" else {}
+    calls = {"waits": "results = [clupy.parallel(work)(n) for n in range(20)]\nclupy.wait_all(results)\nresults[0].result()\n",
+             "asks": "print(clupy.parallel(work)(1).result(30))\n", "maps": "print(list(clupy.map(work, [1, 2])))\n",
+             "pools": "with clupy.Executor() as pool: print(pool.submit(work, 1).result(30))\n"}
+    files = {f"{name}.py": f"import clupy\ndef work(n): return n + 1\n{text}" for name, text in calls.items()}
+    files["top.py"] = ("import clupy\nclupy.connect(patience=50)\ndef inner(n): return n + 1\n"
+                       "def outer(n): return clupy.parallel(inner)(n).result()\nclupy.close()\n")
+    write_files(tmp_path / "client", files)
+    for name in calls:
+        done = run_script(tmp_path / "client", f"import {name}", check=False, timeout=30, **options)
+        advice = f"module '{name}' makes calls when it is imported, as it is in a worker now: put them under if __name__ == '__main__':"
+        assert done.returncode == 1 and advice in done.stderr and len(done.stderr.splitlines()) < 60, done.stderr
+    done = run_script(tmp_path / "client", """
+        import clupy, top
+        assert clupy.parallel(top.outer)(3).result(30) == 4 and clupy.parallel(top.outer)(4).result(30) == 5
+        """, **options)
+    assert not done.stderr
+
+
+@pytest.mark.parametrize("executor", [False, True])
+def test_a_second_connect_with_the_same_settings_is_the_same_cluster_and_another_names_both(executor):
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        first = {"executor": pool} if executor else {"slots": 1}
+        clupy.connect(**first)
+        engine = clupy._engine
+        clupy.connect(**first)
+        assert clupy._engine is engine and call(square, 3) == 9
+        with pytest.raises(RuntimeError, match="ThreadPool.* not Settings.*close" if executor else "with slots=1, not 2; .*close"):
+            clupy.connect(slots=2)
+        with pytest.raises(RuntimeError, match="ThreadPool.* not <.*ThreadPool" if executor else "Settings.* not <.*ThreadPool"):
+            clupy.connect(executor=concurrent.futures.ThreadPoolExecutor(1))
+        clupy.close()
+
+
+def test_the_first_call_connects_as_connect_does():
+    assert call(square, 3) == 9
+    engine = clupy._engine
+    clupy.connect()
+    assert clupy._engine is engine
+
+
+DATA = {
+    "with_data/__init__.py": "",
+    "with_data/table.txt": "1 2 3\n",
+    "with_data/deep/more.txt": "caf\xe9",
+    "spread/part.txt": "a part",
+    "single.py": "",
+    "beside.txt": "beside",
+    "secret.txt": "no",
+}
+
+
+@pytest.mark.parametrize("master", ["embedded", "a cluster"])
+def test_files_beside_a_module_are_there_where_it_is(tmp_path, request, master):
+    tell(tmp_path / "client", """
+        import importlib.resources, os, pkgutil
+        read, package_file = [], clupy.FETCHES["file"]
+        clupy.FETCHES["file"] = lambda path: read.append(os.path.relpath(path)) or package_file(path)
+        if "CLUPY_MASTER" not in os.environ: clupy.connect(slots=1)
+        def data(name): return pkgutil.get_data("with_data", name)
+        def text(name): return importlib.resources.files("with_data").joinpath(name).read_text("utf-8")
+        def rest():
+            files = importlib.resources.files("with_data")
+            with importlib.resources.as_file(files / "table.txt") as path, open(path) as file: lines = file.readlines()
+            with (files / "deep" / "more.txt").open("rb") as file: more = file.read()
+            found = {one.name: one.is_dir() for one in files.iterdir() if not one.name.startswith("_")}
+            return lines, more.decode(), found, (files / "nothing").is_file(), importlib.resources.read_text("with_data", "table.txt")
+        assert call(data, "table.txt") == b"1 2 3\\n"
+        assert call(text, "table.txt") == "1 2 3\\n" and call(text, "deep/more.txt") == "caf\xe9"
+        assert call(rest) == (["1 2 3\\n"], "caf\xe9", {"table.txt": False, "deep": True}, False, "1 2 3\\n")
+        assert call(lambda: importlib.resources.files("spread").joinpath("part.txt").read_text()) == "a part"
+        assert read.count("with_data/table.txt") <= 1 + ("CLUPY_MASTER" in os.environ), read       # once for each worker
+        for name in "nothing", "deep":
+            assert isinstance(clupy.parallel(data)(name).exception(30), OSError)
+        assert type(clupy.parallel(text)("nothing").exception(30)) is FileNotFoundError
+        # of what is below no package: whatever is there by its path
+        assert call(pkgutil.get_data, "single", "beside.txt") == b"beside"
+        assert clupy.FETCHES["file"](os.path.abspath("with_data/../secret.txt"))[0] == "refused"
+        os.symlink(os.path.abspath("secret.txt"), "with_data/link.txt")
+        assert clupy.FETCHES["file"](os.path.abspath("with_data/link.txt"))[0] == "refused"
+        with open("with_data/large", "wb") as file: file.truncate((64 << 20) + 1)
+        kind, why = clupy.FETCHES["file"](os.path.abspath("with_data/large"))
+        assert kind == "refused" and "large has 64 MiB" in why and "share()" in why
+        with open("with_data/large", "wb") as file: file.truncate(40 << 20)
+        assert call(lambda: len(pkgutil.get_data("with_data", "large"))) == 40 << 20
+        """, DATA, **{"CLUPY_MASTER": request.getfixturevalue("cluster").address} if master == "a cluster" else {})
 
 
 def test_a_traceback_shows_the_served_lines_even_if_the_file_was_edited_since(tmp_path):
@@ -3026,6 +3195,58 @@ def test_a_traceback_shows_the_served_lines_even_if_the_file_was_edited_since(tm
             open("broken.py", "w").write("# other\\n" * 5)
         assert call(inspect.getsource, broken.f).splitlines()[0] == "def f():"
         """, {"broken.py": "def f():\n    raise ValueError('broken')\n"})
+
+
+@pytest.mark.parametrize("master", ["embedded", "a cluster"])
+def test_a_call_runs_the_modules_as_the_program_has_them_now(tmp_path, request, master):
+    address = request.getfixturevalue("cluster").address if master == "a cluster" else ""
+    tell(tmp_path / "client", """
+        import importlib, os, sys, time, types
+        import model, user                             # user imports model
+        clupy.connect(**({"master": os.environ["MASTER"]} if os.environ["MASTER"] else {"slots": 2}))
+        def write(name, text):
+            time.sleep(0.01)                           # a file of the same second and size is taken for the one before
+            with open(name + ".py", "w") as file: file.write(text)
+            os.utime(name + ".py", ns=(time.time_ns(), time.time_ns() + next(later)))
+        later = iter(range(2 * 10**9, 10**12, 2 * 10**9))
+        def both(): return model.f(), user.g(), os.getpid()
+        def slowly():
+            time.sleep(1)
+            return model.f()
+        one = call(both)
+        assert one[:2] == (1, 1)
+        running = [clupy.parallel(slowly)() for _ in range(2)]
+        while not all(future.running() for future in running): time.sleep(0.01)
+        write("model", "def f(): return 2\\n")
+        importlib.reload(model)
+        assert call(both)[:2] == (2, 2) and call(model.f) == 2
+        assert all(future.result(30) in (1, 2) for future in running) and running[0].result() == 1
+        pids = {call(both)[2] for _ in range(5)}
+        importlib.reload(model)                        # nothing changed: nobody is renewed
+        assert call(both)[2] in pids and one[2] not in pids
+        write("model", "def f(): return 3\\n")
+        del sys.modules["model"]
+        import model
+        assert call(both)[:2] == (3, 3)
+        old = model.f                                  # as %autoreload 2 does
+        write("model", "def f(): return 4\\n")
+        old.__code__ = importlib.reload(model).f.__code__
+        model.f = old
+        assert call(both)[:2] == (4, 4) and call(old) == 4
+        # a module that cannot be imported, until its file is mended: imported here, in calls alone, or not there at first
+        def late(name): return importlib.import_module(name).value
+        write("broken", "value = \\n")
+        assert type(clupy.parallel(late)("broken").exception(30)) is SyntaxError
+        write("broken", "value = 5\\n")
+        assert call(late, "broken") == 5
+        assert type(clupy.parallel(late)("missing").exception(30)) is ModuleNotFoundError
+        write("missing", "value = 1 / 0\\n")
+        importlib.invalidate_caches()
+        assert type(clupy.parallel(late)("missing").exception(30)) is ZeroDivisionError
+        write("missing", "value = 6\\n")
+        import missing
+        assert call(late, "missing") == 6 and call(lambda: missing.value) == 6
+        """, {"model.py": "def f(): return 1\n", "user.py": "import model\ndef g(): return model.f()\n"}, MASTER=address)
 
 
 def test_looking_for_a_module_imports_nothing(tmp_path, monkeypatch):
