@@ -47,6 +47,7 @@ import sys
 import threading
 import time
 import traceback
+import types
 
 import clupy
 from clupy import (CONTROL, SLOT, DependencyError, ProtocolError, Why, dispatch, encode, pickling, proof,
@@ -204,6 +205,24 @@ class _Loader:
                       "file as an argument, or share() it")
 
     get_resource_reader = get_data
+
+
+def use_script(fetch):
+    """Have this process's `__main__` ask the client for names that it lacks: for `from __main__ import x`, and pickles that
+    name the script's classes.  fetch(name) -> clupy.script_value's answer.  Not asked for names like __file__, and, as the
+    socket is its parent's, in a child that the call forked."""
+    pid = os.getpid()
+
+    class Main(types.ModuleType):
+        def __getattr__(self, name):
+            answer = None
+            if os.getpid() == pid and not (name.startswith("__") and name.endswith("__")):
+                answer = fetch(name)
+            if answer is None or type(answer) is str:
+                raise AttributeError(": ".join(filter(None, [f"module '__main__' has no attribute {name!r}", answer])))
+            unpack_call(answer)
+            return vars(self)[name]
+    sys.modules["__main__"].__class__ = Main
 
 
 # ==== Worker: the process that runs calls ====================================
@@ -394,6 +413,7 @@ class Worker:
         self.client = given["client"]
         clupy.use_client(self.client, functools.partial(self.send, "serve"), self.fetch)
         clupy._note_session = self._note_session
+        clupy._sender = f"{self.server} {self.pid}"
         clupy._engine = self.nested
         follow_threads(self)
         if given["tls"]:
@@ -564,6 +584,7 @@ class Worker:
 
     def on_opening(self, _, own_modules):
         Finder(functools.partial(self.fetch, "module"), own_modules, self.server).install()
+        use_script(functools.partial(self.fetch, "main"))
         self.send("opened", self.pid)
 
     def on_calls(self, _, items):
