@@ -1124,6 +1124,7 @@ class _Pickling(threading.local):
     refs = None         # the Refs that were met so far, where somebody wants to know
     resolve = False     # the arguments of a call: a Ref among them arrives as its value
     of_client = False   # in a worker: what its client sent, so that the classes in it are the client's
+    marks = None        # {name: its _Mark} of the script's names in it, where somebody wants to know
 
 
 pickling = _Pickling()
@@ -1241,19 +1242,223 @@ def _by_value_pickler():
         dispatch_table = cloudpickle.Pickler.dispatch_table.new_child(
             {functools._lru_cache_wrapper: _reduce_cached, types.CodeType: _reduce_code, types.ModuleType: _reduce_module})
 
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.namespace = None                 # the _Namespace of the script's functions in this pickle
+            self.named = {}                       # {name: mark} of the script's names whose values are in it
+
         def reducer_override(self, obj):
-            if type(obj) is types.FunctionType:
-                if _is_wrapped(obj):
-                    return getattr, (_named(obj), "func")
-                if _named(obj) is not obj:        # it goes by value
-                    obj = _readable(obj)
+            if type(obj) is types.FunctionType and (found := _named(obj)) is not obj:
+                if _wraps(found, obj):
+                    return getattr, (found, "func")
+                obj = _readable(obj)
+                if obj.__globals__ is _script():
+                    return self.scripts_function(obj)
             reduced = super().reducer_override(obj)
             if reduced is not NotImplemented and isinstance(obj, type):
                 _keep(obj)
+                if len(reduced) == 6 and (_script() or {}).get(obj.__qualname__) is obj:
+                    return *reduced[:2], (reduced[2], reduced[5]), None, None, _set_class
             if reduced is not NotImplemented and type(obj) is types.FunctionType and pickling.resolve:
                 _leave_refs(reduced[2][1])
             return reduced
+
+        def scripts_function(self, func):
+            """What cloudpickle makes of it, but with the worker's `__main__` for its globals."""
+            with _marks_lock:                     # what it reads is what is marked
+                _, (code, base, *others), state, *_ = super().reducer_override(func)
+                values = state[1]["__globals__"]
+                own, marks = self.marks(func, values)
+            if pickling.resolve:
+                _leave_refs(state[1])
+            state[1]["__globals__"] = {}
+            self.namespace = self.namespace or _Namespace(base)
+            names = {name: (values[name], mark) for name, mark in marks.items()}
+            return _make_function, (own, code, self.namespace, *others), (own, state, names), None, None, _set_function
+
+        def marks(self, func, values):
+            """((func's own name, its mark) or None, {name: mark} of what it brings that is not in this pickle yet); adds to
+            values, which are its globals."""
+            script, own = _script(), func.__qualname__
+            if script.get(own) is func:
+                values[own] = func
+            for name in _names_in_texts(func):
+                with contextlib.suppress(Exception):      # it cannot be pickled, and may well not be meant
+                    _mark(name, script[name])
+                    values[name] = script[name]
+            new = {name: _mark(name, value) for name, value in values.items() if name not in self.named}
+            self.named.update(new)
+            return (own, self.named[own]) if script.get(own) is func else None, new
     return Pickler
+
+
+# ---- the script's names
+# What a script (or notebook, or `python -c`) defines lives, in a worker, in one namespace: its `__main__`.  So what an
+# initializer or a call puts there is what the next call finds, as in a process pool.  A function brings the names that it
+# uses, each with a mark: who sent it, and a number that grows when its value is another than when it was sent last.
+#
+#      a name is set in a worker if its number is higher than any that this sender has set there.
+#
+# So what the program changed wins, what it did not change stays as calls have left it, and a version of a function that was
+# captured earlier sees the newest values, too.  A nested call sends what the program sent under the program's mark, and
+# under its worker's own only what was bound anew there.
+
+class _Mark:
+    """Of the value that a name of the script had last."""
+
+    def __init__(self, parts, digest, sender, number):
+        self.parts = parts                        # of the value, see _parts_of; what came from another process: [the value]
+        self.digest = digest                      # content_id of its pickle; None: it came from another process
+        self.sent = sender, number                # what travels
+
+    def is_of(self, value):
+        """Whether it can be seen, without a pickle, that this is the value still."""
+        parts = [value] if self.digest is None else _parts_of(value)
+        return (None not in (parts, self.parts) and len(parts) == len(self.parts)
+                and all(now is then for now, then in zip(parts, self.parts)))
+
+
+_marks = {}                                       # {name: _Mark}, changed under the lock
+_marks_lock = threading.RLock()                   # also while a value is read: a user's __reduce__ may run
+_numbers = iter(range(1, 1 << 62))                # ... of marks that are made here
+_sender = ""                                      # who makes them: the program, or the worker that says so
+_came = {}                                        # in a worker: {(name, sender): the number that it was set with last}
+_NOT_SENT = {"__name__", "__builtins__", "__spec__", "__loader__"}          # a module's own
+
+
+def _script():
+    """The namespace of `__main__`, or None: a program may have removed it."""
+    return getattr(sys.modules.get("__main__"), "__dict__", None)
+
+
+def _mark(name, value):
+    """(sender, number) of a name of the script that has this value now.  The lock is held."""
+    mark = _marks.get(name)
+    if mark is None or not mark.is_of(value):
+        digest = content_id(_noting_refs(_pack, value, _mark_pickler, False)[0])
+        if mark is None or mark.digest != digest:
+            mark = _marks[name] = _Mark(_parts_of(value), digest, _sender, next(_numbers))
+    if pickling.marks is not None:
+        pickling.marks[name] = mark
+    return mark.sent
+
+
+def _parts_of(value):
+    """The objects that a value consists of, which is the same while they are; None: it may change unseen."""
+    if type(value) in _CONSTANTS or type(value) in _FIXED:
+        return [value]
+    if type(value) is tuple:
+        inner = value
+    elif type(value) is types.FunctionType and not (value.__closure__ or value.__kwdefaults__ or vars(value)):
+        inner = value.__code__, *(value.__defaults__ or ())
+    elif type(value) is type and value.__module__ in _MAINS:
+        inner = *value.__bases__, *vars(value).values()
+    else:
+        return [value] if _named(value) is value else None
+    parts = [value]
+    for thing in inner:
+        more = _parts_of(thing)
+        if more is None:
+            return None
+        parts += more
+    return parts
+
+
+_FIXED = {types.ModuleType, types.CodeType, types.GetSetDescriptorType, types.MemberDescriptorType}
+
+
+@functools.cache
+def _mark_pickler():
+    """Its pickles have no names: each has a mark of its own."""
+    class Pickler(_by_value_pickler()):
+        def marks(self, func, values):
+            return None, {}
+    return Pickler
+
+
+class _Namespace:
+    """Pickles as the globals of the script's functions; base: names that a module needs for its imports."""
+
+    def __init__(self, base):
+        self.base = base
+
+    def __reduce__(self):
+        return _script_globals, (self.base,)
+
+
+def _script_globals(base):
+    """A worker's `__main__`.  For functions that come as results or shared values, and in another Executor's process, a
+    namespace of their own."""
+    if not pickling.of_client:
+        return {**base, "__builtins__": __builtins__}
+    script = _script()
+    script["__package__"] = base.get("__package__")
+    return script
+
+
+def _make_function(own, code, namespace, *others):
+    """A function of the script; own: its (name, mark), if it can be found by its name."""
+    if own and namespace is _script() and _is_there(*own):
+        return namespace[own[0]]
+    return types.FunctionType(code, namespace, *others)
+
+
+def _set_function(func, state):
+    own, state, names = state
+    if not (own and func is (_script() or {}).get(own[0])):        # else it came before, and has what calls made of it
+        _class_tracker()._function_setstate(func, state)
+    _set_names(func.__globals__, names)
+
+
+def _is_there(name, sent):
+    """Whether the name has the value that it was given with this mark."""
+    mark = _marks.get(name)
+    return mark is not None and mark.sent == sent and mark.digest is None and mark.is_of(_script().get(name))
+
+
+def _set_names(namespace, names):
+    for name, (value, (sender, number)) in names.items():
+        if namespace is not _script():
+            namespace[name] = value
+        elif number > _came.get((name, sender), 0) and name not in _NOT_SENT:
+            namespace[name] = value
+            _came[name, sender] = number
+            _marks[name] = _Mark([value], None, sender, number)
+
+
+def _set_class(cls, state):
+    state, set_state = state
+    set_state(cls, state)
+    if pickling.of_client:
+        _script().setdefault(cls.__qualname__, cls)
+
+
+class _Name:
+    """Unpickled in a worker, it sets a name of the script there."""
+
+    def __init__(self, name, value):
+        with _marks_lock:
+            self.names = {name: (value, _mark(name, value))}
+
+    def __reduce__(self):
+        return _bring, (self.names,)
+
+
+def _bring(names):
+    _set_names(_script(), names)
+
+
+def script_value(name):
+    """What a worker is told whose `__main__` lacks a name: a payload that sets it there, a text why it cannot be sent, or
+    None.  Any thread may call."""
+    try:
+        value = getattr(sys.modules["__main__"], name)
+    except Exception:                             # there is none; a __getattr__ of the user's raises what it likes
+        return None
+    try:
+        return pack(_Name(name, value))
+    except Exception as error:                    # whatever a class of the user's raises while it is pickled
+        return f"{name!r} of the script, a {_type_name(type(value))}, cannot be pickled: {error}"
 
 
 def _contents(cell, otherwise):
@@ -1294,9 +1499,8 @@ def _named(obj):
         return None
 
 
-def _is_wrapped(func):
-    """Whether a module has a Wrapper under func's name: func goes as the `.func` of it, not by value."""
-    found = _named(func)
+def _wraps(found, func):
+    """Whether what is found under func's name is its Wrapper: func goes as the `.func` of it, not by value."""
     return isinstance(found, Wrapper) and found.func is func
 
 
@@ -1417,12 +1621,12 @@ def _type_name(cls):
 # find the class by the same id and set all its attributes to copies.  The tracker is private, so it is checked.
 
 def _class_tracker():
-    """cloudpickle's module with the tracker's three names.  Raises ClupyError if they are gone."""
+    """cloudpickle's module with its names that are used here.  Raises ClupyError if they are gone."""
     module = importlib.import_module("cloudpickle.cloudpickle")
-    for name in "_DYNAMIC_CLASS_TRACKER_BY_ID", "_get_or_create_tracker_id", "_lookup_class_or_track":
+    for name in "_DYNAMIC_CLASS_TRACKER_BY_ID", "_get_or_create_tracker_id", "_lookup_class_or_track", "_function_setstate":
         if not hasattr(module, name):
-            raise ClupyError(f"cloudpickle {cloudpickle.__version__} has no {name}, by which CluPy finds "
-                             f"the classes in results: install cloudpickle 3.1")
+            raise ClupyError(f"cloudpickle {cloudpickle.__version__} has no {name}, by which CluPy makes "
+                             f"functions and finds the classes in results: install cloudpickle 3.1")
     return module
 
 
@@ -1556,11 +1760,16 @@ def _capture(func):
     name = _function_name(func)
     reads = _reads(func)                          # first: what changes while it is pickled is seen by the next capture
     buffers = _Buffers(snapshot=False)
+    before, pickling.marks = pickling.marks, {}
     try:
         data, refs = _noting_refs(_dumps, _by_value_pickler(), func, buffers)
+        if reads is not None:                     # if a value was another meanwhile, the script's names have new marks
+            reads += [(_marks.get, name, None, mark) for name, mark in pickling.marks.items()]
     except Exception as error:                    # whatever a class of the user's raises while it is pickled
         raise pickle.PicklingError(f"{name} cannot be sent to a worker: {_culprit(_used(func), 'it')} cannot "
                                    f"be pickled: {error}") from error
+    finally:
+        pickling.marks = before
     views = [buffer.raw() for buffer in buffers]
     known = _captures.get(id(func))
     if known is not None and known[0] is func and _is_still(known[1].payload, data, views):
@@ -1645,7 +1854,7 @@ def _reads(func):
             todo += obj
         elif type(obj) in (types.GenericAlias, types.UnionType):    # list[int], int | None in annotations
             todo += getattr(obj, "__origin__", None), *obj.__args__
-        elif _named(obj) is obj or type(obj) is types.FunctionType and _is_wrapped(obj):
+        elif _named(obj) is obj or type(obj) is types.FunctionType and _wraps(_named(obj), obj):
             prefix, _, name = obj.__qualname__.rpartition(".")
             owner = sys.modules[obj.__module__]
             namespace = vars(operator.attrgetter(prefix)(owner) if prefix else owner)
@@ -1665,11 +1874,11 @@ def _function_reads(func, reads):
         reads.append((getattr, func, name, getattr(func, name)))
     reads.append((operator.eq, vars(func), {}, True))               # attributes go by value, and are seldom used
     kwonly = func.__code__.co_varnames[func.__code__.co_argcount:][:func.__code__.co_kwonlyargcount]
-    annotations = _readable(func).__annotations__
+    readable = _readable(func)
     used = [(_contents, cell, _ABSENT) for cell in func.__closure__ or ()]
-    for namespace, names in ((func.__globals__, _global_names(func.__code__)),
+    for namespace, names in ((func.__globals__, [*_global_names(func.__code__), *_names_in_texts(readable)]),
                              (func.__kwdefaults__ or {}, kwonly),
-                             (annotations, annotations)):
+                             (readable.__annotations__, readable.__annotations__)):
         used += [(namespace.get, name, _ABSENT) for name in names]
     values = [read(a, b) for read, a, b in used]
     reads += [(*what, value) for what, value in zip(used, values)]
@@ -1684,6 +1893,20 @@ def _global_names(code):
         if isinstance(constant, types.CodeType):
             names.update(dict.fromkeys(_global_names(constant)))
     return tuple(names)
+
+
+_LOOKS_UP = {"eval", "exec", "globals", "vars", "query"}     # what finds a global by a text; the last is pandas'
+
+
+def _names_in_texts(func):
+    """Names of the script in texts of a function of it: in annotations, and in constants if it may look names up in them."""
+    if func.__globals__ is not _script():
+        return []
+    texts = [text for text in func.__annotations__.values() if type(text) is str]
+    code = func.__code__
+    if not _LOOKS_UP.isdisjoint(code.co_names):
+        texts += [text for text in code.co_consts if type(text) is str]
+    return [name for text in texts for name in re.findall(r"[^\W\d]\w*", text) if name in func.__globals__]
 
 
 def _used(func):
@@ -2001,7 +2224,7 @@ def _module_source(name, parent_path):
     path = None if spec.submodule_search_locations is None else list(spec.submodule_search_locations)
     text, is_gone = None, name in sys.modules and not os.path.exists(spec.origin)
     try:
-        text = _text(spec)
+        text = _module_text(spec)
     except (ImportError, OSError):
         if not is_gone:
             raise
@@ -2037,7 +2260,7 @@ def _namespace(name, parent_path):
     return spec
 
 
-def _text(spec):
+def _module_text(spec):
     """The source of a module, or None: it is compiled."""
     if hasattr(spec.loader, "get_source"):
         return spec.loader.get_source(spec.name)
@@ -2154,7 +2377,7 @@ def _distribution(name):
 
 
 # What a worker may ask its client for, by a function that is called in a thread that may block; Data adds "ref" and "release".
-FETCHES = {"module": module_source, "file": package_file}
+FETCHES = {"module": module_source, "file": package_file, "main": script_value}
 served = {}                                       # {name: buffers} of the Refs that this process shared without Redis
 
 
@@ -6007,8 +6230,9 @@ def _end():
 
 def _after_fork():
     """In a forked child: the engines stay the parent's; the child gets one of its own when it makes a call."""
-    global _engine, _engines, _engine_lock, _capture_lock, _set_up_lock, failures, threads
+    global _engine, _engines, _engine_lock, _capture_lock, _marks_lock, _set_up_lock, failures, threads
     _engine_lock, _capture_lock, _set_up_lock = threading.Lock(), threading.Lock(), threading.Lock()
+    _marks_lock = threading.RLock()
     Future._condition, threads, failures = threading.Condition(), Threads(), Failures()
     for engine in {*_engines, *filter(None, [_engine])}:
         engine.abandon()

@@ -315,6 +315,24 @@ class _Resource:
         return file if "b" in mode else clupy.io.TextIOWrapper(file, *args, **options)
 
 
+def use_script(fetch):
+    """Have this process's `__main__` ask the client for names that it lacks: for `from __main__ import x`, and pickles that
+    name the script's classes.  fetch(name) -> clupy.script_value's answer.  Not asked for names like __file__, and, as the
+    socket is its parent's, in a child that the call forked."""
+    pid = os.getpid()
+
+    class Main(types.ModuleType):
+        def __getattr__(self, name):
+            answer = None
+            if os.getpid() == pid and not (name.startswith("__") and name.endswith("__")):
+                answer = fetch(name)
+            if answer is None or type(answer) is str:
+                raise AttributeError(": ".join(filter(None, [f"module '__main__' has no attribute {name!r}", answer])))
+            unpack_call(answer)
+            return vars(self)[name]
+    sys.modules["__main__"].__class__ = Main
+
+
 # ==== Worker: the process that runs calls ====================================
 # Started as `python -P -c BOOT fds`, so that nothing of the server's folder can be imported by accident and `__main__`
 # is clean.  It says "r" on its channel when it is warm, and waits there for one slot's socket.
@@ -503,6 +521,7 @@ class Worker:
         self.client = given["client"]
         clupy.use_client(self.client, functools.partial(self.send, "serve"), self.fetch)
         clupy._note_session = self._note_session
+        clupy._sender = f"{self.server} {self.pid}"
         clupy._engine = self.nested
         follow_threads(self)
         if given["tls"]:
@@ -673,6 +692,7 @@ class Worker:
 
     def on_opening(self, _, own_modules):
         Finder(self.fetch, own_modules, self.server, self.call_of_this_thread).install()
+        use_script(functools.partial(self.fetch, "main"))
         self.send("opened", self.pid)
 
     def on_calls(self, _, items):
