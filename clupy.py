@@ -73,11 +73,14 @@ if __name__ == "__main__":                    # `python -m clupy`: run the modul
     raise SystemExit(clupy.main())
 
 
+import abc
 import atexit
 import collections
 import concurrent.futures
 import contextlib
 import copy
+import copyreg
+import enum
 import errno
 import functools
 import heapq
@@ -1239,7 +1242,8 @@ def _by_value_pickler():
     """The class, made late: cloudpickle takes 16 ms to import."""
     class Pickler(cloudpickle.Pickler):
         dispatch_table = cloudpickle.Pickler.dispatch_table.new_child(
-            {functools._lru_cache_wrapper: _reduce_cached, types.CodeType: _reduce_code})
+            {functools._lru_cache_wrapper: _reduce_cached, functools.cached_property: _reduce_descriptor,
+             functools.singledispatchmethod: _reduce_descriptor, types.CodeType: _reduce_code})
 
         def reducer_override(self, obj):
             if type(obj) is types.FunctionType:
@@ -1248,9 +1252,14 @@ def _by_value_pickler():
                 if _named(obj) is not obj:        # it goes by value
                     obj = _readable(obj)
             reduced = super().reducer_override(obj)
-            if reduced is not NotImplemented and isinstance(obj, type):
+            if reduced is NotImplemented:
+                return _reduce_exception(obj) if isinstance(obj, BaseException) else reduced
+            if isinstance(obj, type):
                 _keep(obj)
-            if reduced is not NotImplemented and type(obj) is types.FunctionType and pickling.resolve:
+                return _reduce_class(obj, reduced)
+            if obj.__code__ is _DISPATCHED:
+                return _reduce_dispatched(obj)
+            if pickling.resolve:
                 _leave_refs(reduced[2][1])
             return reduced
     return Pickler
@@ -1325,6 +1334,33 @@ def _make_cached(func, parameters):
     return functools.lru_cache(**parameters)(func)
 
 
+def _reduce_descriptor(made):
+    """Without the lock that a cached_property has until Python 3.11, and the cache of a singledispatchmethod since 3.13."""
+    state = {name: value for name, value in vars(made).items() if name not in ("lock", "_method_cache")}
+    return type(made), (made.func,), state
+
+
+_DISPATCHED = functools.singledispatch(len).__code__       # which all functions that singledispatch makes have
+
+
+def _reduce_dispatched(func):
+    """What singledispatch made, whose cache of weak references cannot be pickled.  In two steps: its cases may call it."""
+    return _make_dispatched, (func.__name__,), dict(func.registry), None, None, _set_dispatched
+
+
+def _make_dispatched(name):
+    def case():
+        """Stands for the first one until that is there."""
+    case.__name__ = name                          # which the error for no argument says
+    return functools.singledispatch(case)
+
+
+def _set_dispatched(func, cases):
+    for cls, case in cases.items():
+        func.register(cls, case)
+    functools.update_wrapper(func, cases[object])
+
+
 def _reduce_code(code):
     """With its file's name, which cloudpickle leaves out from 3.1.3 on: tracebacks show their lines by it."""
     _, arguments = cloudpickle.Pickler.dispatch_table[types.CodeType](code)
@@ -1378,8 +1414,113 @@ def _type_name(cls):
     return name if module in ("builtins", *_MAINS) else f"{module}.{name}"
 
 
-# A class that came from the client goes back as the id that cloudpickle's tracker gave it.  By value, cloudpickle would
-# find the class by the same id and set all its attributes to copies.  The tracker is private, so it is checked.
+# ---- classes
+# A class statement does more than make a class: metaclass and __init_subclass__ enter it in registries, or want keywords;
+# an enum makes its members by __new__ and __init__, of arguments that it does not keep.  cloudpickle runs all that again.
+# Here a bare class is made without any of it, and what came of it the first time is set as the class's state.
+
+_OWN_DESCRIPTORS = types.MemberDescriptorType, types.GetSetDescriptorType      # of __slots__; of __dict__ and __weakref__
+
+
+def _reduce_class(cls, reduced):
+    """cloudpickle's reduction of a class, but for how it is made, and with its enum members as they are."""
+    in_c = any(type(vars(base).get("__new__")) is types.BuiltinMethodType for base in type(cls).__mro__[:-2])
+    if len(reduced) == 2 or in_c:                 # type(None) and such; metaclasses in C want to make their classes themselves
+        return reduced
+    _, (*_, tracker_id, _), (attributes, _), *_ = reduced
+    own, members = vars(cls), cls.__members__ if issubclass(cls, enum.Enum) else {}
+    namespace = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    namespace.update((name, value) for name, value in own.items() if name == "__dict__" and isinstance(value, property))
+    slots = [name for name, value in own.items() if type(value) in _OWN_DESCRIPTORS and value.__objclass__ is cls]
+    if "__slots__" in own:
+        namespace["__slots__"] = slots            # private ones have their class's name in front here
+    attributes = {name: value for name, value in attributes.items() if name not in slots and name not in members}
+    states = {name: object.__getstate__(member) for name, member in members.items()}
+    if members:
+        raw = [(name, member._value_, _new_arguments(member)) for name, member in members.items()]
+        make, how = _make_enum, (raw, getattr(cls, "_boundary_", None))
+    else:
+        make, how = _make_class, ()
+    arguments = tracker_id, type(cls), cls.__name__, cls.__bases__, namespace, *how
+    return make, arguments, (attributes, states), None, None, _set_class
+
+
+def _new_arguments(member):
+    """What the __new__ of an enum member's data type takes to make another, as pickle has it."""
+    make, arguments, *_ = object.__reduce_ex__(member, 2)
+    return arguments[1:] if make is copyreg.__newobj__ else arguments
+
+
+class _Made(Exception):
+    """Raised in type.__new__ when the class is whole, before __init_subclass__ is called."""
+    cls = None
+
+    def __set_name__(self, cls, name):
+        self.cls = cls
+        delattr(cls, name)
+        raise self
+
+
+def _tracked(make):
+    """make, but for a class that is here by the tracker's id."""
+    @functools.wraps(make)
+    def known_or_made(tracker_id, *arguments):
+        tracker = _class_tracker()
+        cls = tracker._DYNAMIC_CLASS_TRACKER_BY_ID.get(tracker_id)
+        return tracker._lookup_class_or_track(tracker_id, make(*arguments) if cls is None else cls)
+    return known_or_made
+
+
+@_tracked
+def _make_class(metaclass, name, bases, namespace):
+    made = _Made()
+    try:
+        type.__new__(metaclass, name, bases, {**namespace, "made": made})
+    except Exception:
+        if made.cls is None:
+            raise
+    if issubclass(metaclass, abc.ABCMeta):
+        abc._abc_init(made.cls)
+    return made.cls
+
+
+@_tracked
+def _make_enum(metaclass, name, bases, namespace, members, boundary):
+    todo = iter(members)
+
+    def new(cls, *_):
+        _, value, arguments = next(todo)
+        member = cls._member_type_.__new__(cls, *arguments)
+        member._value_ = value
+        return member
+    body = enum.EnumType.__prepare__(name, bases)
+    body |= {**namespace, "__new__": new, "__init__": lambda *_: None}
+    for member, value, _ in members:
+        body[member] = enum.member(value)
+    cls = enum.EnumType.__new__(metaclass, name, bases, body, boundary=boundary)
+    for attribute in {"__init__", "__new_member__"} & vars(cls).keys():      # the state has its own, if any
+        type.__delattr__(cls, attribute)
+    return cls
+
+
+def _set_class(cls, state):
+    attributes, members = state
+    for name, value in attributes.items():
+        if name == "_abc_impl":                   # the classes that were registered
+            for registered in value:
+                abc.ABCMeta.register(cls, registered)
+        else:
+            type.__setattr__(cls, name, value)    # a metaclass of the user's may forbid it
+    for name, values in members.items():
+        values, slots = values if type(values) is tuple else (values, {})
+        member = cls._member_map_[name]
+        vars(member).update(values or {})
+        for slot, value in slots.items():
+            object.__setattr__(member, slot, value)
+
+
+# A class that came from the client goes back as the id that cloudpickle's tracker gave it.  By value, all attributes of the
+# class that has this id there would be set to copies.  The tracker is private, so it is checked.
 
 def _class_tracker():
     """cloudpickle's module with the tracker's three names.  Raises ClupyError if they are gone."""
@@ -1405,6 +1546,8 @@ _client_classes = weakref.WeakSet()     # in a worker: classes and type variable
 
 def pack_result(value, name="the call"):
     """The payload of what `name` returned, its buffers not copied.  Raises PicklingError that says its type."""
+    if isinstance(value, BaseException):          # arrives as if it had been raised
+        return pack_exception(value)
     try:
         return pack(value, _result_pickler, snapshot=False)
     except BaseException as error:                # whatever a class of the user's raises while it is pickled, SystemExit too
@@ -1711,6 +1854,12 @@ class _FailurePickler(pickle.Pickler):
         attributes = attributes and _alone(attributes)
         state = attributes, getattr(error, "__notes__", []), *links, error.__suppress_context__
         return _rebuilt, (*texts, *_alone(made_by)), state, None, None, _link
+
+
+def _reduce_exception(error):
+    """An exception among other values arrives without cause and traceback, as pickle does it, whatever its __init__ takes."""
+    (make, args), attributes = _parts(error)
+    return make, args, attributes
 
 
 def _parts(error):

@@ -3094,6 +3094,116 @@ def test_classes_of_a_script_come_back_as_themselves_and_untouched(tmp_path):
     assert tell(tmp_path, text).stdout == "done __main__\ndone __mp_main__\n"
 
 
+ENUMS = """
+    import dataclasses, datetime, enum
+    class Planet(enum.Enum):
+        EARTH, TERRA, MARS = (6, 2), (6, 2), (8, 4)
+        def __init__(self, mass, radius): self.mass, self.radius = mass, radius
+        def density(self): return self.mass / self.radius
+    class Status(enum.IntEnum):
+        OK, GONE = (200, "fine"), (410, "gone")
+        def __new__(cls, code, phrase):
+            self = int.__new__(cls, code)
+            self._value_, self.phrase = code, phrase
+            return self
+    @dataclasses.dataclass(frozen=True)
+    class Pair: a: int; b: int
+    class Pairs(Pair, enum.Enum): ONE, TWO = (1, 2), (3, 4)
+    class Day(datetime.date, enum.Enum): FIRST = 2020, 1, 2
+    class Access(enum.Flag, boundary=enum.KEEP): R, W, RW, X = 1, 2, 3, 4
+    def story():
+        assert Planet.TERRA is Planet.EARTH and list(Planet.__members__) == ["EARTH", "TERRA", "MARS"] and len(Planet) == 2
+        assert (Planet.MARS.density(), Planet((6, 2)), Planet["TERRA"].mass) == (2, Planet.EARTH, 6)
+        assert (Status.GONE.phrase, Status.GONE + 1, Status(200)) == ("gone", 411, Status.OK)
+        assert (Pairs.TWO.a, Pairs.ONE.b, Pairs(Pair(3, 4))) == (3, 2, Pairs.TWO) and Day.FIRST.year == 2020
+        assert Access.RW == Access.R | Access.W and list(Access.__members__) == ["R", "W", "RW", "X"]
+        assert (Access.R | Access.X).value == 5 and Access(8).value == 8
+        return Planet.MARS, Status.OK, Pairs.TWO, Access.RW, [*map(str, (Planet.MARS, Status.OK, Pairs.TWO, Access.RW))]
+    assert call(story) == story() and call(lambda member: member is Pairs.TWO and member.b, Pairs.TWO) == 4
+    """
+MADE = """
+    import abc
+    class Plugin:
+        found = {}
+        def __init_subclass__(cls, tag): Plugin.found[tag] = cls
+    class Csv(Plugin, tag="csv"): pass
+    class Meta(type):
+        made = []
+        def __new__(meta, name, bases, body, **options): return super().__new__(meta, name, bases, body)
+        def __init__(cls, name, bases, body, *, kind): cls.kind, _ = kind, Meta.made.append(name)
+        def __setattr__(cls, name, value): type.__setattr__(cls, name, value) if name == "kind" else 1 / 0
+    class First(metaclass=Meta, kind=1): n = 5
+    class Second(First, dict, kind=2): pass
+    class Shape(abc.ABC):
+        @abc.abstractmethod
+        def area(self): pass
+    class Square(Shape):
+        def area(self): return 4
+    Shape.register(Csv)
+    class Outer:
+        class Inner: pass
+    def story():
+        class Late(Plugin, tag="late"): pass
+        assert Plugin.found == {"csv": Csv, "late": Late} and Plugin.__subclasses__() == [Csv, Late]
+        assert (First.kind, Second.kind, Meta.made, Second(a=1).n, type(Second)) == (1, 2, ["First", "Second"], 5, Meta)
+        assert Square().area() == 4 and isinstance(Csv(), Shape) and Shape.__abstractmethods__ == {"area"}
+        assert Outer.Inner.__qualname__ == "Outer.Inner"
+        return Csv(), Second(), Square()
+    assert [*map(type, call(story))] == [Csv, Second, Square] == call(lambda: [Csv, Second, Square])
+    assert Plugin.found == {"csv": Csv} and Meta.made == ["First", "Second"]
+    """
+SLOTS = """
+    import dataclasses, weakref
+    @dataclasses.dataclass(slots=True)
+    class Data: x: int; y: list = dataclasses.field(default_factory=list)
+    @dataclasses.dataclass(slots=True, frozen=True)
+    class Frozen: x: int
+    class Private:
+        __slots__ = "__own", "__weakref__"
+        def __init__(self, own): self.__own = own
+        def own(self): return self.__own
+    class Free(Private): __slots__ = "__own", "__dict__"
+    class One: __slots__ = "only"
+    def story(data, frozen, private, free):
+        assert (data, frozen, private.own(), free.own(), free.more) == (Data(1), Frozen(2), 3, 4, 5)
+        assert not any(hasattr(value, "__dict__") for value in (data, frozen, private, One()))
+        one = One()
+        one.only = weakref.ref(private)().own()
+        return data, frozen, private, free, one
+    free = Free(4)
+    free.more = 5
+    data, frozen, private, free, one = call(story, Data(1), Frozen(2), Private(3), free)
+    assert (data, frozen, private.own(), free.own(), free.more, one.only) == (Data(1), Frozen(2), 3, 4, 5, 3)
+    """
+CACHES = """
+    import functools
+    class Squared:
+        def __init__(self, x): self.x = x
+        @functools.cached_property
+        def value(self): return self.x ** 2
+        @functools.singledispatchmethod
+        def add(self, y): return self.x + int(y)
+        @add.register
+        def _(self, y: list): return [self.add(item) for item in y]
+    @functools.singledispatch
+    def show(x): return "?"
+    @show.register
+    def _(x: int): return "int"
+    @show.register
+    def _(x: list): return [show(item) for item in x]
+    show(1), Squared(1).add(2)
+    assert call(lambda s: (s.value, s.add("2"), s.add(["1", 2])), Squared(3)) == (9, 5, [4, 5])
+    assert call(lambda: Squared(4)).value == 16 and call(show, [1, None]) == ["int", "?"]
+    assert call(lambda f: (f([1]), show([2]), show.__name__, f is show), show) == (["int"], ["int"], "show", False)
+    """
+
+
+@pytest.mark.parametrize("text", [ENUMS, MADE, SLOTS, CACHES], ids=["enums", "made", "slots", "caches"])
+def test_classes_of_a_script_are_in_a_worker_what_their_statements_made_of_them_here(tmp_path, cluster, text):
+    for master in {}, {"CLUPY_MASTER": cluster.address}:
+        tell(tmp_path, text, **master)
+
+
 def test_classes_keep_their_identity_through_calls_inside_calls():
     class Client:
         pass
@@ -3358,6 +3468,25 @@ def test_an_exception_keeps_type_arguments_attributes_notes_and_links():
     assert group.__context__ is first and group.__suppress_context__ and group.__cause__ is None
     assert first.args == ("hidden",) and inner.exceptions[0].args == (3,)
     assert printed(group).count('raise ValueError("hidden")') == 1                # that of the member
+
+
+def test_an_exception_that_is_a_value_arrives_whatever_its_init_takes_and_as_a_result_with_all_of_it():
+    class Failure(Exception):
+        def __init__(self, code, *, text):
+            super().__init__(f"{code}: {text}")
+            self.code = code
+
+    def caught():
+        try:
+            raise Failure(1, text="no") from KeyError("x")
+        except Failure as error:
+            error.add_note("noted")
+            return error
+    error = call(caught)
+    assert (type(error), error.args, error.code, error.__notes__) == (Failure, ("1: no",), 1, ["noted"])
+    assert type(error.__cause__) is KeyError and "in caught" in printed(error)
+    assert call(lambda error, others: (error.code, others["k"].code), error, {"k": Failure(2, text="")}) == (1, 2)
+    assert [(type(error), error.code) for error in call(lambda: [Failure(3, text="")])] == [(Failure, 3)]
 
 
 def test_an_uncaught_exception_of_a_nested_call_prints_as_if_it_had_happened_here(tmp_path):
