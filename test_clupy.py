@@ -3127,6 +3127,10 @@ MADE = """
         found = {}
         def __init_subclass__(cls, tag): Plugin.found[tag] = cls
     class Csv(Plugin, tag="csv"): pass
+    class Counted:
+        seen = []
+        def __init_subclass__(cls): Counted.seen.append(cls.__name__)
+    class Once(Counted): pass
     class Meta(type):
         made = []
         def __new__(meta, name, bases, body, **options): return super().__new__(meta, name, bases, body)
@@ -3146,7 +3150,8 @@ MADE = """
         class Late(Plugin, tag="late"): pass
         assert Plugin.found == {"csv": Csv, "late": Late} and Plugin.__subclasses__() == [Csv, Late]
         assert (First.kind, Second.kind, Meta.made, Second(a=1).n, type(Second)) == (1, 2, ["First", "Second"], 5, Meta)
-        assert Square().area() == 4 and isinstance(Csv(), Shape) and Shape.__abstractmethods__ == {"area"}
+        assert Square().area() == 4 and Shape.__abstractmethods__ == {"area"} and Once.seen == ["Once"]
+        assert isinstance(Csv(), Shape) and not isinstance(Csv(), Square)
         assert Outer.Inner.__qualname__ == "Outer.Inner"
         return Csv(), Second(), Square()
     assert [*map(type, call(story))] == [Csv, Second, Square] == call(lambda: [Csv, Second, Square])
