@@ -93,6 +93,7 @@ import json
 import linecache
 import logging
 import math
+import numbers
 import operator
 import os
 import pickle
@@ -291,8 +292,8 @@ class LockLost(ClupyError, RuntimeError):
 # First, how each kind of setting is read: a function gives the value, or raises ValueError with what it must be.
 
 def _duration(value):
-    """Seconds as a float, of a number or of a text such as "500ms", "10s", "2m", "1h"."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    """Seconds as a float, of a number, numpy's too, or of a text such as "500ms", "10s", "2m", "1h"."""
+    if isinstance(value, numbers.Real) and not isinstance(value, bool) and not math.isnan(value):
         return float(value)
     match = re.fullmatch(r"\s*([0-9.]+)\s*(ms|s|m|h|)\s*", value) if isinstance(value, str) else None
     if not match:
@@ -302,8 +303,10 @@ def _duration(value):
 
 def _size(value):
     """Bytes as an int, of a number or of a text such as "500MB", "2GB"; None for no limit."""
-    if value is None or isinstance(value, int) and not isinstance(value, bool):
-        return value
+    if value is None:
+        return None
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return int(value)
     match = re.fullmatch(r"\s*([0-9.]+)\s*([kmgt]?)(?:i?b)?\s*", value, re.I) if isinstance(value, str) else None
     if not match:
         raise ValueError('a size: bytes, or a text such as "500MB", "2GB"')
@@ -313,9 +316,9 @@ def _size(value):
 def _count(value):
     if isinstance(value, str) and value.strip().isdigit():
         value = int(value)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 0:
         raise ValueError("a whole number from 0")
-    return value
+    return int(value)
 
 
 def _port(value):
@@ -346,7 +349,7 @@ def _level(value):
 
 def parse_address(value, port=0):
     """(host, port) of "host", "host:port", "port" or "[v6]:port"."""
-    if isinstance(value, int) or isinstance(value, str) and value.strip().isdigit():
+    if isinstance(value, numbers.Integral) or isinstance(value, str) and value.strip().isdigit():
         value = f":{value}"                        # digits alone are a port: no host has such a name
     match = re.fullmatch(r"\s*(?:\[([^\]]*)\]|([^:]*))(?::(\d+))?\s*", value) if isinstance(value, str) else None
     if not match or match[3] and int(match[3]) > 65535:
@@ -2164,6 +2167,32 @@ served = {}                                       # {name: buffers} of the Refs 
 # 0.5 us instead of 4 us.  A result stays pickled until somebody asks for it, and is unpickled in that thread: it may
 # run user code, which may block, and must never do so in the engine's loop.
 
+def _time_out(value):
+    """The seconds of a duration that a user gave; None, for ever, also for more than any clock counts to."""
+    seconds = math.inf if value is None else _duration(value)
+    return None if seconds > threading.TIMEOUT_MAX else seconds
+
+
+def _deadline(value):
+    """The time.monotonic() after a duration that a user gave; None: never."""
+    seconds = _time_out(value)
+    return math.inf if seconds is None else time.monotonic() + seconds
+
+
+def _either_spelling(func):
+    """func, which takes `time_out` where it has `timeout`, and the other way round."""
+    own, other = ("time_out", "timeout") if "time_out" in func.__code__.co_varnames else ("timeout", "time_out")
+
+    @functools.wraps(func)
+    def wrapper(*args, **kwargs):
+        if other in kwargs:
+            if own in kwargs:
+                raise TypeError(f"{func.__qualname__}() was given timeout and time_out, which are the same: give one of them")
+            kwargs[own] = kwargs.pop(other)
+        return func(*args, **kwargs)
+    return wrapper
+
+
 def bounded(seconds):
     """A time-out that a lock takes: not less than 0, and not more than there is, which also stands for None."""
     return threading.TIMEOUT_MAX if seconds is None else max(0, min(seconds, threading.TIMEOUT_MAX))
@@ -2289,13 +2318,14 @@ class Future(concurrent.futures.Future):
                 self._engine.cancel_all()
             raise
 
+    @_either_spelling
     def wait(self, timeout=10):
         """Whether it completed within `timeout` seconds (None: for ever), its handlers included.
 
         A handler that asks does not wait for itself."""
         if self._state in _DONE and self._handled is None:
             return True
-        deadline = math.inf if timeout is None else time.monotonic() + _duration(timeout)
+        deadline = _deadline(timeout)
         if not self._wait(deadline - time.monotonic()):
             return False
         if self._handled is None or getattr(_handling, "future", None) is self:
@@ -2321,6 +2351,7 @@ class Future(concurrent.futures.Future):
             if self._packed is packed:
                 self._result, self._exception, self._packed = result, exception, None
 
+    @_either_spelling
     def result(self, timeout=None):
         """The result.  Raises the call's exception, CancelledError, or TimeoutError after `timeout` seconds."""
         exception = self.exception(timeout)
@@ -2331,9 +2362,10 @@ class Future(concurrent.futures.Future):
                 exception = self = None         # no reference cycle through the traceback
         return self._result
 
+    @_either_spelling
     def exception(self, timeout=None):
         """The call's exception, or None.  Raises CancelledError, or TimeoutError after `timeout` seconds."""
-        if not self._wait(timeout):
+        if not self._wait(timeout := _time_out(timeout)):
             raise TimeoutError(f"{self!r} has no result after {timeout:g} s")
         if self._state == CANCELLED:
             raise CancelledError()
@@ -3981,7 +4013,7 @@ class Engine(BaseEngine):
         self.soon(self._grow, slots)
 
     def services(self, patience):
-        if not self.joined.wait(patience):
+        if not self.joined.wait(bounded(patience)):
             raise self.master_side.unreachable()
         if self.fatal and not self.said:
             raise self.fatal
@@ -4177,7 +4209,7 @@ def connect(master=None, *, executor=None, config=None, **settings):
     joined = engine.joined.wait(min(UNSERVED_TIME, patience))
     if not joined and patience > UNSERVED_TIME:
         log.warning("still connecting, for %g s at most: %s", patience, engine.master_side.unreachable())
-        joined = engine.joined.wait(patience - UNSERVED_TIME)
+        joined = engine.joined.wait(bounded(patience - UNSERVED_TIME))
     if not joined or engine.fatal:
         _engine = None
         engine.close()
@@ -4254,6 +4286,7 @@ def _is_complete(func):
     return func.__globals__.get(func.__name__) is func
 
 
+@_either_spelling
 def parallel(func=_ABSENT, *, max=None, timeout=None, retries=2):
     """The function, wrapped so that its calls run in the cluster; also a decorator, with or without options.
 
@@ -4267,13 +4300,19 @@ def parallel(func=_ABSENT, *, max=None, timeout=None, retries=2):
         return functools.partial(parallel, max=max, timeout=timeout, retries=retries)
     if not callable(func):
         raise TypeError(f"parallel() wraps a function, not {type(func).__name__} {func!r}; did you call it already?")
-    if max is not None and (not isinstance(max, int) or max < 1):
-        raise ValueError(f"max is {max!r}, but must be a whole number from 1, or None")
-    if not isinstance(retries, int) or retries < 0:
-        raise ValueError(f"retries is {retries!r}, but must be a whole number from 0")
-    if timeout is not None and not (timeout := _duration(timeout)) > 0:
+    timeout = _time_out(timeout)
+    if timeout is not None and timeout <= 0:
         raise ValueError(f"timeout is {timeout!r}, but must be more than 0 seconds, or None")
-    return Parallel(func, max, timeout, retries)
+    return Parallel(func, _whole("max", max, 1), timeout, _whole("retries", retries, 0))
+
+
+def _whole(name, value, least):
+    """What a user gave as a whole number, numpy's too, as an int; None stays None, unless it must be a number."""
+    if value is None and least:
+        return None
+    if not isinstance(value, numbers.Integral) or value < least:
+        raise ValueError(f"{name} is {value!r}, but must be a whole number from {least}{', or None' if least else ''}")
+    return int(value)
 
 
 def start(engine, func, function, args, kwargs, timeout, retries, limit):
@@ -4296,6 +4335,7 @@ def start(engine, func, function, args, kwargs, timeout, retries, limit):
     return call
 
 
+@_either_spelling
 def wait_all(results, time_out=None, progress=False):
     """Whether all the futures completed within `time_out` (None: for ever), their handlers included.
 
@@ -4316,34 +4356,30 @@ def wait_all(results, time_out=None, progress=False):
             _show_progress(results, "\n")
 
 
-def _deadline(seconds):
-    """The time.monotonic() after a duration; None: never."""
-    return math.inf if seconds is None else time.monotonic() + _duration(seconds)
-
-
 def _show_progress(results, end):
     print(f"\r{sum(future.completed for future in results)}/{len(results)} calls", end=end, file=sys.stderr, flush=True)
 
 
+@_either_spelling
 def as_completed(results, time_out=None):
     """The futures, each as soon as it is done. Raises TimeoutError after `time_out` seconds in all (None: never)."""
     futures = list(results)
     try:
-        yield from concurrent.futures.as_completed(futures, None if time_out is None else _duration(time_out))
+        yield from concurrent.futures.as_completed(futures, _time_out(time_out))
     except KeyboardInterrupt:
         for future in futures:
             future.cancel()
         raise
 
 
+@_either_spelling
 def map(func, *iterables, max=None, timeout=None, retries=2, chunk_size=None):
     """The results of func over the iterables, in order, as an iterator; they may be of any length, or endless.
 
     Calls are made ahead of what is taken, MAP_AHEAD at most and MAP_BYTES of arguments.  chunk_size: that many items
     go into one call (`timeout` bounds them together); None: one, which is right unless an item takes under 10 us.
     An exception of the function is raised where its result would be; the calls made ahead are cancelled then."""
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size is {chunk_size!r}, but must be at least 1")
+    chunk_size = _whole("chunk_size", chunk_size, 1)
     call = parallel(functools.partial(_run_chunk, func) if chunk_size else func, max=max, timeout=timeout, retries=retries)
     items = zip(*iterables)
     batches = iter(lambda: list(itertools.islice(items, chunk_size)), []) if chunk_size else items
@@ -4395,8 +4431,7 @@ class Executor(concurrent.futures.Executor):
     before its first call of this executor; where it raises, the calls there fail with BrokenExecutor."""
 
     def __init__(self, max_workers=None, master=None, initializer=None, initargs=()):
-        if max_workers is not None and (not isinstance(max_workers, int) or max_workers < 1):
-            raise ValueError(f"max_workers is {max_workers!r}, but must be a whole number from 1, or None")
+        max_workers = _whole("max_workers", max_workers, 1)
         if initializer is not None and not callable(initializer):
             raise TypeError(f"initializer must be a function, not {type(initializer).__name__}")
         self._own_engine = _make_engine(read_settings("client", master=master)) if master else None
@@ -4867,8 +4902,8 @@ shared = _Shared()
 
 def _ttl(ttl):
     """The milliseconds of a time to live that a user gave; 0: for ever."""
-    seconds = _settings().ttl if ttl is None else _duration(ttl)
-    if not 0 <= seconds < math.inf:
+    seconds = _time_out(_settings().ttl if ttl is None else ttl) or 0
+    if seconds < 0:
         raise ValueError(f"ttl must be seconds, or 0 for ever, not {ttl!r}")
     return math.ceil(1000 * seconds)
 
@@ -5386,6 +5421,7 @@ class Queue(_Used):
         """Append the value.  Unavailable says that it is not known whether it is in the queue."""
         _once(self._use("rpush", _item(value)), self.name)
 
+    @_either_spelling
     def get(self, timeout=None):
         """The oldest item, waited for `timeout` seconds (None: for ever), then queue.Empty.
 
@@ -5417,6 +5453,7 @@ class Subscription:
     Use it in a with-block, or close() it.  It belongs to one thread.  Unavailable from next(): the connection was lost, and
     values may have been missed."""
 
+    @_either_spelling
     def __init__(self, topic, timeout=None):
         self.topic, self.timeout = topic, timeout
         self._listener = _retried(self._listen)
@@ -5712,6 +5749,7 @@ class _Holding:
             raise LockLost(f"{self._what} is not held any more: its session ended")
 
 
+@_either_spelling
 def lock(name, timeout=None, shared=False):
     """`with clupy.lock("x") as l:` one holder at a time in the cluster, in the order of asking.
 
@@ -5724,6 +5762,7 @@ def lock(name, timeout=None, shared=False):
     return _Holding("lock", name, timeout, in_the_way, kind="read" if shared else "write")
 
 
+@_either_spelling
 def semaphore(name, n, timeout=None):
     """As lock, with at most n holders at a time; everybody must say the same n."""
     if operator.index(n) < 1:
@@ -5734,6 +5773,7 @@ def semaphore(name, n, timeout=None):
     return _Holding("semaphore", name, timeout, in_the_way, crowd=True)
 
 
+@_either_spelling
 def election(name, data="", timeout=None):
     """`with clupy.election("x", data=me) as e:` entered by one at a time, the leader.
 
@@ -5761,6 +5801,7 @@ class Election(_Holding):
         return wait.persist(look)
 
 
+@_either_spelling
 def barrier(name, n, timeout=None):
     """Return when n callers have come, in all n of them; then the name is free for the next n.
 
@@ -5847,6 +5888,7 @@ class Event:
         wait = self._wait()
         return wait.persist(lambda: wait.ask("exists", self._path)) is not None
 
+    @_either_spelling
     def wait(self, timeout=None):
         """Whether it was set within `timeout` seconds (None: for ever); returns as soon as it is."""
         wait = self._wait(timeout)

@@ -21,6 +21,7 @@ import io
 import itertools
 import json
 import linecache
+import math
 import mmap
 import os
 import pickle
@@ -430,6 +431,46 @@ def test_a_time_out_bounds_all_calls_together():
     clupy.connect(slots=1)
     calls = [clupy.parallel(sleepy)(0.4) for _ in range(6)]                # each is done 0.4 s after the one before
     assert not clupy.wait_all(calls, time_out=0.6) and calls[-1].cancel()
+
+
+DURATIONS = [20, 20.0, "20s", math.inf, 1e10, 1e300, None]       # and numpy's, below
+
+
+def test_every_wait_takes_numbers_texts_and_no_end_under_either_name():
+    numpy = pytest.importorskip("numpy")
+    for duration in [*DURATIONS, numpy.int64(20), numpy.float32(20)]:
+        for name in "timeout", "time_out":
+            seconds = {name: duration}
+            future = clupy.parallel(sleepy, **seconds)(0.01, 3)
+            assert future.wait(**seconds) and future.result(**seconds) == 3 and future.exception(**seconds) is None
+            future = clupy.parallel(**seconds)(sleepy)(0.01, 4)
+            assert list(clupy.as_completed([future], **seconds)) == [future] and clupy.wait_all([future], **seconds)
+            assert list(clupy.map(square, [2], **seconds)) == [4]
+    late = clupy.parallel(sleepy)(PATIENCE)
+    for wait in late.result, late.exception, lambda timeout: next(clupy.as_completed([late], timeout)):
+        with pytest.raises(TimeoutError):
+            wait("50ms")
+    assert not late.wait("50ms") and not clupy.wait_all([late], "50ms")
+    late.cancel()
+    for function in functools.partial(clupy.parallel, square), late.result, functools.partial(clupy.wait_all, []):
+        with pytest.raises(TypeError, match="was given timeout and time_out, which are the same"):
+            function(timeout=1, time_out=1)
+    for duration in math.nan, True, "soon", 0, -1:
+        with pytest.raises(ValueError):
+            clupy.parallel(square, timeout=duration)
+
+
+def test_whole_numbers_may_be_those_of_numpy():
+    two = pytest.importorskip("numpy").int64(2)
+    assert clupy.parallel(square, max=two, retries=two)(3).result(PATIENCE) == 9
+    assert list(clupy.map(square, range(3), max=two, chunk_size=two)) == [0, 1, 4]
+    with clupy.Executor(max_workers=two) as executor:
+        assert executor.submit(square, two).result(PATIENCE) == 4
+    settings = clupy.read_settings("client", slots=two, memory_limit=two << 30, patience=two)
+    assert (settings.slots, settings.memory_limit, settings.patience) == (2, 2 << 30, 2.0)
+    for options in {"max": 0}, {"max": 1.5}, {"retries": -1}, {"retries": None}:
+        with pytest.raises(ValueError, match="but must be a whole number from"):
+            clupy.parallel(square, **options)
 
 
 def test_as_completed_gives_the_fast_ones_first():
@@ -5057,6 +5098,29 @@ def test_the_wrong_kind_of_name_is_a_type_error_that_says_what_it_is(redis):
         with pytest.raises(TypeError, match=says):
             use()
     assert clupy.get("value") == clupy.queue("queue").get(0) == clupy.counter("counter").value == 1
+
+
+def test_services_take_durations_and_whole_numbers_as_calls_do(redis, zookeeper):
+    numpy = pytest.importorskip("numpy")
+    one = numpy.int64(1)
+    for duration in [*DURATIONS, numpy.float32(20)]:
+        for name in "timeout", "time_out":
+            seconds = {name: duration}
+            with clupy.lock("x", **seconds), clupy.semaphore("x", one, **seconds), clupy.election("x", **seconds):
+                clupy.barrier("x", one, **seconds)
+            clupy.event("x").set()
+            assert clupy.event("x").wait(**seconds)
+            clupy.queue("q").put(1)
+            assert clupy.queue("q").get(**seconds) == 1
+            with clupy.subscribe("t", **seconds) as values:
+                clupy.publish("t", 2)
+                assert next(values) == 2
+        clupy.put("v", 3, ttl=duration)
+        assert clupy.get("v") == 3
+    with clupy.lock("x"), pytest.raises(TimeoutError, match="not within 0.05 s"), clupy.lock("x", time_out="50ms"):
+        pass
+    with pytest.raises(TypeError, match=r"get\(\) was given timeout and time_out"):
+        clupy.queue("q").get(timeout=1, time_out=1)
 
 
 def test_what_is_used_lives_and_what_is_not_is_gone_after_its_ttl(redis, copies):
