@@ -211,6 +211,8 @@ LARGE = 64 << 10                  # from which on a buffer travels beside the pi
 UNSEEN_OUTPUT = 64 << 10          # of output on its way to a client; beyond, lines are dropped and counted; more is memory
 MAP_AHEAD = 4096                  # calls of one `map` under way before their results are taken; more is memory, less idles
 MAP_BYTES = 256 << 20             # ... and bytes of their arguments
+REPEATED_BYTES = 1 << 20          # of one argument, and calls that are given it, before share() is advised; less is noise
+REPEATED_CALLS = 10
 
 
 # ==== Errors =================================================================
@@ -1392,12 +1394,17 @@ def _bytearray(buffer):
     return buffer if type(buffer) is bytearray else bytearray(buffer)     # received memory becomes the argument
 
 
+def _parameters(func):
+    """The names of a function's parameters, as far as it tells."""
+    try:
+        return list(inspect.signature(func).parameters)
+    except (TypeError, ValueError):               # None, or a builtin
+        return []
+
+
 def _numbered(args, func):
     """("argument 2 ('key')", value) of each positional argument."""
-    try:
-        names = list(inspect.signature(func).parameters)
-    except (TypeError, ValueError):               # None, or a builtin that does not tell
-        names = []
+    names = _parameters(func)
     for i, value in enumerate(args):
         yield f"argument {i + 1}" + (f" ({names[i]!r})" if i < len(names) else ""), value
 
@@ -4331,8 +4338,45 @@ def start(engine, func, function, args, kwargs, timeout, retries, limit):
     except Exception as error:                    # one bad call among a hundred spoils one result
         conclude([(call, False, error)])
     else:
+        if type(call._arguments) is tuple:        # with large buffers
+            _note_repeated(func, args, kwargs, payload_size(call._arguments))
         engine.submit(call)
     return call
+
+
+_repeated = {}      # {(limit key of a function, id of an argument): (weak reference to it, calls that were given it)}
+_advised = set()    # limit keys of functions whose arguments were warned of
+
+
+def _note_repeated(func, args, kwargs, size):
+    """Warn, once for a function, of a large argument that goes to many calls: each time it is copied and sent.
+
+    size: bytes of all arguments.  Any thread may call: a lost count is no harm."""
+    if size < REPEATED_BYTES or (key := limit_key(func)) in _advised:
+        return
+    arguments = [(name, value) for name, value in (*enumerate(args), *kwargs.items()) if type(value) not in PLAIN]
+    for name, value in arguments:
+        bytes_each = size if len(arguments) == 1 else getattr(value, "nbytes", 0)
+        if not isinstance(bytes_each, numbers.Integral) or bytes_each < REPEATED_BYTES:
+            continue
+        place = key, id(value)
+        reference, calls = _repeated.get(place, (None, 0))
+        if reference is None or reference() is not value:
+            try:
+                reference, calls = weakref.ref(value, lambda _, place=place: _repeated.pop(place, None)), 0
+            except TypeError:                     # bytes, a list: it cannot be told from the next that is put in its place
+                continue
+        _repeated[place] = reference, calls + 1
+        if calls + 1 == REPEATED_CALLS:
+            _advised.add(key)
+            named = name if isinstance(name, str) else (_parameters(func)[name:] or ["value"])[0]
+            log.warning("%s was given the same %s in %d calls, %s in all: if it stays as it is, ref = clupy.share(%s) and a call "
+                        "with ref sends it once", _function_name(func), _megabytes(bytes_each), REPEATED_CALLS,
+                        _megabytes(bytes_each * REPEATED_CALLS), named)
+
+
+def _megabytes(size):
+    return f"{size / 1e6:,.0f} MB" if size < 1e9 else f"{size / 1e9:,.1f} GB"
 
 
 @_either_spelling

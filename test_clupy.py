@@ -473,6 +473,26 @@ def test_whole_numbers_may_be_those_of_numpy():
             clupy.parallel(square, **options)
 
 
+def test_a_large_array_that_goes_to_many_calls_is_told_of_once(caplog):
+    numpy = pytest.importorskip("numpy")
+
+    def work(array, other=None):
+        pass
+    array, changing = numpy.zeros(1 << 18), numpy.zeros(1 << 18)
+    for i in range(9):
+        clupy.parallel(work)(array, i)
+    for _ in range(20):
+        clupy.parallel(work)(changing.copy(), numpy.zeros(1000))
+    assert not caplog.records
+    for name in "array", "other", "array":
+        clupy.parallel(work)(**{name: array})
+    [message] = [record.message for record in caplog.records]
+    assert ".work was given the same 2 MB in 10 calls, 21 MB in all" in message and "ref = clupy.share(array)" in message
+    clupy.wait_all(list(clupy._current_engine().calls()), PATIENCE)
+    del array, changing
+    assert not any("told_of_once" in str(place) for place in clupy._repeated)
+
+
 def test_as_completed_gives_the_fast_ones_first():
     slow, fast = clupy.parallel(sleepy)(1.0, "slow"), clupy.parallel(sleepy)(0.0, "fast")
     assert [f.value for f in clupy.as_completed([slow, fast], time_out=PATIENCE)] == ["fast", "slow"]
