@@ -73,11 +73,14 @@ if __name__ == "__main__":                    # `python -m clupy`: run the modul
     raise SystemExit(clupy.main())
 
 
+import abc
 import atexit
 import collections
 import concurrent.futures
 import contextlib
 import copy
+import copyreg
+import enum
 import errno
 import functools
 import heapq
@@ -90,6 +93,7 @@ import json
 import linecache
 import logging
 import math
+import numbers
 import operator
 import os
 import pickle
@@ -207,6 +211,8 @@ LARGE = 64 << 10                  # from which on a buffer travels beside the pi
 UNSEEN_OUTPUT = 64 << 10          # of output on its way to a client; beyond, lines are dropped and counted; more is memory
 MAP_AHEAD = 4096                  # calls of one `map` under way before their results are taken; more is memory, less idles
 MAP_BYTES = 256 << 20             # ... and bytes of their arguments
+REPEATED_BYTES = 1 << 20          # of one argument, and calls that are given it, before share() is advised; less is noise
+REPEATED_CALLS = 10
 
 
 # ==== Errors =================================================================
@@ -288,8 +294,8 @@ class LockLost(ClupyError, RuntimeError):
 # First, how each kind of setting is read: a function gives the value, or raises ValueError with what it must be.
 
 def _duration(value):
-    """Seconds as a float, of a number or of a text such as "500ms", "10s", "2m", "1h"."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    """Seconds as a float, of a number, numpy's too, or of a text such as "500ms", "10s", "2m", "1h"."""
+    if isinstance(value, numbers.Real) and not isinstance(value, bool) and not math.isnan(value):
         return float(value)
     match = re.fullmatch(r"\s*([0-9.]+)\s*(ms|s|m|h|)\s*", value) if isinstance(value, str) else None
     if not match:
@@ -299,8 +305,10 @@ def _duration(value):
 
 def _size(value):
     """Bytes as an int, of a number or of a text such as "500MB", "2GB"; None for no limit."""
-    if value is None or isinstance(value, int) and not isinstance(value, bool):
-        return value
+    if value is None:
+        return None
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return int(value)
     match = re.fullmatch(r"\s*([0-9.]+)\s*([kmgt]?)(?:i?b)?\s*", value, re.I) if isinstance(value, str) else None
     if not match:
         raise ValueError('a size: bytes, or a text such as "500MB", "2GB"')
@@ -310,9 +318,9 @@ def _size(value):
 def _count(value):
     if isinstance(value, str) and value.strip().isdigit():
         value = int(value)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 0:
         raise ValueError("a whole number from 0")
-    return value
+    return int(value)
 
 
 def _port(value):
@@ -343,7 +351,7 @@ def _level(value):
 
 def parse_address(value, port=0):
     """(host, port) of "host", "host:port", "port" or "[v6]:port"."""
-    if isinstance(value, int) or isinstance(value, str) and value.strip().isdigit():
+    if isinstance(value, numbers.Integral) or isinstance(value, str) and value.strip().isdigit():
         value = f":{value}"                        # digits alone are a port: no host has such a name
     match = re.fullmatch(r"\s*(?:\[([^\]]*)\]|([^:]*))(?::(\d+))?\s*", value) if isinstance(value, str) else None
     if not match or match[3] and int(match[3]) > 65535:
@@ -1240,7 +1248,9 @@ def _by_value_pickler():
     """The class, made late: cloudpickle takes 16 ms to import."""
     class Pickler(cloudpickle.Pickler):
         dispatch_table = cloudpickle.Pickler.dispatch_table.new_child(
-            {functools._lru_cache_wrapper: _reduce_cached, types.CodeType: _reduce_code, types.ModuleType: _reduce_module})
+            {functools._lru_cache_wrapper: _reduce_cached, functools.cached_property: _reduce_descriptor,
+             functools.singledispatchmethod: _reduce_descriptor, types.CodeType: _reduce_code,
+             types.ModuleType: _reduce_module})
 
         def __init__(self, *arguments):
             super().__init__(*arguments)
@@ -1255,11 +1265,17 @@ def _by_value_pickler():
                 if obj.__globals__ is _script():
                     return self.scripts_function(obj)
             reduced = super().reducer_override(obj)
-            if reduced is not NotImplemented and isinstance(obj, type):
+            if reduced is NotImplemented:
+                return _reduce_exception(obj) if isinstance(obj, BaseException) else reduced
+            if isinstance(obj, type):
                 _keep(obj)
+                reduced = _reduce_class(obj, reduced)
                 if len(reduced) == 6 and (_script() or {}).get(obj.__qualname__) is obj:
-                    return *reduced[:2], (reduced[2], reduced[5]), None, None, _set_class
-            if reduced is not NotImplemented and type(obj) is types.FunctionType and pickling.resolve:
+                    return *reduced[:2], (reduced[2], reduced[5]), None, None, _set_scripts_class
+                return reduced
+            if obj.__code__ is _DISPATCHED:
+                return _reduce_dispatched(obj)
+            if pickling.resolve:
                 _leave_refs(reduced[2][1])
             return reduced
 
@@ -1426,7 +1442,7 @@ def _set_names(namespace, names):
             _marks[name] = _Mark([value], None, sender, number)
 
 
-def _set_class(cls, state):
+def _set_scripts_class(cls, state):
     state, set_state = state
     set_state(cls, state)
     if pickling.of_client:
@@ -1532,6 +1548,33 @@ def _make_cached(func, parameters):
     return functools.lru_cache(**parameters)(func)
 
 
+def _reduce_descriptor(made):
+    """Without the lock that a cached_property has until Python 3.11, and the cache of a singledispatchmethod since 3.13."""
+    state = {name: value for name, value in vars(made).items() if name not in ("lock", "_method_cache")}
+    return type(made), (made.func,), state
+
+
+_DISPATCHED = functools.singledispatch(len).__code__       # which all functions that singledispatch makes have
+
+
+def _reduce_dispatched(func):
+    """What singledispatch made, whose cache of weak references cannot be pickled.  In two steps: its cases may call it."""
+    return _make_dispatched, (func.__name__,), dict(func.registry), None, None, _set_dispatched
+
+
+def _make_dispatched(name):
+    def case():
+        """Stands for the first one until that is there."""
+    case.__name__ = name                          # which the error for no argument says
+    return functools.singledispatch(case)
+
+
+def _set_dispatched(func, cases):
+    for cls, case in cases.items():
+        func.register(cls, case)
+    functools.update_wrapper(func, cases[object])
+
+
 def _reduce_code(code):
     """With its file's name, which cloudpickle leaves out from 3.1.3 on: tracebacks show their lines by it."""
     _, arguments = cloudpickle.Pickler.dispatch_table[types.CodeType](code)
@@ -1592,12 +1635,17 @@ def _bytearray(buffer):
     return buffer if type(buffer) is bytearray else bytearray(buffer)     # received memory becomes the argument
 
 
+def _parameters(func):
+    """The names of a function's parameters, as far as it tells."""
+    try:
+        return list(inspect.signature(func).parameters)
+    except (TypeError, ValueError):               # None, or a builtin
+        return []
+
+
 def _numbered(args, func):
     """("argument 2 ('key')", value) of each positional argument."""
-    try:
-        names = list(inspect.signature(func).parameters)
-    except (TypeError, ValueError):               # None, or a builtin that does not tell
-        names = []
+    names = _parameters(func)
     for i, value in enumerate(args):
         yield f"argument {i + 1}" + (f" ({names[i]!r})" if i < len(names) else ""), value
 
@@ -1617,8 +1665,113 @@ def _type_name(cls):
     return name if module in ("builtins", *_MAINS) else f"{module}.{name}"
 
 
-# A class that came from the client goes back as the id that cloudpickle's tracker gave it.  By value, cloudpickle would
-# find the class by the same id and set all its attributes to copies.  The tracker is private, so it is checked.
+# ---- classes
+# A class statement does more than make a class: metaclass and __init_subclass__ enter it in registries, or want keywords;
+# an enum makes its members by __new__ and __init__, of arguments that it does not keep.  cloudpickle runs all that again.
+# Here a bare class is made without any of it, and what came of it the first time is set as the class's state.
+
+_OWN_DESCRIPTORS = types.MemberDescriptorType, types.GetSetDescriptorType      # of __slots__; of __dict__ and __weakref__
+
+
+def _reduce_class(cls, reduced):
+    """cloudpickle's reduction of a class, but for how it is made, and with its enum members as they are."""
+    in_c = any(type(vars(base).get("__new__")) is types.BuiltinMethodType for base in type(cls).__mro__[:-2])
+    if len(reduced) == 2 or in_c:                 # type(None) and such; metaclasses in C want to make their classes themselves
+        return reduced
+    _, (*_, tracker_id, _), (attributes, _), *_ = reduced
+    own, members = vars(cls), cls.__members__ if issubclass(cls, enum.Enum) else {}
+    namespace = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    namespace.update((name, value) for name, value in own.items() if name == "__dict__" and isinstance(value, property))
+    slots = [name for name, value in own.items() if type(value) in _OWN_DESCRIPTORS and value.__objclass__ is cls]
+    if "__slots__" in own:
+        namespace["__slots__"] = slots            # private ones have their class's name in front here
+    attributes = {name: value for name, value in attributes.items() if name not in slots and name not in members}
+    states = {name: object.__getstate__(member) for name, member in members.items()}
+    if members:
+        raw = [(name, member._value_, _new_arguments(member)) for name, member in members.items()]
+        make, how = _make_enum, (raw, getattr(cls, "_boundary_", None))
+    else:
+        make, how = _make_class, ()
+    arguments = tracker_id, type(cls), cls.__name__, cls.__bases__, namespace, *how
+    return make, arguments, (attributes, states), None, None, _set_class
+
+
+def _new_arguments(member):
+    """What the __new__ of an enum member's data type takes to make another, as pickle has it."""
+    make, arguments, *_ = object.__reduce_ex__(member, 2)
+    return arguments[1:] if make is copyreg.__newobj__ else arguments
+
+
+class _Made(Exception):
+    """Raised in type.__new__ when the class is whole, before __init_subclass__ is called."""
+    cls = None
+
+    def __set_name__(self, cls, name):
+        self.cls = cls
+        delattr(cls, name)
+        raise self
+
+
+def _tracked(make):
+    """make, but for a class that is here by the tracker's id."""
+    @functools.wraps(make)
+    def known_or_made(tracker_id, *arguments):
+        tracker = _class_tracker()
+        cls = tracker._DYNAMIC_CLASS_TRACKER_BY_ID.get(tracker_id)
+        return tracker._lookup_class_or_track(tracker_id, make(*arguments) if cls is None else cls)
+    return known_or_made
+
+
+@_tracked
+def _make_class(metaclass, name, bases, namespace):
+    made = _Made()
+    try:
+        type.__new__(metaclass, name, bases, {**namespace, "made": made})
+    except Exception:
+        if made.cls is None:
+            raise
+    if issubclass(metaclass, abc.ABCMeta):
+        abc._abc_init(made.cls)
+    return made.cls
+
+
+@_tracked
+def _make_enum(metaclass, name, bases, namespace, members, boundary):
+    todo = iter(members)
+
+    def new(cls, *_):
+        _, value, arguments = next(todo)
+        member = cls._member_type_.__new__(cls, *arguments)
+        member._value_ = value
+        return member
+    body = enum.EnumType.__prepare__(name, bases)
+    body |= {**namespace, "__new__": new, "__init__": lambda *_: None}
+    for member, value, _ in members:
+        body[member] = enum.member(value)
+    cls = enum.EnumType.__new__(metaclass, name, bases, body, boundary=boundary)
+    for attribute in {"__init__", "__new_member__"} & vars(cls).keys():      # the state has its own, if any
+        type.__delattr__(cls, attribute)
+    return cls
+
+
+def _set_class(cls, state):
+    attributes, members = state
+    for name, value in attributes.items():
+        if name == "_abc_impl":                   # the classes that were registered
+            for registered in value:
+                abc.ABCMeta.register(cls, registered)
+        else:
+            type.__setattr__(cls, name, value)    # a metaclass of the user's may forbid it
+    for name, values in members.items():
+        values, slots = values if type(values) is tuple else (values, {})
+        member = cls._member_map_[name]
+        vars(member).update(values or {})
+        for slot, value in slots.items():
+            object.__setattr__(member, slot, value)
+
+
+# A class that came from the client goes back as the id that cloudpickle's tracker gave it.  By value, all attributes of the
+# class that has this id there would be set to copies.  The tracker is private, so it is checked.
 
 def _class_tracker():
     """cloudpickle's module with its names that are used here.  Raises ClupyError if they are gone."""
@@ -1644,6 +1797,8 @@ _client_classes = weakref.WeakSet()     # in a worker: classes and type variable
 
 def pack_result(value, name="the call"):
     """The payload of what `name` returned, its buffers not copied.  Raises PicklingError that says its type."""
+    if isinstance(value, BaseException):          # arrives as if it had been raised
+        return pack_exception(value)
     try:
         return pack(value, _result_pickler, snapshot=False)
     except BaseException as error:                # whatever a class of the user's raises while it is pickled, SystemExit too
@@ -1969,6 +2124,12 @@ class _FailurePickler(pickle.Pickler):
         attributes = attributes and _alone(attributes)
         state = attributes, getattr(error, "__notes__", []), *links, error.__suppress_context__
         return _rebuilt, (*texts, *_alone(made_by)), state, None, None, _link
+
+
+def _reduce_exception(error):
+    """An exception among other values arrives without cause and traceback, as pickle does it, whatever its __init__ takes."""
+    (make, args), attributes = _parts(error)
+    return make, args, attributes
 
 
 def _parts(error):
@@ -2391,6 +2552,32 @@ served = {}                                       # {name: buffers} of the Refs 
 # 0.5 us instead of 4 us.  A result stays pickled until somebody asks for it, and is unpickled in that thread: it may
 # run user code, which may block, and must never do so in the engine's loop.
 
+def _time_out(value):
+    """The seconds of a duration that a user gave; None, for ever, also for more than any clock counts to."""
+    seconds = math.inf if value is None else _duration(value)
+    return None if seconds > threading.TIMEOUT_MAX else seconds
+
+
+def _deadline(value):
+    """The time.monotonic() after a duration that a user gave; None: never."""
+    seconds = _time_out(value)
+    return math.inf if seconds is None else time.monotonic() + seconds
+
+
+def _either_spelling(func):
+    """func, which takes `time_out` where it has `timeout`, and the other way round."""
+    own, other = ("time_out", "timeout") if "time_out" in func.__code__.co_varnames else ("timeout", "time_out")
+
+    @functools.wraps(func)
+    def wrapper(*args, **kwargs):
+        if other in kwargs:
+            if own in kwargs:
+                raise TypeError(f"{func.__qualname__}() was given timeout and time_out, which are the same: give one of them")
+            kwargs[own] = kwargs.pop(other)
+        return func(*args, **kwargs)
+    return wrapper
+
+
 def bounded(seconds):
     """A time-out that a lock takes: not less than 0, and not more than there is, which also stands for None."""
     return threading.TIMEOUT_MAX if seconds is None else max(0, min(seconds, threading.TIMEOUT_MAX))
@@ -2556,13 +2743,14 @@ class Future(concurrent.futures.Future):
                 self._engine.cancel_all()
             raise
 
+    @_either_spelling
     def wait(self, timeout=10):
         """Whether it completed within `timeout` seconds (None: for ever), its handlers included.
 
         A handler that asks does not wait for itself."""
         if self._state in _DONE and self._handled is None:
             return True
-        deadline = math.inf if timeout is None else time.monotonic() + _duration(timeout)
+        deadline = _deadline(timeout)
         if not self._wait(deadline - time.monotonic()):
             return False
         if self._handled is None or getattr(_handling, "future", None) is self:
@@ -2588,6 +2776,7 @@ class Future(concurrent.futures.Future):
             if self._packed is packed:
                 self._result, self._exception, self._packed = result, exception, None
 
+    @_either_spelling
     def result(self, timeout=None):
         """The result.  Raises the call's exception, CancelledError, or TimeoutError after `timeout` seconds."""
         exception = self.exception(timeout)
@@ -2598,9 +2787,10 @@ class Future(concurrent.futures.Future):
                 exception = self = None         # no reference cycle through the traceback
         return self._result
 
+    @_either_spelling
     def exception(self, timeout=None):
         """The call's exception, or None.  Raises CancelledError, or TimeoutError after `timeout` seconds."""
-        if not self._wait(timeout):
+        if not self._wait(timeout := _time_out(timeout)):
             raise TimeoutError(f"{self!r} has no result after {timeout:g} s")
         if self._state == CANCELLED:
             raise CancelledError()
@@ -4177,7 +4367,7 @@ class Engine(BaseEngine):
         self.soon(self._grow, slots)
 
     def services(self, patience):
-        if not self.joined.wait(patience):
+        if not self.joined.wait(bounded(patience)):
             raise self.master_side.unreachable()
         if self.fatal and not self.said:
             raise self.fatal
@@ -4381,7 +4571,7 @@ def connect(master=None, *, executor=None, config=None, **settings):
     joined = engine.joined.wait(min(UNSERVED_TIME, patience))
     if not joined and patience > UNSERVED_TIME:
         log.warning("still connecting, for %g s at most: %s", patience, engine.master_side.unreachable())
-        joined = engine.joined.wait(patience - UNSERVED_TIME)
+        joined = engine.joined.wait(bounded(patience - UNSERVED_TIME))
     if not joined or engine.fatal:
         _engine = None
         engine.close()
@@ -4486,6 +4676,7 @@ def _is_complete(func):
     return func.__globals__.get(func.__name__) is func
 
 
+@_either_spelling
 def parallel(func=_ABSENT, *, max=None, timeout=None, retries=2):
     """The function, wrapped so that its calls run in the cluster; also a decorator, with or without options.
 
@@ -4499,13 +4690,19 @@ def parallel(func=_ABSENT, *, max=None, timeout=None, retries=2):
         return functools.partial(parallel, max=max, timeout=timeout, retries=retries)
     if not callable(func):
         raise TypeError(f"parallel() wraps a function, not {type(func).__name__} {func!r}; did you call it already?")
-    if max is not None and (not isinstance(max, int) or max < 1):
-        raise ValueError(f"max is {max!r}, but must be a whole number from 1, or None")
-    if not isinstance(retries, int) or retries < 0:
-        raise ValueError(f"retries is {retries!r}, but must be a whole number from 0")
-    if timeout is not None and not (timeout := _duration(timeout)) > 0:
+    timeout = _time_out(timeout)
+    if timeout is not None and timeout <= 0:
         raise ValueError(f"timeout is {timeout!r}, but must be more than 0 seconds, or None")
-    return Parallel(func, max, timeout, retries)
+    return Parallel(func, _whole("max", max, 1), timeout, _whole("retries", retries, 0))
+
+
+def _whole(name, value, least):
+    """What a user gave as a whole number, numpy's too, as an int; None stays None, unless it must be a number."""
+    if value is None and least:
+        return None
+    if not isinstance(value, numbers.Integral) or value < least:
+        raise ValueError(f"{name} is {value!r}, but must be a whole number from {least}{', or None' if least else ''}")
+    return int(value)
 
 
 def start(engine, func, function, args, kwargs, timeout, retries, limit):
@@ -4524,10 +4721,48 @@ def start(engine, func, function, args, kwargs, timeout, retries, limit):
     except Exception as error:                    # one bad call among a hundred spoils one result
         conclude([(call, False, error)])
     else:
+        if type(call._arguments) is tuple:        # with large buffers
+            _note_repeated(func, args, kwargs, payload_size(call._arguments))
         engine.submit(call)
     return call
 
 
+_repeated = {}      # {(limit key of a function, id of an argument): (weak reference to it, calls that were given it)}
+_advised = set()    # limit keys of functions whose arguments were warned of
+
+
+def _note_repeated(func, args, kwargs, size):
+    """Warn, once for a function, of a large argument that goes to many calls: each time it is copied and sent.
+
+    size: bytes of all arguments.  Any thread may call: a lost count is no harm."""
+    if size < REPEATED_BYTES or (key := limit_key(func)) in _advised:
+        return
+    arguments = [(name, value) for name, value in (*enumerate(args), *kwargs.items()) if type(value) not in PLAIN]
+    for name, value in arguments:
+        bytes_each = size if len(arguments) == 1 else getattr(value, "nbytes", 0)
+        if not isinstance(bytes_each, numbers.Integral) or bytes_each < REPEATED_BYTES:
+            continue
+        place = key, id(value)
+        reference, calls = _repeated.get(place, (None, 0))
+        if reference is None or reference() is not value:
+            try:
+                reference, calls = weakref.ref(value, lambda _, place=place: _repeated.pop(place, None)), 0
+            except TypeError:                     # bytes, a list: it cannot be told from the next that is put in its place
+                continue
+        _repeated[place] = reference, calls + 1
+        if calls + 1 == REPEATED_CALLS:
+            _advised.add(key)
+            named = name if isinstance(name, str) else (_parameters(func)[name:] or ["value"])[0]
+            log.warning("%s was given the same %s in %d calls, %s in all: if it stays as it is, ref = clupy.share(%s) and a call "
+                        "with ref sends it once", _function_name(func), _megabytes(bytes_each), REPEATED_CALLS,
+                        _megabytes(bytes_each * REPEATED_CALLS), named)
+
+
+def _megabytes(size):
+    return f"{size / 1e6:,.0f} MB" if size < 1e9 else f"{size / 1e9:,.1f} GB"
+
+
+@_either_spelling
 def wait_all(results, time_out=None, progress=False):
     """Whether all the futures completed within `time_out` (None: for ever), their handlers included.
 
@@ -4548,34 +4783,30 @@ def wait_all(results, time_out=None, progress=False):
             _show_progress(results, "\n")
 
 
-def _deadline(seconds):
-    """The time.monotonic() after a duration; None: never."""
-    return math.inf if seconds is None else time.monotonic() + _duration(seconds)
-
-
 def _show_progress(results, end):
     print(f"\r{sum(future.completed for future in results)}/{len(results)} calls", end=end, file=sys.stderr, flush=True)
 
 
+@_either_spelling
 def as_completed(results, time_out=None):
     """The futures, each as soon as it is done. Raises TimeoutError after `time_out` seconds in all (None: never)."""
     futures = list(results)
     try:
-        yield from concurrent.futures.as_completed(futures, None if time_out is None else _duration(time_out))
+        yield from concurrent.futures.as_completed(futures, _time_out(time_out))
     except KeyboardInterrupt:
         for future in futures:
             future.cancel()
         raise
 
 
+@_either_spelling
 def map(func, *iterables, max=None, timeout=None, retries=2, chunk_size=None):
     """The results of func over the iterables, in order, as an iterator; they may be of any length, or endless.
 
     Calls are made ahead of what is taken, MAP_AHEAD at most and MAP_BYTES of arguments.  chunk_size: that many items
     go into one call (`timeout` bounds them together); None: one, which is right unless an item takes under 10 us.
     An exception of the function is raised where its result would be; the calls made ahead are cancelled then."""
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size is {chunk_size!r}, but must be at least 1")
+    chunk_size = _whole("chunk_size", chunk_size, 1)
     call = parallel(functools.partial(_run_chunk, func) if chunk_size else func, max=max, timeout=timeout, retries=retries)
     items = zip(*iterables)
     batches = iter(lambda: list(itertools.islice(items, chunk_size)), []) if chunk_size else items
@@ -4627,8 +4858,7 @@ class Executor(concurrent.futures.Executor):
     before its first call of this executor; where it raises, the calls there fail with BrokenExecutor."""
 
     def __init__(self, max_workers=None, master=None, initializer=None, initargs=()):
-        if max_workers is not None and (not isinstance(max_workers, int) or max_workers < 1):
-            raise ValueError(f"max_workers is {max_workers!r}, but must be a whole number from 1, or None")
+        max_workers = _whole("max_workers", max_workers, 1)
         if initializer is not None and not callable(initializer):
             raise TypeError(f"initializer must be a function, not {type(initializer).__name__}")
         self._own_engine = _make_engine(read_settings("client", master=master)) if master else None
@@ -5151,8 +5381,8 @@ shared = _Shared()
 
 def _ttl(ttl):
     """The milliseconds of a time to live that a user gave; 0: for ever."""
-    seconds = _settings().ttl if ttl is None else _duration(ttl)
-    if not 0 <= seconds < math.inf:
+    seconds = _time_out(_settings().ttl if ttl is None else ttl) or 0
+    if seconds < 0:
         raise ValueError(f"ttl must be seconds, or 0 for ever, not {ttl!r}")
     return math.ceil(1000 * seconds)
 
@@ -5712,6 +5942,7 @@ class Queue(_Used):
         """Append the value.  Unavailable says that it is not known whether it is in the queue."""
         _once(self._use("rpush", _item(value)), self.name)
 
+    @_either_spelling
     def get(self, timeout=None):
         """The oldest item, waited for `timeout` seconds (None: for ever), then queue.Empty.
 
@@ -5743,6 +5974,7 @@ class Subscription:
     Use it in a with-block, or close() it.  It belongs to one thread.  Unavailable from next(): the connection was lost, and
     values may have been missed."""
 
+    @_either_spelling
     def __init__(self, topic, timeout=None):
         self.topic, self.timeout = topic, timeout
         self._listener = _retried(self._listen)
@@ -6038,6 +6270,7 @@ class _Holding:
             raise LockLost(f"{self._what} is not held any more: its session ended")
 
 
+@_either_spelling
 def lock(name, timeout=None, shared=False):
     """`with clupy.lock("x") as l:` one holder at a time in the cluster, in the order of asking.
 
@@ -6050,6 +6283,7 @@ def lock(name, timeout=None, shared=False):
     return _Holding("lock", name, timeout, in_the_way, kind="read" if shared else "write")
 
 
+@_either_spelling
 def semaphore(name, n, timeout=None):
     """As lock, with at most n holders at a time; everybody must say the same n."""
     if operator.index(n) < 1:
@@ -6060,6 +6294,7 @@ def semaphore(name, n, timeout=None):
     return _Holding("semaphore", name, timeout, in_the_way, crowd=True)
 
 
+@_either_spelling
 def election(name, data="", timeout=None):
     """`with clupy.election("x", data=me) as e:` entered by one at a time, the leader.
 
@@ -6087,6 +6322,7 @@ class Election(_Holding):
         return wait.persist(look)
 
 
+@_either_spelling
 def barrier(name, n, timeout=None):
     """Return when n callers have come, in all n of them; then the name is free for the next n.
 
@@ -6173,6 +6409,7 @@ class Event:
         wait = self._wait()
         return wait.persist(lambda: wait.ask("exists", self._path)) is not None
 
+    @_either_spelling
     def wait(self, timeout=None):
         """Whether it was set within `timeout` seconds (None: for ever); returns as soon as it is."""
         wait = self._wait(timeout)

@@ -22,6 +22,7 @@ import itertools
 import json
 import linecache
 import multiprocessing
+import math
 import mmap
 import os
 import pickle
@@ -431,6 +432,66 @@ def test_a_time_out_bounds_all_calls_together():
     clupy.connect(slots=1)
     calls = [clupy.parallel(sleepy)(0.4) for _ in range(6)]                # each is done 0.4 s after the one before
     assert not clupy.wait_all(calls, time_out=0.6) and calls[-1].cancel()
+
+
+DURATIONS = [20, 20.0, "20s", math.inf, 1e10, 1e300, None]       # and numpy's, below
+
+
+def test_every_wait_takes_numbers_texts_and_no_end_under_either_name():
+    numpy = pytest.importorskip("numpy")
+    for duration in [*DURATIONS, numpy.int64(20), numpy.float32(20)]:
+        for name in "timeout", "time_out":
+            seconds = {name: duration}
+            future = clupy.parallel(sleepy, **seconds)(0.01, 3)
+            assert future.wait(**seconds) and future.result(**seconds) == 3 and future.exception(**seconds) is None
+            future = clupy.parallel(**seconds)(sleepy)(0.01, 4)
+            assert list(clupy.as_completed([future], **seconds)) == [future] and clupy.wait_all([future], **seconds)
+            assert list(clupy.map(square, [2], **seconds)) == [4]
+    late = clupy.parallel(sleepy)(PATIENCE)
+    for wait in late.result, late.exception, lambda timeout: next(clupy.as_completed([late], timeout)):
+        with pytest.raises(TimeoutError):
+            wait("50ms")
+    assert not late.wait("50ms") and not clupy.wait_all([late], "50ms")
+    late.cancel()
+    for function in functools.partial(clupy.parallel, square), late.result, functools.partial(clupy.wait_all, []):
+        with pytest.raises(TypeError, match="was given timeout and time_out, which are the same"):
+            function(timeout=1, time_out=1)
+    for duration in math.nan, True, "soon", 0, -1:
+        with pytest.raises(ValueError):
+            clupy.parallel(square, timeout=duration)
+
+
+def test_whole_numbers_may_be_those_of_numpy():
+    two = pytest.importorskip("numpy").int64(2)
+    assert clupy.parallel(square, max=two, retries=two)(3).result(PATIENCE) == 9
+    assert list(clupy.map(square, range(3), max=two, chunk_size=two)) == [0, 1, 4]
+    with clupy.Executor(max_workers=two) as executor:
+        assert executor.submit(square, two).result(PATIENCE) == 4
+    settings = clupy.read_settings("client", slots=two, memory_limit=two << 30, patience=two)
+    assert (settings.slots, settings.memory_limit, settings.patience) == (2, 2 << 30, 2.0)
+    for options in {"max": 0}, {"max": 1.5}, {"retries": -1}, {"retries": None}:
+        with pytest.raises(ValueError, match="but must be a whole number from"):
+            clupy.parallel(square, **options)
+
+
+def test_a_large_array_that_goes_to_many_calls_is_told_of_once(caplog):
+    numpy = pytest.importorskip("numpy")
+
+    def work(array, other=None):
+        pass
+    array, changing = numpy.zeros(1 << 18), numpy.zeros(1 << 18)
+    for i in range(9):
+        clupy.parallel(work)(array, i)
+    for _ in range(20):
+        clupy.parallel(work)(changing.copy(), numpy.zeros(1000))
+    assert not caplog.records
+    for name in "array", "other", "array":
+        clupy.parallel(work)(**{name: array})
+    [message] = [record.message for record in caplog.records]
+    assert ".work was given the same 2 MB in 10 calls, 21 MB in all" in message and "ref = clupy.share(array)" in message
+    clupy.wait_all(list(clupy._current_engine().calls()), PATIENCE)
+    del array, changing
+    assert not any("told_of_once" in str(place) for place in clupy._repeated)
 
 
 def test_as_completed_gives_the_fast_ones_first():
@@ -3386,6 +3447,121 @@ def test_classes_of_a_script_come_back_as_themselves_and_untouched(tmp_path):
     assert tell(tmp_path, text).stdout == "done __main__\ndone __mp_main__\n"
 
 
+ENUMS = """
+    import dataclasses, datetime, enum
+    class Planet(enum.Enum):
+        EARTH, TERRA, MARS = (6, 2), (6, 2), (8, 4)
+        def __init__(self, mass, radius): self.mass, self.radius = mass, radius
+        def density(self): return self.mass / self.radius
+    class Status(enum.IntEnum):
+        OK, GONE = (200, "fine"), (410, "gone")
+        def __new__(cls, code, phrase):
+            self = int.__new__(cls, code)
+            self._value_, self.phrase = code, phrase
+            return self
+    @dataclasses.dataclass(frozen=True)
+    class Pair: a: int; b: int
+    class Pairs(Pair, enum.Enum): ONE, TWO = (1, 2), (3, 4)
+    class Day(datetime.date, enum.Enum): FIRST = 2020, 1, 2
+    class Access(enum.Flag, boundary=enum.KEEP): R, W, RW, X = 1, 2, 3, 4
+    def story():
+        assert Planet.TERRA is Planet.EARTH and list(Planet.__members__) == ["EARTH", "TERRA", "MARS"] and len(Planet) == 2
+        assert (Planet.MARS.density(), Planet((6, 2)), Planet["TERRA"].mass) == (2, Planet.EARTH, 6)
+        assert (Status.GONE.phrase, Status.GONE + 1, Status(200)) == ("gone", 411, Status.OK)
+        assert (Pairs.TWO.a, Pairs.ONE.b, Pairs(Pair(3, 4))) == (3, 2, Pairs.TWO) and Day.FIRST.year == 2020
+        assert Access.RW == Access.R | Access.W and list(Access.__members__) == ["R", "W", "RW", "X"]
+        assert (Access.R | Access.X).value == 5 and Access(8).value == 8
+        return Planet.MARS, Status.OK, Pairs.TWO, Access.RW, [*map(str, (Planet.MARS, Status.OK, Pairs.TWO, Access.RW))]
+    assert call(story) == story() and call(lambda member: member is Pairs.TWO and member.b, Pairs.TWO) == 4
+    """
+MADE = """
+    import abc
+    class Plugin:
+        found = {}
+        def __init_subclass__(cls, tag): Plugin.found[tag] = cls
+    class Csv(Plugin, tag="csv"): pass
+    class Counted:
+        seen = []
+        def __init_subclass__(cls): Counted.seen.append(cls.__name__)
+    class Once(Counted): pass
+    class Meta(type):
+        made = []
+        def __new__(meta, name, bases, body, **options): return super().__new__(meta, name, bases, body)
+        def __init__(cls, name, bases, body, *, kind): cls.kind, _ = kind, Meta.made.append(name)
+        def __setattr__(cls, name, value): type.__setattr__(cls, name, value) if name == "kind" else 1 / 0
+    class First(metaclass=Meta, kind=1): n = 5
+    class Second(First, dict, kind=2): pass
+    class Shape(abc.ABC):
+        @abc.abstractmethod
+        def area(self): pass
+    class Square(Shape):
+        def area(self): return 4
+    Shape.register(Csv)
+    class Outer:
+        class Inner: pass
+    def story():
+        class Late(Plugin, tag="late"): pass
+        assert Plugin.found == {"csv": Csv, "late": Late} and Plugin.__subclasses__() == [Csv, Late]
+        assert (First.kind, Second.kind, Meta.made, Second(a=1).n, type(Second)) == (1, 2, ["First", "Second"], 5, Meta)
+        assert Square().area() == 4 and Shape.__abstractmethods__ == {"area"} and Once.seen == ["Once"]
+        assert isinstance(Csv(), Shape) and not isinstance(Csv(), Square)
+        assert Outer.Inner.__qualname__ == "Outer.Inner"
+        return Csv(), Second(), Square()
+    assert [*map(type, call(story))] == [Csv, Second, Square] == call(lambda: [Csv, Second, Square])
+    assert Plugin.found == {"csv": Csv} and Meta.made == ["First", "Second"]
+    """
+SLOTS = """
+    import dataclasses, weakref
+    @dataclasses.dataclass(slots=True)
+    class Data: x: int; y: list = dataclasses.field(default_factory=list)
+    @dataclasses.dataclass(slots=True, frozen=True)
+    class Frozen: x: int
+    class Private:
+        __slots__ = "__own", "__weakref__"
+        def __init__(self, own): self.__own = own
+        def own(self): return self.__own
+    class Free(Private): __slots__ = "__own", "__dict__"
+    class One: __slots__ = "only"
+    def story(data, frozen, private, free):
+        assert (data, frozen, private.own(), free.own(), free.more) == (Data(1), Frozen(2), 3, 4, 5)
+        assert not any(hasattr(value, "__dict__") for value in (data, frozen, private, One()))
+        one = One()
+        one.only = weakref.ref(private)().own()
+        return data, frozen, private, free, one
+    free = Free(4)
+    free.more = 5
+    data, frozen, private, free, one = call(story, Data(1), Frozen(2), Private(3), free)
+    assert (data, frozen, private.own(), free.own(), free.more, one.only) == (Data(1), Frozen(2), 3, 4, 5, 3)
+    """
+CACHES = """
+    import functools
+    class Squared:
+        def __init__(self, x): self.x = x
+        @functools.cached_property
+        def value(self): return self.x ** 2
+        @functools.singledispatchmethod
+        def add(self, y): return self.x + int(y)
+        @add.register
+        def _(self, y: list): return [self.add(item) for item in y]
+    @functools.singledispatch
+    def show(x): return "?"
+    @show.register
+    def _(x: int): return "int"
+    @show.register
+    def _(x: list): return [show(item) for item in x]
+    show(1), Squared(1).add(2)
+    assert call(lambda s: (s.value, s.add("2"), s.add(["1", 2])), Squared(3)) == (9, 5, [4, 5])
+    assert call(lambda: Squared(4)).value == 16 and call(show, [1, None]) == ["int", "?"]
+    assert call(lambda f: (f([1]), show([2]), show.__name__, f is show), show) == (["int"], ["int"], "show", False)
+    """
+
+
+@pytest.mark.parametrize("text", [ENUMS, MADE, SLOTS, CACHES], ids=["enums", "made", "slots", "caches"])
+def test_classes_of_a_script_are_in_a_worker_what_their_statements_made_of_them_here(tmp_path, cluster, text):
+    for master in {}, {"CLUPY_MASTER": cluster.address}:
+        tell(tmp_path, text, **master)
+
+
 def test_classes_keep_their_identity_through_calls_inside_calls():
     class Client:
         pass
@@ -3794,6 +3970,25 @@ def test_an_exception_keeps_type_arguments_attributes_notes_and_links():
     assert group.__context__ is first and group.__suppress_context__ and group.__cause__ is None
     assert first.args == ("hidden",) and inner.exceptions[0].args == (3,)
     assert printed(group).count('raise ValueError("hidden")') == 1                # that of the member
+
+
+def test_an_exception_that_is_a_value_arrives_whatever_its_init_takes_and_as_a_result_with_all_of_it():
+    class Failure(Exception):
+        def __init__(self, code, *, text):
+            super().__init__(f"{code}: {text}")
+            self.code = code
+
+    def caught():
+        try:
+            raise Failure(1, text="no") from KeyError("x")
+        except Failure as error:
+            error.add_note("noted")
+            return error
+    error = call(caught)
+    assert (type(error), error.args, error.code, error.__notes__) == (Failure, ("1: no",), 1, ["noted"])
+    assert type(error.__cause__) is KeyError and "in caught" in printed(error)
+    assert call(lambda error, others: (error.code, others["k"].code), error, {"k": Failure(2, text="")}) == (1, 2)
+    assert [(type(error), error.code) for error in call(lambda: [Failure(3, text="")])] == [(Failure, 3)]
 
 
 def test_an_uncaught_exception_of_a_nested_call_prints_as_if_it_had_happened_here(tmp_path):
@@ -5388,6 +5583,29 @@ def test_the_wrong_kind_of_name_is_a_type_error_that_says_what_it_is(redis):
         with pytest.raises(TypeError, match=says):
             use()
     assert clupy.get("value") == clupy.queue("queue").get(0) == clupy.counter("counter").value == 1
+
+
+def test_services_take_durations_and_whole_numbers_as_calls_do(redis, zookeeper):
+    numpy = pytest.importorskip("numpy")
+    one = numpy.int64(1)
+    for duration in [*DURATIONS, numpy.float32(20)]:
+        for name in "timeout", "time_out":
+            seconds = {name: duration}
+            with clupy.lock("x", **seconds), clupy.semaphore("x", one, **seconds), clupy.election("x", **seconds):
+                clupy.barrier("x", one, **seconds)
+            clupy.event("x").set()
+            assert clupy.event("x").wait(**seconds)
+            clupy.queue("q").put(1)
+            assert clupy.queue("q").get(**seconds) == 1
+            with clupy.subscribe("t", **seconds) as values:
+                clupy.publish("t", 2)
+                assert next(values) == 2
+        clupy.put("v", 3, ttl=duration)
+        assert clupy.get("v") == 3
+    with clupy.lock("x"), pytest.raises(TimeoutError, match="not within 0.05 s"), clupy.lock("x", time_out="50ms"):
+        pass
+    with pytest.raises(TypeError, match=r"get\(\) was given timeout and time_out"):
+        clupy.queue("q").get(timeout=1, time_out=1)
 
 
 def test_what_is_used_lives_and_what_is_not_is_gone_after_its_ttl(redis, copies):
