@@ -920,9 +920,12 @@ class Environments:
 
 # ==== Process: a worker as its server sees it ================================
 
-def worker_variables(environ, slots):
-    """The environment variables of a worker: without the secret, and with one node's cores divided by its slots."""
+def worker_variables(environ, slots, secret):
+    """The environment variables of a worker: without the secret, with one node's cores divided by its slots, and with a hash
+    seed that all workers of the cluster share, so that hash(text) % n is the same in each."""
     variables = {name: value for name, value in environ.items() if name not in ("CLUPY_SECRET", "CLUPY_MASTER")}
+    seed = int.from_bytes(proof(secret, b"hash seed")[:4], "big")
+    variables.setdefault("PYTHONHASHSEED", str(seed or 1))         # 0 would let strangers foresee collisions
     threads = str(max(1, clupy.cores() // slots))
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS",
                  "VECLIB_MAXIMUM_THREADS"):
@@ -973,7 +976,7 @@ class Process:
                      "memory_limit": self.workers.settings.memory_limit, "files": clupy.raise_descriptor_limit()}
             boot = BOOT.format(folder=os.path.dirname(os.path.abspath(__file__)), arguments=json.dumps(given))
             python, variables = worker_command(environment and environment.path,
-                                               worker_variables(os.environ, self.workers.slots))
+                                               worker_variables(os.environ, self.workers.slots, self.workers.server.secret))
             self.popen = subprocess.Popen(
                 [python, "-P", "-c", boot], stdin=subprocess.DEVNULL, stdout=out, stderr=err,
                 pass_fds=[channel.fileno(), lifeline, stack, board], start_new_session=True, env=variables)

@@ -1427,10 +1427,47 @@ def test_workers_are_started_where_slots_wait_then_kept_warm_and_ended_where_nob
 
 
 def test_a_workers_variables_are_without_the_secret_and_share_the_cores():
-    given = {"CLUPY_SECRET": "x", "CLUPY_MASTER": "y", "CLUPY_PREFIX": "z", "MKL_NUM_THREADS": "7"}
-    assert clupy_server.worker_variables(given, 10_000) == {
+    given = {"CLUPY_SECRET": "x", "CLUPY_MASTER": "y", "CLUPY_PREFIX": "z", "MKL_NUM_THREADS": "7", "PYTHONHASHSEED": "3"}
+    assert clupy_server.worker_variables(given, 10_000, b"x") == {
         "CLUPY_PREFIX": "z", "MKL_NUM_THREADS": "7", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
-        "NUMEXPR_NUM_THREADS": "1", "VECLIB_MAXIMUM_THREADS": "1"}
+        "NUMEXPR_NUM_THREADS": "1", "VECLIB_MAXIMUM_THREADS": "1", "PYTHONHASHSEED": "3"}
+
+
+def test_strings_hash_alike_in_all_workers_of_a_secret():
+    seeds = {secret: clupy_server.worker_variables({}, 1, secret)["PYTHONHASHSEED"] for secret in (b"one", b"another")}
+    assert seeds[b"one"] == clupy_server.worker_variables({}, 8, b"one")["PYTHONHASHSEED"] != seeds[b"another"]
+    assert all(0 < int(seed) < 1 << 32 for seed in seeds.values())
+
+
+def text_hashes(wanted):
+    """{pid of a server: what a text hashes to in its worker} of so many servers."""
+    def text_hash():
+        time.sleep(0.1)
+        return os.getppid(), hash("a text")
+    found = {}
+
+    def are_there():
+        found.update(future.result(PATIENCE) for future in [clupy.parallel(text_hash)() for _ in range(wanted)])
+        return len(found) == wanted
+    until(are_there)
+    return found
+
+
+def test_strings_hash_alike_on_all_servers_but_on_one_with_a_seed_of_its_own(tmp_path):
+    with Cluster(tmp_path, servers=2, slots=1) as cluster:
+        own = cluster.add_server(PYTHONHASHSEED=7).process.pid
+        clupy.connect(cluster.address)
+        hashes = text_hashes(3)
+        alone = run_script(tmp_path / "alone", "print(hash('a text'))", PYTHONHASHSEED=7).stdout
+        assert hashes.pop(own) == int(alone) not in hashes.values() and len(set(hashes.values())) == 1
+
+
+def test_workers_of_the_embedded_cluster_hash_as_a_program_with_a_seed(tmp_path):
+    script = """
+        import clupy
+        print({clupy.parallel(hash)("a text").result(30) for _ in range(20)} == {hash("a text")})
+        """
+    assert run_script(tmp_path, script, PYTHONHASHSEED=7).stdout == "True\n"
 
 
 def test_of_two_holders_that_have_had_their_turn_the_older_gives_way():
