@@ -227,7 +227,7 @@ def work(arguments):
     except (OSError, RuntimeError):
         signal.signal(STACK_SIGNAL, signal.SIG_IGN)    # it would end us; the error of a time-out has no stack then
     limit_resources(given["files"], given["memory_limit"])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.default_int_handler)       # a server in the background of a shell ignores it
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)
     note_client_classes()                          # imports cloudpickle, too, which nearly every client needs

@@ -1481,6 +1481,70 @@ def test_draining_and_unreachable_servers_are_in_no_share():
     assert shares == {"c": {"s2": 2}}
 
 
+# ==== SIGINT: workers are out of Ctrl-C's reach, and what calls start may be interrupted =======
+
+def ends_of_interrupted_programs():
+    """How two programs ended that this call started and interrupted: one that knows no SIGINT, and a Python."""
+    ends = []
+    for command in ["sleep", "60"], [sys.executable, "-c", "print(flush=True); import time; time.sleep(60)"]:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as program:
+            if len(command) > 2:
+                program.stdout.readline()
+            program.send_signal(signal.SIGINT)
+            ends.append(program.wait(20))
+    return ends
+
+
+def test_a_call_interrupts_programs_that_it_started(cluster):
+    clupy.connect(cluster.address)
+    assert clupy.parallel(ends_of_interrupted_programs)().result(PATIENCE) == [-signal.SIGINT, -signal.SIGINT]
+
+
+def test_a_program_that_ignores_sigint_has_calls_that_do_not(tmp_path):
+    script = """
+        import os, signal, clupy
+        def ignored():
+            return signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        print(ignored(), clupy.parallel(ignored)().result(30))
+        """
+    assert run_script(tmp_path, script).stdout == "True False\n"
+
+
+def test_a_call_that_is_interrupted_ends_by_keyboard_interrupt_and_its_worker_goes_on(cluster):
+    clupy.connect(cluster.address)
+
+    def interrupt():
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(PATIENCE)
+    with clupy.Executor(max_workers=1) as executor:
+        pid = executor.submit(os.getpid).result(PATIENCE)
+        with pytest.raises(KeyboardInterrupt):
+            executor.submit(interrupt).result(PATIENCE)
+        assert executor.submit(os.getpid).result(PATIENCE) == pid
+
+
+def test_ctrl_c_that_the_program_handles_leaves_its_calls_alone(tmp_path):
+    script = """
+        import os, pathlib, signal, time, clupy
+        os.setpgid(0, 0)
+        signal.signal(signal.SIGINT, lambda *_: print("heard"))
+        def call(path):
+            path.touch()
+            while path.exists():
+                time.sleep(0.01)
+            return "done"
+        path = pathlib.Path("runs").absolute()
+        future = clupy.parallel(call, retries=0)(path)
+        while not path.exists():
+            time.sleep(0.01)
+        os.killpg(0, signal.SIGINT)
+        path.unlink()
+        print(future.result(30))
+        """
+    assert run_script(tmp_path, script).stdout == "heard\ndone\n"
+
+
 # ==== Ways to die, and what the call, its neighbours and the cluster make of them =============
 
 def die(how):
