@@ -38,6 +38,7 @@ import linecache
 import logging
 import mmap
 import os
+import pickle
 import queue
 import select
 import signal
@@ -116,12 +117,10 @@ class Finder:
 
     fetch(name, parent's __path__) -> clupy.module_source's answer; it blocks, and any thread may call it.  What it says is
     kept for the life of the worker, "no" included: a module has one version per slot.  Never asked: for the standard
-    library, for submodules of packages that did not come from the client, and in a child that the call forked, as the
-    socket is its parent's.  A child of multiprocessing's spawn has no Finder: it sees only what is installed."""
+    library, and for submodules of packages that did not come from the client."""
 
     def __init__(self, fetch, own, server):
         self.fetch, self.own, self.server = fetch, frozenset(own), server
-        self.pid = os.getpid()
         self.answers = {}                          # {module's name: what the client said}; any importing thread adds
         self.packages = set()                      # names of packages that came from the client; likewise
 
@@ -135,7 +134,7 @@ class Finder:
         Does not raise for a missing module, as optional libraries are looked for with importlib.util.find_spec:
         clupy._missing_modules has the error's text."""
         parent = name.rpartition(".")[0]
-        if os.getpid() != self.pid or parent and parent not in self.packages or clupy.is_every_servers(name):
+        if parent and parent not in self.packages or clupy.is_every_servers(name):
             return None
         if name not in self.answers:
             self.answers[name] = self.fetch(name, path and list(path))
@@ -204,6 +203,90 @@ class _Loader:
                       "file as an argument, or share() it")
 
     get_resource_reader = get_data
+
+
+# ==== Worker: the processes that calls start =================================
+# A forked child of a call has what the worker had, but not its socket; what a pool spawned is a new interpreter.  Both ask
+# the worker for the client's modules, and it asks the client:
+#
+#      client  <-- slot --  worker  <-- Family --  child, forked or spawned
+#
+# How does a spawned one learn of it?  Every pool, be it multiprocessing's, the standard library's or joblib's, gives its new
+# process the parent's sys.path, pickled: so one entry of that is an Inheritance.
+
+class Family:
+    """Where the processes that a call starts ask what their worker would ask its client.
+
+    fetch(what, *fields) -> the client's answer; any thread may call."""
+
+    def __init__(self, fetch=None):
+        self._fetch = fetch
+        self.key = os.urandom(32)                  # every user of this machine may connect
+        self.address = self._listener = None       # None: no call has started a process yet
+
+    def open(self):
+        """Begin to answer: before the first process starts, as it would not know where to ask."""
+        if self.address is None:
+            self._listener = socket.create_server(("127.0.0.1", 0))
+            threading.Thread(target=self._answer_all, name="clupy-family", daemon=True).start()
+            self.address = self._listener.getsockname()
+
+    def _answer_all(self):
+        with self._listener:
+            while True:
+                asker, _ = self._listener.accept()
+                with contextlib.suppress(OSError, EOFError, pickle.UnpicklingError):   # it was killed, or the slot has ended
+                    asker.settimeout(clupy.HANDSHAKE_TIME)
+                    with asker, asker.makefile("rwb") as file:
+                        self._answer(file)
+
+    def _answer(self, file):
+        if clupy.hmac.compare_digest(file.read(clupy.PROOF_SIZE), proof(self.key, b"ask")):
+            file.write(proof(self.key, b"answer") + pickle.dumps(self._fetch(*pickle.load(file))))
+
+    def leave(self):
+        """In a forked child: who asks must not wait for us when the worker has ended."""
+        if self._listener is not None:
+            self._listener.close()
+
+
+def ask_worker(address, key, *question):
+    """In a process that a call started: the client's answer to the question.  Raises OSError when the slot has ended."""
+    with socket.create_connection(address) as sock, sock.makefile("rwb") as file:
+        file.write(proof(key, b"ask") + pickle.dumps(question))
+        file.flush()
+        if not clupy.hmac.compare_digest(file.read(clupy.PROOF_SIZE), proof(key, b"answer")):
+            raise ConnectionError("the slot has ended")
+        return pickle.load(file)
+
+
+class Inheritance(str):
+    """The entry of sys.path by which a spawned process becomes one of the family: there it is unpickled by `inherit`.
+    Wherever else it travels, it is the text that it is here."""
+
+    def __new__(cls, entry, family, own, server):
+        self = super().__new__(cls, entry)
+        self.family, self.rest = family, (own, server)
+        return self
+
+    def __reduce__(self):
+        context = sys.modules.get("multiprocessing.context")
+        if context is None or context.get_spawning_popen() is None:
+            return str, (str(self),)
+        self.family.open()
+        given = str(self), self.family.address, self.family.key, *self.rest
+        return eval, (INHERIT.format(folder=os.path.dirname(os.path.abspath(__file__)), given=given),)
+
+
+INHERIT = "__import__('sys').path.insert(0, {folder!r}) or __import__('clupy_server').inherit(*{given!r})"
+
+
+def inherit(entry, address, key, own, server):
+    """In a spawned process, before it has its parent's sys.path: have it import what the worker can."""
+    family = Family()
+    family.address, family.key = address, key
+    Finder(functools.partial(ask_worker, address, key, "module"), own, server).install()
+    return Inheritance(entry, family, own, server)
 
 
 # ==== Worker: the process that runs calls ====================================
@@ -399,6 +482,8 @@ class Worker:
         if given["tls"]:
             self.sock = TlsSocket(sock, *given["tls"])
         self.sock.sendall(proof(bytes.fromhex(given["key"]), b"opened"))
+        self.family = Family(self.fetch)
+        os.register_at_fork(before=self.family.open)
 
     def call_of_this_thread(self):
         """The number of the call that this thread works for, which may be over; see `follow_threads`."""
@@ -479,6 +564,8 @@ class Worker:
 
     def fetch(self, what, *fields):
         """The client's answer to a question; blocks the asking thread. Raises ConnectionError when the slot ends."""
+        if os.getpid() != self.pid:                # a forked child: the socket is its parent's
+            return ask_worker(self.family.address, self.family.key, what, *fields)
         answer = queue.SimpleQueue()
         request = id(answer)
         self.requests[request] = answer
@@ -564,6 +651,7 @@ class Worker:
 
     def on_opening(self, _, own_modules):
         Finder(functools.partial(self.fetch, "module"), own_modules, self.server).install()
+        sys.path[-1] = Inheritance(sys.path[-1], self.family, own_modules, self.server)
         self.send("opened", self.pid)
 
     def on_calls(self, _, items):
@@ -732,6 +820,7 @@ class NestedCalls(clupy.BaseEngine):
     def abandon(self):
         """In a forked child of a call: the slot's socket is the parent's alone."""
         os.close(self._worker.sock.detach())
+        self._worker.family.leave()
         clupy.use_client(self._worker.client)
 
 

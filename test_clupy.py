@@ -1481,6 +1481,126 @@ def test_draining_and_unreachable_servers_are_in_no_share():
     assert shares == {"c": {"s2": 2}}
 
 
+# ==== Pools inside calls ======================================================
+# The project is in a folder of its own.  What its pools' processes know of it they were told by the worker.
+
+POOLS = {
+    "work/__init__.py": "",
+    "work/late.py": "def twice(x): return 2 * x\n",
+    "work/data.py": """
+        import dataclasses
+
+        @dataclasses.dataclass
+        class Point:
+            x: int
+
+        def double(item):
+            from . import late                              # which the worker itself has never imported
+            return dataclasses.replace(item, x=late.twice(item.x))
+        """,
+    "work/pools.py": """
+        import concurrent.futures, multiprocessing, os, sys
+
+        def pool(how, func, items):
+            with multiprocessing.get_context(how).Pool(2) as pool:
+                return pool.map_async(func, items).get(60)
+
+        def executor(how, func, items):
+            with concurrent.futures.ProcessPoolExecutor(2, multiprocessing.get_context(how)) as pool:
+                return list(pool.map(func, items, timeout=60))
+
+        def processes(how, func, items):
+            context = multiprocessing.get_context(how)
+            queue = context.Queue()
+            for item in items:
+                context.Process(target=into, args=(queue, func, item)).start()
+            return sorted((queue.get(timeout=60) for _ in items), key=lambda point: point.x)
+
+        def into(queue, func, item):
+            queue.put(func(item))
+
+        def joblib(how, func, items):
+            import joblib
+            return joblib.Parallel(2, backend=how, timeout=60)(joblib.delayed(func)(item) for item in items)
+
+        def nested(how, func, items):
+            return executor(how, Nested(pool, func), [("spawn", items)])[0]
+
+        class Nested:
+            def __init__(self, run, func):
+                self.run, self.func = run, func
+
+            def __call__(self, item):
+                return self.run(item[0], self.func, item[1])
+        """}
+HOWS = ("pool fork", "pool spawn", "pool forkserver", "executor fork", "executor spawn", "executor forkserver",
+        "processes fork", "processes spawn", "processes forkserver", "nested fork", "nested spawn")
+POOLS_SCRIPT = """
+    import sys, clupy
+    from work import data, pools
+    if __name__ == "__main__":
+        for how in sys.argv[1:]:
+            run, method = how.split()
+            points = clupy.parallel(getattr(pools, run), retries=0)(method, data.double, [data.Point(1), data.Point(2)])
+            print(how, points.result(120) == [data.Point(2), data.Point(4)])
+    """
+
+
+@pytest.mark.parametrize("where", ["on a server", "embedded"])
+def test_processes_of_pools_import_what_their_worker_can(tmp_path, where):
+    write_files(tmp_path / "client", POOLS)
+    with contextlib.ExitStack() as stack:
+        variables = {"CLUPY_MASTER": stack.enter_context(Cluster(tmp_path)).address} if where == "on a server" else {}
+        done = run_script(tmp_path / "client", POOLS_SCRIPT, args=HOWS, timeout=240, **variables)
+    assert done.stdout.splitlines() == [f"{how} True" for how in HOWS]
+
+
+def test_joblibs_processes_import_what_their_worker_can(tmp_path, cluster):
+    pytest.importorskip("joblib")
+    write_files(tmp_path / "client", POOLS)
+    hows = "joblib loky", "joblib multiprocessing"
+    done = run_script(tmp_path / "client", POOLS_SCRIPT, args=hows, timeout=120, CLUPY_MASTER=cluster.address)
+    assert done.stdout.splitlines() == [f"{how} True" for how in hows]
+
+
+def test_a_forked_child_of_a_call_imports_what_its_parent_has_not(tmp_path, cluster):
+    write_files(tmp_path / "client", POOLS)
+    done = run_script(tmp_path / "client", """
+        import clupy
+        def fork():
+            import os
+            if (pid := os.fork()) == 0:
+                from work import late
+                os._exit(late.twice(3))
+            return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        print(clupy.parallel(fork, retries=0)().result(60))
+        """, CLUPY_MASTER=cluster.address)
+    assert done.stdout == "6\n"
+
+
+@pytest.mark.parametrize("how", ["fork", "spawn", "forkserver"])
+def test_the_processes_of_a_pool_end_with_its_worker(tmp_path, cluster, how):
+    def start(path):
+        import multiprocessing
+        pool = multiprocessing.get_context(how).Pool(2)
+        pool.map_async(time.sleep, [60, 60])
+        path.write_text(" ".join(str(process.pid) for process in pool._pool))
+        os.kill(os.getpid(), signal.SIGKILL)
+    clupy.connect(cluster.address)
+    with pytest.raises(clupy.WorkerDied):
+        clupy.parallel(start, retries=0)(tmp_path / "pids").result(PATIENCE)
+    pids = set(map(int, (tmp_path / "pids").read_text().split()))
+    until(lambda: len(pids) == 2 and not pids & processes().keys())
+
+
+def test_the_path_of_a_worker_is_plain_texts_wherever_it_travels():
+    def paths():
+        import copy
+        return sys.path, copy.deepcopy(sys.path), pickle.loads(pickle.dumps(sys.path)), json.loads(json.dumps(sys.path))
+    given, *copies = clupy.parallel(paths)().result(PATIENCE)
+    assert copies == [given] * 3 and {type(entry) for path in (given, *copies) for entry in path} == {str}
+
+
 # ==== SIGINT: workers are out of Ctrl-C's reach, and what calls start may be interrupted =======
 
 def ends_of_interrupted_programs():
@@ -2960,13 +3080,13 @@ def test_what_the_client_need_not_be_asked_it_is_not_asked(tmp_path, asked):
             os._exit(len(mine))
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
-    def fork():                                             # the slot's socket is the parent's alone
+    def fork():                                             # by its worker, which the forked child asks
         if (pid := os.fork()) == 0:
             os._exit(importlib.util.find_spec("nowhere_either") is None)
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     clupy.connect(slots=1)
     assert call(imports) and call(imports) and call(fork) == 1
-    assert asked == ["nowhere"] and call(fork_and_get, [[clupy.share(1).unresolved()]]) == 2
+    assert asked == ["nowhere", "nowhere_either"] and call(fork_and_get, [[clupy.share(1).unresolved()]]) == 2
     cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
     try:
         assert call(printed, ValueError()) == "ValueError\n" and __name__ in asked    # though pytest loaded it
