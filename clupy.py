@@ -1124,6 +1124,7 @@ class _Pickling(threading.local):
     refs = None         # the Refs that were met so far, where somebody wants to know
     resolve = False     # the arguments of a call: a Ref among them arrives as its value
     of_client = False   # in a worker: what its client sent, so that the classes in it are the client's
+    marks = None        # {name: its _Mark} of the script's names in it, where somebody wants to know
 
 
 pickling = _Pickling()
@@ -1241,19 +1242,176 @@ def _by_value_pickler():
         dispatch_table = cloudpickle.Pickler.dispatch_table.new_child(
             {functools._lru_cache_wrapper: _reduce_cached, types.CodeType: _reduce_code})
 
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.namespace = None                 # the _Namespace of the script's functions in this pickle
+            self.named = set()                    # names of the script whose values are in it
+
         def reducer_override(self, obj):
             if type(obj) is types.FunctionType:
                 if _is_wrapped(obj):
                     return getattr, (_named(obj), "func")
                 if _named(obj) is not obj:        # it goes by value
                     obj = _readable(obj)
+                if _is_scripts(obj):
+                    return self.scripts_function(obj)
             reduced = super().reducer_override(obj)
             if reduced is not NotImplemented and isinstance(obj, type):
                 _keep(obj)
+                if len(reduced) == 6 and (_script() or {}).get(obj.__qualname__) is obj:
+                    return *reduced[:2], (reduced[2], reduced[5]), None, None, _set_class
             if reduced is not NotImplemented and type(obj) is types.FunctionType and pickling.resolve:
                 _leave_refs(reduced[2][1])
             return reduced
+
+        def scripts_function(self, func):
+            """What cloudpickle makes of it, but with the worker's `__main__` for its globals."""
+            with _marks_lock:                     # what it reads is what is marked
+                make, (code, base, *others), state, _, _, set_state = super().reducer_override(func)
+                marks = self.marks(state[1]["__globals__"])
+            self.namespace = self.namespace or _Namespace(base)
+            if pickling.resolve:
+                _leave_refs(state[1])
+            values, state[1]["__globals__"] = state[1]["__globals__"], {}
+            names = {name: (values[name], mark) for name, mark in marks.items()}
+            return make, (code, self.namespace, *others), (state, set_state, names), None, None, _set_function
+
+        def marks(self, values):
+            """{name: mark} of those that are not in this pickle yet."""
+            new = {name: _mark(name, value) for name, value in values.items() if name not in self.named}
+            self.named.update(new)
+            return new
     return Pickler
+
+
+# ---- the script's names
+# What a script (or notebook, or `python -c`) defines lives, in a worker, in one namespace: its `__main__`.  So what an
+# initializer or a call puts there is what the next call finds, as in a process pool.  A function brings the names that it
+# uses, each with a mark: who sent it, and a number that grows when its value is another than when it was sent last.
+#
+#      a name is set in a worker if its number is higher than any that this sender has set there.
+#
+# So what the program changed wins, what it did not change stays as calls have left it, and a version of a function that was
+# captured earlier sees the newest values, too.  A nested call sends what the program sent under the program's mark, and
+# under its worker's own only what was bound anew there.
+
+class _Mark:
+    """Of the value that a name of the script had last."""
+
+    def __init__(self, fixed, digest, sender, number):
+        self.fixed = fixed                        # the value, if it is the same while it is this object
+        self.digest = digest                      # content_id of its pickle; None: it came from another process
+        self.sent = sender, number                # what travels
+
+
+_marks = {}                                       # {name: _Mark}, changed under the lock
+_marks_lock = threading.RLock()                   # also while a value is read: a user's __reduce__ may run
+_numbers = iter(range(1, 1 << 62))                # ... of marks that are made here
+_sender = ""                                      # who makes them: the program, or the worker that says so
+_came = {}                                        # in a worker: {(name, sender): the number that it was set with last}
+_NOT_SENT = {"__name__", "__builtins__", "__spec__", "__loader__"}          # a module's own
+
+
+def _script():
+    """The namespace of `__main__`, or None: a program may have removed it."""
+    return getattr(sys.modules.get("__main__"), "__dict__", None)
+
+
+def _is_scripts(func):
+    return func.__globals__ is _script() and _named(func) is not func
+
+
+def _mark(name, value):
+    """(sender, number) of a name of the script that has this value now.  The lock is held."""
+    mark = _marks.get(name)
+    if mark is None or mark.fixed is not value:
+        digest = content_id(_noting_refs(_pack, value, _mark_pickler, False)[0])
+        if mark is None or mark.digest != digest:
+            fixed = type(value) in _CONSTANTS or isinstance(value, types.ModuleType)
+            mark = _marks[name] = _Mark(value if fixed else _ABSENT, digest, _sender, next(_numbers))
+    if pickling.marks is not None:
+        pickling.marks[name] = mark
+    return mark.sent
+
+
+@functools.cache
+def _mark_pickler():
+    """Its pickles have no names: each has a mark of its own."""
+    class Pickler(_by_value_pickler()):
+        def marks(self, values):
+            return {}
+    return Pickler
+
+
+class _Namespace:
+    """Pickles as the globals of the script's functions; base: names that a module needs for its imports."""
+
+    def __init__(self, base):
+        self.base = base
+
+    def __reduce__(self):
+        return _script_globals, (self.base,)
+
+
+def _script_globals(base):
+    """A worker's `__main__`.  For functions that come as results or shared values, and in another Executor's process, a
+    namespace of their own."""
+    if not pickling.of_client:
+        return base
+    script = _script()
+    script["__package__"] = base.get("__package__")
+    return script
+
+
+def _set_function(func, state):
+    state, set_state, names = state
+    _set_names(func.__globals__, names)
+    set_state(func, state)
+
+
+def _set_names(namespace, names):
+    for name, (value, (sender, number)) in names.items():
+        if namespace is not _script():
+            namespace[name] = value
+        elif number > _came.get((name, sender), 0) and name not in _NOT_SENT:
+            namespace[name] = value
+            _came[name, sender] = number
+            _marks[name] = _Mark(value, None, sender, number)
+
+
+def _set_class(cls, state):
+    state, set_state = state
+    set_state(cls, state)
+    if pickling.of_client:
+        _script().setdefault(cls.__qualname__, cls)
+
+
+class _Name:
+    """Unpickled in a worker, it sets a name of the script there."""
+
+    def __init__(self, name, value):
+        with _marks_lock:
+            self.names = {name: (value, _mark(name, value))}
+
+    def __reduce__(self):
+        return _bring, (self.names,)
+
+
+def _bring(names):
+    _set_names(_script(), names)
+
+
+def script_value(name):
+    """What a worker is told whose `__main__` lacks a name: a payload that sets it there, a text why it cannot be sent, or
+    None.  Any thread may call."""
+    try:
+        value = getattr(sys.modules["__main__"], name)
+    except Exception:                             # there is none; a __getattr__ of the user's raises what it likes
+        return None
+    try:
+        return pack(_Name(name, value))
+    except Exception as error:                    # whatever a class of the user's raises while it is pickled
+        return f"{name!r} of the script, a {_type_name(type(value))}, cannot be pickled: {error}"
 
 
 def _contents(cell, otherwise):
@@ -1521,11 +1679,16 @@ def _capture(func):
     name = _function_name(func)
     reads = _reads(func)                          # first: what changes while it is pickled is seen by the next capture
     buffers = _Buffers(snapshot=False)
+    before, pickling.marks = pickling.marks, {}
     try:
         data, refs = _noting_refs(_dumps, _by_value_pickler(), func, buffers)
+        if reads is not None:                     # if a value was another meanwhile, the script's names have new marks
+            reads += [(_marks.get, name, None, mark) for name, mark in pickling.marks.items()]
     except Exception as error:                    # whatever a class of the user's raises while it is pickled
         raise pickle.PicklingError(f"{name} cannot be sent to a worker: {_culprit(_used(func), 'it')} cannot "
                                    f"be pickled: {error}") from error
+    finally:
+        pickling.marks = before
     views = [buffer.raw() for buffer in buffers]
     known = _captures.get(id(func))
     if known is not None and known[0] is func and _is_still(known[1].payload, data, views):
@@ -2001,7 +2164,7 @@ def _distribution(name):
 
 
 # What a worker may ask its client for, by a function that is called in a thread that may block; Data adds "ref" and "release".
-FETCHES = {"module": module_source}
+FETCHES = {"module": module_source, "main": script_value}
 served = {}                                       # {name: buffers} of the Refs that this process shared without Redis
 
 
@@ -5741,8 +5904,9 @@ def _at_exit():
 
 def _after_fork():
     """In a forked child: the engines stay the parent's; the child gets one of its own when it makes a call."""
-    global _engine, _engines, _engine_lock, _capture_lock, _set_up_lock, threads
+    global _engine, _engines, _engine_lock, _capture_lock, _marks_lock, _set_up_lock, threads
     _engine_lock, _capture_lock, _set_up_lock = threading.Lock(), threading.Lock(), threading.Lock()
+    _marks_lock = threading.RLock()
     Future._condition, threads = threading.Condition(), Threads()
     for engine in {*_engines, *filter(None, [_engine])}:
         engine.abandon()

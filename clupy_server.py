@@ -48,6 +48,7 @@ import sys
 import threading
 import time
 import traceback
+import types
 
 import clupy
 from clupy import (CONTROL, SLOT, DependencyError, ProtocolError, Why, dispatch, encode, pickling, proof,
@@ -205,9 +206,24 @@ class _Loader:
     get_resource_reader = get_data
 
 
+def use_script(fetch):
+    """Have this process's `__main__` ask the client for names that it lacks: for `from __main__ import x`, and pickles that
+    name the script's classes.  fetch(name) -> clupy.script_value's answer.  Not asked for names like __file__."""
+    class Main(types.ModuleType):
+        def __getattr__(self, name):
+            answer = None
+            if not (name.startswith("__") and name.endswith("__")):
+                answer = fetch(name)
+            if answer is None or type(answer) is str:
+                raise AttributeError(": ".join(filter(None, [f"module '__main__' has no attribute {name!r}", answer])))
+            unpack_call(answer)
+            return vars(self)[name]
+    sys.modules["__main__"].__class__ = Main
+
+
 # ==== Worker: the processes that calls start =================================
 # A forked child of a call has what the worker had, but not its socket; what a pool spawned is a new interpreter.  Both ask
-# the worker for the client's modules, and it asks the client:
+# the worker for the client's modules and the script's names, and it asks the client:
 #
 #      client  <-- slot --  worker  <-- Family --  child, forked or spawned
 #
@@ -286,6 +302,7 @@ def inherit(entry, address, key, own, server):
     family = Family()
     family.address, family.key = address, key
     Finder(functools.partial(ask_worker, address, key, "module"), own, server).install()
+    use_script(functools.partial(ask_worker, address, key, "main"))
     return Inheritance(entry, family, own, server)
 
 
@@ -477,6 +494,7 @@ class Worker:
         self.client = given["client"]
         clupy.use_client(self.client, functools.partial(self.send, "serve"), self.fetch)
         clupy._note_session = self._note_session
+        clupy._sender = f"{self.server} {self.pid}"
         clupy._engine = self.nested
         follow_threads(self)
         if given["tls"]:
@@ -651,6 +669,7 @@ class Worker:
 
     def on_opening(self, _, own_modules):
         Finder(functools.partial(self.fetch, "module"), own_modules, self.server).install()
+        use_script(functools.partial(self.fetch, "main"))
         sys.path[-1] = Inheritance(sys.path[-1], self.family, own_modules, self.server)
         self.send("opened", self.pid)
 
