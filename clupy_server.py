@@ -241,7 +241,9 @@ class Family:
         self.address = self._listener = None       # None: no call has started a process yet
 
     def open(self):
-        """Begin to answer: before the first process starts, as it would not know where to ask."""
+        """Before a process starts: begin to answer, as it would not know where to ask later, and to pickle for it."""
+        if "multiprocessing.reduction" in sys.modules:
+            sys.modules["multiprocessing.reduction"].ForkingPickler.reducer_override = _reduce_for_process
         if self.address is None:
             self._listener = socket.create_server(("127.0.0.1", 0))
             threading.Thread(target=self._answer_all, name="clupy-family", daemon=True).start()
@@ -276,6 +278,15 @@ def ask_worker(address, key, *question):
         return pickle.load(file)
 
 
+def _reduce_for_process(_, obj):
+    """What multiprocessing's own pickler says of obj: a function or class that is not found under its name goes by value.
+    Such are lambdas, and a function of the script that is an argument of the call, or is there in a newer version."""
+    if (not isinstance(obj, (types.FunctionType, type)) or clupy._named(obj) is obj
+            or vars(sys.modules["__main__"]).get(obj.__qualname__) is obj):
+        return NotImplemented
+    return unpack_call, (clupy._dumps(clupy._by_value_pickler(), obj),)
+
+
 class Inheritance(str):
     """The entry of sys.path by which a spawned process becomes one of the family: there it is unpickled by `inherit`.
     Wherever else it travels, it is the text that it is here."""
@@ -301,6 +312,7 @@ def inherit(entry, address, key, own, server):
     """In a spawned process, before it has its parent's sys.path: have it import what the worker can."""
     family = Family()
     family.address, family.key = address, key
+    family.open()
     Finder(functools.partial(ask_worker, address, key, "module"), own, server).install()
     use_script(functools.partial(ask_worker, address, key, "main"))
     return Inheritance(entry, family, own, server)

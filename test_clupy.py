@@ -1555,6 +1555,57 @@ def test_processes_of_pools_import_what_their_worker_can(tmp_path, where):
     assert done.stdout.splitlines() == [f"{how} True" for how in HOWS]
 
 
+SCRIPT_IN_POOLS = """
+    import dataclasses, sys, clupy
+    from work import pools
+    FACTOR, STATE = 2, None
+
+    @dataclasses.dataclass
+    class Point:
+        x: int
+
+    def double(point):
+        return Point(FACTOR * point.x)
+
+    def init(state):
+        global STATE
+        STATE = state
+
+    def with_state(point):
+        return Point(STATE * point.x)
+
+    def with_initializer(method, func, items):
+        import multiprocessing
+        with multiprocessing.get_context(method).Pool(1, init, (2,)) as pool:
+            return pool.map_async(with_state, items).get(60)
+
+    if __name__ == "__main__":
+        for how in sys.argv[1:]:
+            name, method = how.split()
+            run = getattr(pools, name, with_initializer)
+            for func in double, lambda point: Point(2 * point.x):
+                points = clupy.parallel(run, retries=0)(method, func, [Point(1), Point(2)])
+                print(how, points.result(120) == [Point(2), Point(4)])
+    """
+
+
+@pytest.mark.parametrize("where", ["on a server", "embedded"])
+def test_processes_of_pools_run_functions_of_the_script(tmp_path, where):
+    write_files(tmp_path / "client", POOLS)
+    hows = (*HOWS, "initializer fork", "initializer spawn", "initializer forkserver")
+    with contextlib.ExitStack() as stack:
+        variables = {"CLUPY_MASTER": stack.enter_context(Cluster(tmp_path)).address} if where == "on a server" else {}
+        done = run_script(tmp_path / "client", SCRIPT_IN_POOLS, args=hows, timeout=240, **variables)
+    assert done.stdout.splitlines() == [f"{how} True" for how in hows for _ in range(2)]
+
+
+def test_joblibs_processes_run_functions_of_the_script(tmp_path, cluster):
+    pytest.importorskip("joblib")
+    write_files(tmp_path / "client", POOLS)
+    done = run_script(tmp_path / "client", SCRIPT_IN_POOLS, args=["joblib loky"], timeout=120, CLUPY_MASTER=cluster.address)
+    assert done.stdout == "joblib loky True\n" * 2
+
+
 def test_joblibs_processes_import_what_their_worker_can(tmp_path, cluster):
     pytest.importorskip("joblib")
     write_files(tmp_path / "client", POOLS)
