@@ -24,6 +24,7 @@ GIL, and kills one call and no other: it stops the worker, reads the board, and 
 ZooKeeper session is there, too: the server ends it with the worker, so that a lock of a killed call is free at once.
 """
 
+import builtins
 import codecs
 import collections
 import concurrent.futures
@@ -49,6 +50,7 @@ import threading
 import time
 import traceback
 import types
+import warnings
 
 import clupy
 from clupy import (CONTROL, SLOT, DependencyError, ProtocolError, Why, dispatch, encode, pickling, proof,
@@ -219,6 +221,17 @@ def use_script(fetch):
             unpack_call(answer)
             return vars(self)[name]
     sys.modules["__main__"].__class__ = Main
+
+
+def use_surroundings(filters, levels, shows):
+    """Set for this process what its client has set for itself: clupy.surroundings."""
+    warnings.resetwarnings()
+    for action, message, category, module, line in filters:
+        warnings.filterwarnings(action, message, getattr(builtins, category), module, line, append=True)
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+    if shows:
+        logging.basicConfig()
 
 
 # ==== Worker: the processes that calls start =================================
@@ -679,7 +692,8 @@ class Worker:
         self.nested.lose_all()
         self._bell.ring()
 
-    def on_opening(self, _, own_modules):
+    def on_opening(self, _, own_modules, surroundings):
+        use_surroundings(*surroundings)
         Finder(functools.partial(self.fetch, "module"), own_modules, self.server).install()
         use_script(functools.partial(self.fetch, "main"))
         sys.path[-1] = Inheritance(sys.path[-1], self.family, own_modules, self.server)

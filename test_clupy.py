@@ -1481,6 +1481,60 @@ def test_draining_and_unreachable_servers_are_in_no_share():
     assert shares == {"c": {"s2": 2}}
 
 
+# ==== What the program has set for all its code =================================
+
+SURROUNDINGS = """
+    import logging, warnings, clupy
+
+    def call():
+        logging.info("of the root")
+        logging.getLogger("quiet.part").info("of a quiet one")
+        logging.getLogger("loud").debug("of a loud one")
+        for category in DeprecationWarning, RuntimeWarning, Own:
+            warnings.warn(f"a {category.__name__}", category)
+        try:
+            warnings.warn("an error here", FutureWarning)
+        except FutureWarning as error:
+            return f"{error}"
+
+    class Own(UserWarning):
+        pass
+
+    if __name__ == "__main__":
+        logging.basicConfig(level=logging.INFO, filename="log")
+        logging.getLogger("quiet").setLevel(logging.ERROR)
+        logging.getLogger("loud").setLevel("DEBUG")
+        warnings.simplefilter("ignore", Own)                            # of a class that only the script has
+        warnings.filterwarnings("always", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", "A RUNTIME", RuntimeWarning)
+        warnings.filterwarnings("error", "an (error|exception)")
+        print(clupy.parallel(call)().result(30))
+    """
+
+
+@pytest.mark.parametrize("where", ["on a server", "embedded"])
+def test_calls_log_and_warn_as_the_program_has_set(tmp_path, where):
+    with contextlib.ExitStack() as stack:
+        variables = {"CLUPY_MASTER": stack.enter_context(Cluster(tmp_path)).address} if where == "on a server" else {}
+        done = run_script(tmp_path / "client", SURROUNDINGS, **variables)
+    shown = done.stdout + done.stderr
+    assert "an error here\n" in done.stdout and "a RuntimeWarning" not in shown and "of a quiet one" not in shown
+    assert all(text in shown for text in ("INFO:root:of the root", "DEBUG:loud:of a loud one", "a DeprecationWarning"))
+
+
+def test_a_program_that_has_set_nothing_has_calls_that_log_and_warn_by_default(tmp_path):
+    done = run_script(tmp_path, """
+        import logging, warnings, clupy
+        def call():
+            logging.getLogger("one").info("an info")
+            logging.getLogger("one").warning("a warning")
+            return logging.root.level, logging.root.handlers, list(warnings.filters)
+        before = list(warnings.filters)
+        print(clupy.parallel(call)().result(30)[:2], len(before))
+        """)
+    assert done.stdout.startswith("(30, [])") and "an info" not in done.stderr and "a warning" in done.stderr
+
+
 # ==== Pools inside calls ======================================================
 # The project is in a folder of its own.  What its pools' processes know of it they were told by the worker.
 
