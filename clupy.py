@@ -107,6 +107,7 @@ import threading
 import time
 import traceback
 import types
+import warnings
 import weakref
 from collections.abc import MutableMapping
 from concurrent.futures import BrokenExecutor, CancelledError
@@ -614,7 +615,8 @@ def find_secret(settings, create=False):
 # any -> client     notice    what, text: draining, alive, renew (the      -
 #                             libraries changed: give slots back), broken
 #                             (why), building or resolving (pip's line)
-# client -> worker  opening   the client's own top-level modules           opened      the slot ends
+# client -> worker  opening   the client's own top-level modules, its      opened      the slot ends
+#                             surroundings
 # worker -> client  opened    pid                                          -
 # client -> worker  calls     in the order to be done:                     results     the slot's end and `ended`
 #                             (number, function id, arguments, time-out),
@@ -2325,6 +2327,16 @@ def _shadowing():
             if not _is_library(os.path.join(folder, "any")):
                 found.update(entry.partition(".")[0] for entry in os.listdir(folder or "."))
     return found & sys.stdlib_module_names
+
+
+def surroundings():
+    """What the program has set for all of its code, and a worker sets for its calls, too: (its filters of warnings, those of
+    built-in categories; {name of a logger: level}; whether the root logger shows what is logged)."""
+    filters = [(action, getattr(message, "pattern", message) or "", category.__name__, getattr(module, "pattern", module) or "",
+                line) for action, message, category, module, line in list(warnings.filters) if category.__module__ == "builtins"]
+    loggers = {**logging.root.manager.loggerDict, "": logging.root}
+    levels = {name: int(level) for name, logger in loggers.items() if (level := getattr(logger, "level", logging.NOTSET))}
+    return filters, levels, logging.root.hasHandlers()
 
 
 def _spec_of(name):
@@ -4041,7 +4053,7 @@ class Pool:
             except BaseException:
                 sock.close()
                 raise
-            slot.send("opening", own_modules())
+            slot.send("opening", own_modules(), surroundings())
         except Exception as error:                # whatever it is, the calls must not wait for this slot
             self._not_opened(slot, error)
 

@@ -24,6 +24,7 @@ GIL, and kills one call and no other: it stops the worker, reads the board, and 
 ZooKeeper session is there, too: the server ends it with the worker, so that a lock of a killed call is free at once.
 """
 
+import builtins
 import codecs
 import collections
 import concurrent.futures
@@ -40,6 +41,7 @@ import logging
 import math
 import mmap
 import os
+import pickle
 import queue
 import select
 import signal
@@ -50,6 +52,7 @@ import threading
 import time
 import traceback
 import types
+import warnings
 
 import clupy
 from clupy import (CONTROL, SLOT, DependencyError, ProtocolError, Why, dispatch, encode, pickling, proof,
@@ -122,12 +125,10 @@ class Finder:
 
     fetch("module", name, parent's __path__) -> clupy.module_source's answer; it blocks, and any thread may call it.  What
     it says holds for the call that asks, number(): what is missing or broken now may be there for the next.  Never asked:
-    for the standard library, for submodules of packages that did not come from the client, and in a child that the call
-    forked, as the socket is its parent's.  A child of multiprocessing's spawn has no Finder: it sees only what is installed."""
+    for the standard library, and for submodules of packages that did not come from the client."""
 
     def __init__(self, fetch, own, server, number):
         self.fetch, self.own, self.server, self.number = fetch, frozenset(own), server, number
-        self.pid = os.getpid()
         self.answers = {}                          # {module's name: (call, what the client said)}; any importing thread adds
         self.packages = set()                      # names of packages that came from the client; likewise
         self.files = {}                            # {path there: bytes} of files beside modules; likewise
@@ -147,7 +148,7 @@ class Finder:
         clupy._missing_modules has the error's text."""
         parent = name.rpartition(".")[0]
         is_known = clupy.is_every_servers(name) and name.partition(".")[0] not in self.own
-        if os.getpid() != self.pid or parent and parent not in self.packages or is_known:
+        if parent and parent not in self.packages or is_known:
             return None
         number = self.number()
         asked, answer = self.answers.get(name, (None, None))
@@ -217,7 +218,9 @@ class Finder:
         kind, content = self.beside(path)
         if kind == "file":
             return content
-        raise IsADirectoryError(path) if kind == "folder" else FileNotFoundError(content) if kind == "absent" else OSError(content)
+        if kind == "folder":
+            raise IsADirectoryError(path)
+        raise (FileNotFoundError if kind == "absent" else OSError)(content)
 
 
 class _OwnFirst:
@@ -317,20 +320,125 @@ class _Resource:
 
 def use_script(fetch):
     """Have this process's `__main__` ask the client for names that it lacks: for `from __main__ import x`, and pickles that
-    name the script's classes.  fetch(name) -> clupy.script_value's answer.  Not asked for names like __file__, and, as the
-    socket is its parent's, in a child that the call forked."""
-    pid = os.getpid()
-
+    name the script's classes.  fetch(name) -> clupy.script_value's answer.  Not asked for names like __file__."""
     class Main(types.ModuleType):
         def __getattr__(self, name):
             answer = None
-            if os.getpid() == pid and not (name.startswith("__") and name.endswith("__")):
+            if not (name.startswith("__") and name.endswith("__")):
                 answer = fetch(name)
             if answer is None or type(answer) is str:
                 raise AttributeError(": ".join(filter(None, [f"module '__main__' has no attribute {name!r}", answer])))
             unpack_call(answer)
             return vars(self)[name]
     sys.modules["__main__"].__class__ = Main
+
+
+def use_surroundings(filters, levels, shows):
+    """Set for this process what its client has set for itself: clupy.surroundings."""
+    warnings.resetwarnings()
+    for action, message, category, module, line in filters:
+        warnings.filterwarnings(action, message, getattr(builtins, category), module, line, append=True)
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+    if shows:
+        logging.basicConfig()
+
+
+# ==== Worker: the processes that calls start =================================
+# A forked child of a call has what the worker had, but not its socket; what a pool spawned is a new interpreter.  Both ask
+# the worker for the client's modules and the script's names, and it asks the client:
+#
+#      client  <-- slot --  worker  <-- Family --  child, forked or spawned
+#
+# How does a spawned one learn of it?  Every pool, be it multiprocessing's, the standard library's or joblib's, gives its new
+# process the parent's sys.path, pickled: so one entry of that is an Inheritance.
+
+class Family:
+    """Where the processes that a call starts ask what their worker would ask its client.
+
+    fetch(what, *fields) -> the client's answer; any thread may call."""
+
+    def __init__(self, fetch=None):
+        self._fetch = fetch
+        self.key = os.urandom(32)                  # every user of this machine may connect
+        self.address = self._listener = None       # None: no call has started a process yet
+
+    def open(self):
+        """Before a process starts: begin to answer, as it would not know where to ask later, and to pickle for it."""
+        if "multiprocessing.reduction" in sys.modules:
+            sys.modules["multiprocessing.reduction"].ForkingPickler.reducer_override = _reduce_for_process
+        if self.address is None:
+            self._listener = socket.create_server(("127.0.0.1", 0))
+            threading.Thread(target=self._answer_all, name="clupy-family", daemon=True).start()
+            self.address = self._listener.getsockname()
+
+    def _answer_all(self):
+        with self._listener:
+            while True:
+                asker, _ = self._listener.accept()
+                with contextlib.suppress(OSError, EOFError, pickle.UnpicklingError):   # it was killed, or the slot has ended
+                    asker.settimeout(clupy.HANDSHAKE_TIME)
+                    with asker, asker.makefile("rwb") as file:
+                        self._answer(file)
+
+    def _answer(self, file):
+        if clupy.hmac.compare_digest(file.read(clupy.PROOF_SIZE), proof(self.key, b"ask")):
+            file.write(proof(self.key, b"answer") + pickle.dumps(self._fetch(*pickle.load(file))))
+
+    def leave(self):
+        """In a forked child: who asks must not wait for us when the worker has ended."""
+        if self._listener is not None:
+            self._listener.close()
+
+
+def ask_worker(address, key, *question):
+    """In a process that a call started: the client's answer to the question.  Raises OSError when the slot has ended."""
+    with socket.create_connection(address) as sock, sock.makefile("rwb") as file:
+        file.write(proof(key, b"ask") + pickle.dumps(question))
+        file.flush()
+        if not clupy.hmac.compare_digest(file.read(clupy.PROOF_SIZE), proof(key, b"answer")):
+            raise ConnectionError("the slot has ended")
+        return pickle.load(file)
+
+
+def _reduce_for_process(_, obj):
+    """What multiprocessing's own pickler says of obj: a function or class that is not found under its name goes by value.
+    Such are lambdas, and a function of the script that is an argument of the call, or is there in a newer version."""
+    if (not isinstance(obj, (types.FunctionType, type)) or clupy._named(obj) is obj
+            or vars(sys.modules["__main__"]).get(obj.__qualname__) is obj):
+        return NotImplemented
+    return unpack_call, (clupy._dumps(clupy._by_value_pickler(), obj),)
+
+
+class Inheritance(str):
+    """The entry of sys.path by which a spawned process becomes one of the family: there it is unpickled by `inherit`.
+    Wherever else it travels, it is the text that it is here."""
+
+    def __new__(cls, entry, family, own, server):
+        self = super().__new__(cls, entry)
+        self.family, self.rest = family, (own, server)
+        return self
+
+    def __reduce__(self):
+        context = sys.modules.get("multiprocessing.context")
+        if context is None or context.get_spawning_popen() is None:
+            return str, (str(self),)
+        self.family.open()
+        given = str(self), self.family.address, self.family.key, *self.rest
+        return eval, (INHERIT.format(folder=os.path.dirname(os.path.abspath(__file__)), given=given),)
+
+
+INHERIT = "__import__('sys').path.insert(0, {folder!r}) or __import__('clupy_server').inherit(*{given!r})"
+
+
+def inherit(entry, address, key, own, server):
+    """In a spawned process, before it has its parent's sys.path: have it import what the worker can."""
+    family = Family()
+    family.address, family.key = address, key
+    family.open()
+    Finder(functools.partial(ask_worker, address, key), own, server, lambda: 0).install()
+    use_script(functools.partial(ask_worker, address, key, "main"))
+    return Inheritance(entry, family, own, server)
 
 
 # ==== Worker: the process that runs calls ====================================
@@ -354,7 +462,7 @@ def work(arguments):
     except (OSError, RuntimeError):
         signal.signal(STACK_SIGNAL, signal.SIG_IGN)    # it would end us; the error of a time-out has no stack then
     limit_resources(given["files"], given["memory_limit"])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.default_int_handler)       # a server in the background of a shell ignores it
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)
     note_client_classes()                          # imports cloudpickle, too, which nearly every client needs
@@ -527,6 +635,8 @@ class Worker:
         if given["tls"]:
             self.sock = TlsSocket(sock, *given["tls"])
         self.sock.sendall(proof(bytes.fromhex(given["key"]), b"opened"))
+        self.family = Family(self.fetch)
+        os.register_at_fork(before=self.family.open)
 
     def call_of_this_thread(self):
         """The number of the call that this thread works for, which may be over; see `follow_threads`."""
@@ -607,6 +717,8 @@ class Worker:
 
     def fetch(self, what, *fields):
         """The client's answer to a question; blocks the asking thread. Raises ConnectionError when the slot ends."""
+        if os.getpid() != self.pid:                # a forked child: the socket is its parent's
+            return ask_worker(self.family.address, self.family.key, what, *fields)
         answer = queue.SimpleQueue()
         request = id(answer)
         self.requests[request] = answer
@@ -690,9 +802,11 @@ class Worker:
         self.nested.lose_all()
         self._bell.ring()
 
-    def on_opening(self, _, own_modules):
+    def on_opening(self, _, own_modules, surroundings):
+        use_surroundings(*surroundings)
         Finder(self.fetch, own_modules, self.server, self.call_of_this_thread).install()
         use_script(functools.partial(self.fetch, "main"))
+        sys.path[-1] = Inheritance(sys.path[-1], self.family, own_modules, self.server)
         self.send("opened", self.pid)
 
     def on_calls(self, _, items):
@@ -866,6 +980,7 @@ class NestedCalls(clupy.BaseEngine):
     def abandon(self):
         """In a forked child of a call: the slot's socket is the parent's alone."""
         os.close(self._worker.sock.detach())
+        self._worker.family.leave()
         clupy.use_client(self._worker.client)
 
 
@@ -1054,9 +1169,12 @@ class Environments:
 
 # ==== Process: a worker as its server sees it ================================
 
-def worker_variables(environ, slots):
-    """The environment variables of a worker: without the secret, and with one node's cores divided by its slots."""
+def worker_variables(environ, slots, secret):
+    """The environment variables of a worker: without the secret, with one node's cores divided by its slots, and with a hash
+    seed that all workers of the cluster share, so that hash(text) % n is the same in each."""
     variables = {name: value for name, value in environ.items() if name not in ("CLUPY_SECRET", "CLUPY_MASTER")}
+    seed = int.from_bytes(proof(secret, b"hash seed")[:4], "big")
+    variables.setdefault("PYTHONHASHSEED", str(seed or 1))         # 0 would let strangers foresee collisions
     threads = str(max(1, clupy.cores() // slots))
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS",
                  "VECLIB_MAXIMUM_THREADS"):
@@ -1107,7 +1225,7 @@ class Process:
                      "memory_limit": self.workers.settings.memory_limit, "files": clupy.raise_descriptor_limit()}
             boot = BOOT.format(folder=os.path.dirname(os.path.abspath(__file__)), arguments=json.dumps(given))
             python, variables = worker_command(environment and environment.path,
-                                               worker_variables(os.environ, self.workers.slots))
+                                               worker_variables(os.environ, self.workers.slots, self.workers.server.secret))
             self.popen = subprocess.Popen(
                 [python, "-P", "-c", boot], stdin=subprocess.DEVNULL, stdout=out, stderr=err,
                 pass_fds=[channel.fileno(), lifeline, stack, board], start_new_session=True, env=variables)
