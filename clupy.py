@@ -1286,27 +1286,27 @@ def _by_value_pickler():
             with _marks_lock:                     # what it reads is what is marked
                 _, (code, base, *others), state, *_ = super().reducer_override(func)
                 values = state[1]["__globals__"]
-                own, marks = self.marks(func, values)
+                marks = self.marks(func, values)
+                own = func.__qualname__ if _script().get(func.__qualname__) is func else None
             if pickling.resolve:
                 _leave_refs(state[1])
             state[1]["__globals__"] = {}
             self.namespace = self.namespace or _Namespace(base)
             names = {name: (values[name], mark) for name, mark in marks.items()}
-            return _make_function, (own, code, self.namespace, *others), (own, state, names), None, None, _set_function
+            made = own, self.named.get(own), code, self.namespace, *others
+            return _make_function, made, (own, state, names), None, None, _set_function
 
         def marks(self, func, values):
-            """((func's own name, its mark) or None, {name: mark} of what it brings that is not in this pickle yet); adds to
-            values, which are its globals."""
-            script, own = _script(), func.__qualname__
-            if script.get(own) is func:
-                values[own] = func
+            """{name: mark} of what the function brings and is not in this pickle yet; adds to values, which are its globals."""
+            if _script().get(func.__qualname__) is func:
+                values[func.__qualname__] = func
             for name in _names_in_texts(func):
                 with contextlib.suppress(Exception):      # it cannot be pickled, and may well not be meant
-                    _mark(name, script[name])
-                    values[name] = script[name]
+                    _mark(name, _script()[name])
+                    values[name] = _script()[name]
             new = {name: _mark(name, value) for name, value in values.items() if name not in self.named}
             self.named.update(new)
-            return (own, self.named[own]) if script.get(own) is func else None, new
+            return new
     return Pickler
 
 
@@ -1363,7 +1363,7 @@ def _mark(name, value):
 
 def _parts_of(value):
     """The objects that a value consists of, which is the same while they are; None: it may change unseen."""
-    if type(value) in _CONSTANTS or type(value) in _FIXED:
+    if type(value) in _CONSTANTS or type(value) in (types.ModuleType, types.CodeType, types.GetSetDescriptorType):
         return [value]
     if type(value) is tuple:
         inner = value
@@ -1382,15 +1382,12 @@ def _parts_of(value):
     return parts
 
 
-_FIXED = {types.ModuleType, types.CodeType, types.GetSetDescriptorType, types.MemberDescriptorType}
-
-
 @functools.cache
 def _mark_pickler():
     """Its pickles have no names: each has a mark of its own."""
     class Pickler(_by_value_pickler()):
         def marks(self, func, values):
-            return None, {}
+            return {}
     return Pickler
 
 
@@ -1414,27 +1411,28 @@ def _script_globals(base):
     return script
 
 
-def _make_function(own, code, namespace, *others):
-    """A function of the script; own: its (name, mark), if it can be found by its name."""
-    if own and namespace is _script() and _is_there(*own):
-        return namespace[own[0]]
+def _make_function(own, mark, code, namespace, *others):
+    """A function of the script; own: the name by which it can be found, or None."""
+    if namespace is _script() and _is_there(own, mark):
+        return namespace[own]
     return types.FunctionType(code, namespace, *others)
 
 
 def _set_function(func, state):
     own, state, names = state
-    if not (own and func is (_script() or {}).get(own[0])):        # else it came before, and has what calls made of it
+    if func is not (_script() or {}).get(own):    # else it came before, and has what calls made of it
         _class_tracker()._function_setstate(func, state)
-    _set_names(func.__globals__, names)
+    set_names(func.__globals__, names)
 
 
 def _is_there(name, sent):
-    """Whether the name has the value that it was given with this mark."""
+    """Whether the name has the value that came with this mark."""
     mark = _marks.get(name)
-    return mark is not None and mark.sent == sent and mark.digest is None and mark.is_of(_script().get(name))
+    return mark is not None and mark.digest is None and mark.sent == sent and mark.is_of(_script().get(name))
 
 
-def _set_names(namespace, names):
+def set_names(namespace, names):
+    """names: {name: (value, its mark)}."""
     for name, (value, (sender, number)) in names.items():
         if namespace is not _script():
             namespace[name] = value
@@ -1451,30 +1449,17 @@ def _set_scripts_class(cls, state):
         _script().setdefault(cls.__qualname__, cls)
 
 
-class _Name:
-    """Unpickled in a worker, it sets a name of the script there."""
-
-    def __init__(self, name, value):
-        with _marks_lock:
-            self.names = {name: (value, _mark(name, value))}
-
-    def __reduce__(self):
-        return _bring, (self.names,)
-
-
-def _bring(names):
-    _set_names(_script(), names)
-
-
 def script_value(name):
-    """What a worker is told whose `__main__` lacks a name: a payload that sets it there, a text why it cannot be sent, or
-    None.  Any thread may call."""
+    """What a worker is told whose `__main__` lacks a name: the payload of what set_names takes, a text why it cannot be sent,
+    or None.  Any thread may call."""
     try:
         value = getattr(sys.modules["__main__"], name)
     except Exception:                             # there is none; a __getattr__ of the user's raises what it likes
         return None
     try:
-        return pack(_Name(name, value))
+        with _marks_lock:
+            mark = _mark(name, value)
+        return pack({name: (value, mark)})
     except Exception as error:                    # whatever a class of the user's raises while it is pickled
         return f"{name!r} of the script, a {_type_name(type(value))}, cannot be pickled: {error}"
 

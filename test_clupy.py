@@ -26,7 +26,6 @@ import math
 import mmap
 import os
 import pickle
-import pkgutil
 import random
 import re
 import select
@@ -4151,6 +4150,7 @@ WORLD = """
         try: getattr(__main__, name)
         except AttributeError as error: return str(error)
     def dotted(data): return pickle.loads(data)
+    def evaluated(thing): return eval(type(thing).__name__) is type(thing)
     def looked_up(): return eval("LIMIT * 10"), globals()["LIMIT"]
     def hinted(point: "Point", other: "lock" = None): return typing.get_type_hints(hinted, None, {"lock": int})["point"]
     def queried(frame): return frame.query("a > @LIMIT").a.tolist()
@@ -4222,7 +4222,8 @@ def test_what_a_script_defines_is_found_by_name(tmp_path, one_worker):
     assert call(by_name, pickle.dumps(Point(3)), ".") == (Point(3), Unused, 2)
     assert type(call(dotted, pickle.dumps(Outer.Inner()))) is Outer.Inner
     assert call(missing, "nothing") == "module '__main__' has no attribute 'nothing'"
-    assert "__wrapped__" in call(missing, "__wrapped__")
+    assert call(missing, "__wrapped__") == "module '__main__' has no attribute '__wrapped__'"
+    assert call(evaluated, Outer()) is True
     words = call(missing, "lock")
     assert "no attribute 'lock': 'lock' of the script, a _thread.lock, cannot be pickled" in words, words
     assert call(looked_up) == (20, 2) and call(hinted, None) is Point
@@ -4234,14 +4235,16 @@ def test_what_a_script_defines_is_found_by_name(tmp_path, one_worker):
     """, **one_worker)
 
 
-def test_a_script_that_is_no_file_and_one_of_a_package_have_the_same_world(tmp_path):
+def test_a_script_that_is_no_file_a_notebook_and_one_of_a_package_have_the_same_world(tmp_path):
     text = ("import clupy, pickle\nclass Point: pass\nCACHE = []\n"
             "def f(data): CACHE.append(type(pickle.loads(data)) is type(pickle.loads(data))); return CACHE\n"
             "def g(): return len(CACHE)\n"
             "if __name__ == '__main__':\n    clupy.connect(slots=1)\n"
             "    print(clupy.parallel(f)(pickle.dumps(Point())).result(30), clupy.parallel(g)().result(30))\n")
     write_files(tmp_path, {"pkg/__init__.py": "", "pkg/main.py": text})
-    for how in ("-c", text), ("-m", "pkg.main"):
+    notebook = (f"import sys, types; cells = sys.modules['__main__'] = types.ModuleType('__main__')\n"
+                f"exec({text!r}, vars(cells))")         # as IPython does it
+    for how in ("-c", text), ("-m", "pkg.main"), ("-c", notebook):
         done = subprocess.run([sys.executable, *how], cwd=tmp_path, env=environ(CLUPY_PORT=free_port()),
                               capture_output=True, text=True, timeout=60)
         assert done.stdout == "[True] 1\n", done.stderr
