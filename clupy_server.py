@@ -213,7 +213,9 @@ class Finder:
         kind, content = self.beside(path)
         if kind == "file":
             return content
-        raise IsADirectoryError(path) if kind == "folder" else FileNotFoundError(content) if kind == "absent" else OSError(content)
+        if kind == "folder":
+            raise IsADirectoryError(f"{path} is a folder")
+        raise FileNotFoundError(content) if kind == "absent" else OSError(content)
 
 
 class _OwnFirst:
