@@ -2433,27 +2433,6 @@ def stamp(path):
         return found.st_size, found.st_mtime_ns
 
 
-def _module_payload(module):
-    """The payload of a module's namespace, in which functions have the namespace of that module, where it arrives."""
-    class Pickler(_by_value_pickler()):
-        dispatch_table = _by_value_pickler().dispatch_table.new_child(
-            {types.ModuleType: lambda other: (_module, (other.__name__,))})       # its submodules, too
-
-        def __init__(self, *args):
-            super().__init__(*args)
-            self.globals_ref[id(vars(module))] = _Globals(module.__name__)
-
-    with _payload_lock:                           # another thread may be about to unregister it
-        cloudpickle.register_pickle_by_value(module)
-        try:
-            return _dumps(Pickler, {name: value for name, value in vars(module).items() if not name.startswith("__")})
-        finally:
-            cloudpickle.unregister_pickle_by_value(module)
-
-
-_payload_lock = threading.Lock()
-
-
 class _Globals:
     """Stands for the namespace of a module in what cloudpickle makes of functions."""
 
@@ -2468,6 +2447,27 @@ def _module_globals(name):
     return vars(sys.modules[name])
 
 
+_payload_lock = threading.Lock()                  # held while a module is registered for its payload alone
+
+
+def _module_payload(module):
+    """The payload of a module's namespace, in which functions have the namespace of that module, where it arrives."""
+    class Pickler(_by_value_pickler()):
+        dispatch_table = _by_value_pickler().dispatch_table.new_child(
+            {types.ModuleType: lambda other: (_module, (other.__name__,))})       # its submodules, too
+
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.globals_ref[id(vars(module))] = _Globals(module.__name__)
+
+    with _payload_lock:
+        cloudpickle.register_pickle_by_value(module)
+        try:
+            return _dumps(Pickler, {name: value for name, value in vars(module).items() if not name.startswith("__")})
+        finally:
+            cloudpickle.unregister_pickle_by_value(module)
+
+
 def package_file(path):
     """What a worker is told of a file or folder beside a module: ("file", bytes), ("folder", names), ("absent", why) or
     ("refused", why).  Only below the folders of own packages that workers were told of."""
@@ -2476,10 +2476,10 @@ def package_file(path):
     if not any(f"{real}{os.sep}".startswith(os.path.join(folder, "")) for folder in folders):
         return "refused", (f"{path} is not on this worker, and only files in folders of the client's packages are sent there: "
                            "pass what is in the file as an argument, or share() it")
-    if size > MAX_FILE and os.path.isfile(path):
+    if size > MAX_FILE and os.path.isfile(real):
         return "refused", (f"{path} has {size >> 20} MiB, and at most {MAX_FILE >> 20} are sent of a file beside a module: "
                            "share() what is in it")
-    return read_file(path)
+    return read_file(real)
 
 
 def read_file(path):

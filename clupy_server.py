@@ -177,10 +177,10 @@ class Finder:
         return self._spec(name, _Loader(self, lambda namespace: None), places)
 
     def on_compiled(self, name, path, filename, stamp, why, package_path):
-        if clupy.stamp(filename) != stamp:         # not the client's machine, nor a folder that both have
+        here = importlib.util.spec_from_file_location(name, filename)
+        if here is None or stamp is None or clupy.stamp(filename) != stamp:       # another machine, or no folder that both have
             return self.on_refused(name, path, why)
-        compiled = importlib.util.spec_from_file_location(name, filename)
-        return self._spec(name, compiled.loader, package_path, filename)
+        return self._spec(name, here.loader, package_path, filename)
 
     def _spec(self, name, loader, package_path, filename=None):
         spec = importlib.machinery.ModuleSpec(name, loader, origin=filename)
@@ -219,8 +219,8 @@ class Finder:
         if kind == "file":
             return content
         if kind == "folder":
-            raise IsADirectoryError(path)
-        raise (FileNotFoundError if kind == "absent" else OSError)(content)
+            raise IsADirectoryError(f"{path} is a folder")
+        raise FileNotFoundError(content) if kind == "absent" else OSError(content)
 
 
 class _OwnFirst:

@@ -15,7 +15,6 @@ import errno
 import functools
 import gc
 import importlib.machinery
-import importlib.resources
 import importlib.util
 import io
 import itertools
@@ -3510,8 +3509,7 @@ def test_a_second_connect_with_the_same_settings_is_the_same_cluster_and_another
         engine = clupy._engine
         clupy.connect(**first)
         assert clupy._engine is engine and call(square, 3) == 9
-        words = "ThreadPool.* not Settings.*close" if executor else "with slots=1, not 2; .*close"
-        with pytest.raises(RuntimeError, match=words):
+        with pytest.raises(RuntimeError, match="ThreadPool.* not Settings.*close" if executor else "slots=1, not 2; .*close"):
             clupy.connect(slots=2)
         with pytest.raises(RuntimeError, match="ThreadPool.* not <.*ThreadPool" if executor else "Settings.* not <.*ThreadPool"):
             clupy.connect(executor=concurrent.futures.ThreadPoolExecutor(1))
@@ -3550,8 +3548,8 @@ def test_files_beside_a_module_are_there_where_it_is(tmp_path, request, master):
             with importlib.resources.as_file(files / "table.txt") as path, open(path) as file: lines = file.readlines()
             with (files / "deep" / "more.txt").open("rb") as file: more = file.read()
             found = {one.name: one.is_dir() for one in files.iterdir() if not one.name.startswith("_")}
-            old = importlib.resources.read_text("with_data", "table.txt")
-            return lines, more.decode(), found, (files / "nothing").is_file(), old
+            again = importlib.resources.read_text("with_data", "table.txt")
+            return lines, more.decode(), found, (files / "nothing").is_file(), again
         assert call(data, "table.txt") == b"1 2 3\\n"
         assert call(text, "table.txt") == "1 2 3\\n" and call(text, "deep/more.txt") == "caf\xe9"
         assert call(rest) == (["1 2 3\\n"], "caf\xe9", {"table.txt": False, "deep": True}, False, "1 2 3\\n")
