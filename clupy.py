@@ -4740,12 +4740,10 @@ def _note_repeated(func, args, kwargs, size):
         if not isinstance(bytes_each, numbers.Integral) or bytes_each < REPEATED_BYTES:
             continue
         place = key, id(value)
-        reference, calls = _repeated.get(place, (None, 0))
-        if reference is None or reference() is not value:
-            try:
-                reference, calls = weakref.ref(value, lambda _, place=place: _repeated.pop(place, None)), 0
-            except TypeError:                     # bytes, a list: it cannot be told from the next that is put in its place
-                continue
+        try:
+            reference, calls = _repeated.get(place) or (weakref.ref(value, lambda _, place=place: _repeated.pop(place, None)), 0)
+        except TypeError:                         # bytes, a list: it cannot be told from the next that is put in its place
+            continue
         _repeated[place] = reference, calls + 1
         if calls + 1 == REPEATED_CALLS:
             _advised.add(key)

@@ -485,6 +485,8 @@ def test_a_large_array_that_goes_to_many_calls_is_told_of_once(caplog):
     assert not caplog.records
     for name in "array", "other", "array":
         clupy.parallel(work)(**{name: array})
+    for _ in range(10):
+        clupy.parallel(work)(changing)
     [message] = [record.message for record in caplog.records]
     assert ".work was given the same 2 MB in 10 calls, 21 MB in all" in message and "ref = clupy.share(array)" in message
     clupy.wait_all(list(clupy._current_engine().calls()), PATIENCE)
