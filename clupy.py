@@ -1247,15 +1247,14 @@ def _by_value_pickler():
         def __init__(self, *arguments):
             super().__init__(*arguments)
             self.namespace = None                 # the _Namespace of the script's functions in this pickle
-            self.named = set()                    # names of the script whose values are in it
+            self.named = {}                       # {name: mark} of the script's names whose values are in it
 
         def reducer_override(self, obj):
-            if type(obj) is types.FunctionType:
-                if _is_wrapped(obj):
-                    return getattr, (_named(obj), "func")
-                if _named(obj) is not obj:        # it goes by value
-                    obj = _readable(obj)
-                if _is_scripts(obj):
+            if type(obj) is types.FunctionType and (found := _named(obj)) is not obj:
+                if _wraps(found, obj):
+                    return getattr, (found, "func")
+                obj = _readable(obj)
+                if obj.__globals__ is _script():
                     return self.scripts_function(obj)
             reduced = super().reducer_override(obj)
             if reduced is not NotImplemented and isinstance(obj, type):
@@ -1269,17 +1268,26 @@ def _by_value_pickler():
         def scripts_function(self, func):
             """What cloudpickle makes of it, but with the worker's `__main__` for its globals."""
             with _marks_lock:                     # what it reads is what is marked
-                make, (code, base, *others), state, _, _, set_state = super().reducer_override(func)
-                marks = self.marks(state[1]["__globals__"])
-            self.namespace = self.namespace or _Namespace(base)
+                _, (code, base, *others), state, *_ = super().reducer_override(func)
+                values = state[1]["__globals__"]
+                marks = self.marks(func, values)
+                own = func.__qualname__ if _script().get(func.__qualname__) is func else None
             if pickling.resolve:
                 _leave_refs(state[1])
-            values, state[1]["__globals__"] = state[1]["__globals__"], {}
+            state[1]["__globals__"] = {}
+            self.namespace = self.namespace or _Namespace(base)
             names = {name: (values[name], mark) for name, mark in marks.items()}
-            return make, (code, self.namespace, *others), (state, set_state, names), None, None, _set_function
+            made = own, self.named.get(own), code, self.namespace, *others
+            return _make_function, made, (own, state, names), None, None, _set_function
 
-        def marks(self, values):
-            """{name: mark} of those that are not in this pickle yet."""
+        def marks(self, func, values):
+            """{name: mark} of what the function brings and is not in this pickle yet; adds to values, which are its globals."""
+            if _script().get(func.__qualname__) is func:
+                values[func.__qualname__] = func
+            for name in _names_in_texts(func):
+                with contextlib.suppress(Exception):      # it cannot be pickled, and may well not be meant
+                    _mark(name, _script()[name])
+                    values[name] = _script()[name]
             new = {name: _mark(name, value) for name, value in values.items() if name not in self.named}
             self.named.update(new)
             return new
@@ -1300,10 +1308,16 @@ def _by_value_pickler():
 class _Mark:
     """Of the value that a name of the script had last."""
 
-    def __init__(self, fixed, digest, sender, number):
-        self.fixed = fixed                        # the value, if it is the same while it is this object
+    def __init__(self, parts, digest, sender, number):
+        self.parts = parts                        # of the value, see _parts_of; what came from another process: [the value]
         self.digest = digest                      # content_id of its pickle; None: it came from another process
         self.sent = sender, number                # what travels
+
+    def is_of(self, value):
+        """Whether it can be seen, without a pickle, that this is the value still."""
+        parts = [value] if self.digest is None else _parts_of(value)
+        return (None not in (parts, self.parts) and len(parts) == len(self.parts)
+                and all(now is then for now, then in zip(parts, self.parts)))
 
 
 _marks = {}                                       # {name: _Mark}, changed under the lock
@@ -1319,28 +1333,44 @@ def _script():
     return getattr(sys.modules.get("__main__"), "__dict__", None)
 
 
-def _is_scripts(func):
-    return func.__globals__ is _script() and _named(func) is not func
-
-
 def _mark(name, value):
     """(sender, number) of a name of the script that has this value now.  The lock is held."""
     mark = _marks.get(name)
-    if mark is None or mark.fixed is not value:
+    if mark is None or not mark.is_of(value):
         digest = content_id(_noting_refs(_pack, value, _mark_pickler, False)[0])
         if mark is None or mark.digest != digest:
-            fixed = type(value) in _CONSTANTS or isinstance(value, types.ModuleType)
-            mark = _marks[name] = _Mark(value if fixed else _ABSENT, digest, _sender, next(_numbers))
+            mark = _marks[name] = _Mark(_parts_of(value), digest, _sender, next(_numbers))
     if pickling.marks is not None:
         pickling.marks[name] = mark
     return mark.sent
+
+
+def _parts_of(value):
+    """The objects that a value consists of, which is the same while they are; None: it may change unseen."""
+    if type(value) in _CONSTANTS or type(value) in (types.ModuleType, types.CodeType, types.GetSetDescriptorType):
+        return [value]
+    if type(value) is tuple:
+        inner = value
+    elif type(value) is types.FunctionType and not (value.__closure__ or value.__kwdefaults__ or vars(value)):
+        inner = value.__code__, *(value.__defaults__ or ())
+    elif type(value) is type and value.__module__ in _MAINS:
+        inner = *value.__bases__, *vars(value).values()
+    else:
+        return [value] if _named(value) is value else None
+    parts = [value]
+    for thing in inner:
+        more = _parts_of(thing)
+        if more is None:
+            return None
+        parts += more
+    return parts
 
 
 @functools.cache
 def _mark_pickler():
     """Its pickles have no names: each has a mark of its own."""
     class Pickler(_by_value_pickler()):
-        def marks(self, values):
+        def marks(self, func, values):
             return {}
     return Pickler
 
@@ -1359,26 +1389,41 @@ def _script_globals(base):
     """A worker's `__main__`.  For functions that come as results or shared values, and in another Executor's process, a
     namespace of their own."""
     if not pickling.of_client:
-        return base
+        return {**base, "__builtins__": __builtins__}
     script = _script()
     script["__package__"] = base.get("__package__")
     return script
 
 
+def _make_function(own, mark, code, namespace, *others):
+    """A function of the script; own: the name by which it can be found, or None."""
+    if namespace is _script() and _is_there(own, mark):
+        return namespace[own]
+    return types.FunctionType(code, namespace, *others)
+
+
 def _set_function(func, state):
-    state, set_state, names = state
-    _set_names(func.__globals__, names)
-    set_state(func, state)
+    own, state, names = state
+    if func is not (_script() or {}).get(own):    # else it came before, and has what calls made of it
+        _class_tracker()._function_setstate(func, state)
+    set_names(func.__globals__, names)
 
 
-def _set_names(namespace, names):
+def _is_there(name, sent):
+    """Whether the name has the value that came with this mark."""
+    mark = _marks.get(name)
+    return mark is not None and mark.digest is None and mark.sent == sent and mark.is_of(_script().get(name))
+
+
+def set_names(namespace, names):
+    """names: {name: (value, its mark)}."""
     for name, (value, (sender, number)) in names.items():
         if namespace is not _script():
             namespace[name] = value
         elif number > _came.get((name, sender), 0) and name not in _NOT_SENT:
             namespace[name] = value
             _came[name, sender] = number
-            _marks[name] = _Mark(value, None, sender, number)
+            _marks[name] = _Mark([value], None, sender, number)
 
 
 def _set_class(cls, state):
@@ -1388,30 +1433,17 @@ def _set_class(cls, state):
         _script().setdefault(cls.__qualname__, cls)
 
 
-class _Name:
-    """Unpickled in a worker, it sets a name of the script there."""
-
-    def __init__(self, name, value):
-        with _marks_lock:
-            self.names = {name: (value, _mark(name, value))}
-
-    def __reduce__(self):
-        return _bring, (self.names,)
-
-
-def _bring(names):
-    _set_names(_script(), names)
-
-
 def script_value(name):
-    """What a worker is told whose `__main__` lacks a name: a payload that sets it there, a text why it cannot be sent, or
-    None.  Any thread may call."""
+    """What a worker is told whose `__main__` lacks a name: the payload of what set_names takes, a text why it cannot be sent,
+    or None.  Any thread may call."""
     try:
         value = getattr(sys.modules["__main__"], name)
     except Exception:                             # there is none; a __getattr__ of the user's raises what it likes
         return None
     try:
-        return pack(_Name(name, value))
+        with _marks_lock:
+            mark = _mark(name, value)
+        return pack({name: (value, mark)})
     except Exception as error:                    # whatever a class of the user's raises while it is pickled
         return f"{name!r} of the script, a {_type_name(type(value))}, cannot be pickled: {error}"
 
@@ -1454,9 +1486,8 @@ def _named(obj):
         return None
 
 
-def _is_wrapped(func):
-    """Whether a module has a Wrapper under func's name: func goes as the `.func` of it, not by value."""
-    found = _named(func)
+def _wraps(found, func):
+    """Whether what is found under func's name is its Wrapper: func goes as the `.func` of it, not by value."""
     return isinstance(found, Wrapper) and found.func is func
 
 
@@ -1542,12 +1573,12 @@ def _type_name(cls):
 # find the class by the same id and set all its attributes to copies.  The tracker is private, so it is checked.
 
 def _class_tracker():
-    """cloudpickle's module with the tracker's three names.  Raises ClupyError if they are gone."""
+    """cloudpickle's module with its names that are used here.  Raises ClupyError if they are gone."""
     module = importlib.import_module("cloudpickle.cloudpickle")
-    for name in "_DYNAMIC_CLASS_TRACKER_BY_ID", "_get_or_create_tracker_id", "_lookup_class_or_track":
+    for name in "_DYNAMIC_CLASS_TRACKER_BY_ID", "_get_or_create_tracker_id", "_lookup_class_or_track", "_function_setstate":
         if not hasattr(module, name):
-            raise ClupyError(f"cloudpickle {cloudpickle.__version__} has no {name}, by which CluPy finds "
-                             f"the classes in results: install cloudpickle 3.1")
+            raise ClupyError(f"cloudpickle {cloudpickle.__version__} has no {name}, by which CluPy makes "
+                             f"functions and finds the classes in results: install cloudpickle 3.1")
     return module
 
 
@@ -1775,7 +1806,7 @@ def _reads(func):
             todo += obj
         elif type(obj) in (types.GenericAlias, types.UnionType):    # list[int], int | None in annotations
             todo += getattr(obj, "__origin__", None), *obj.__args__
-        elif _named(obj) is obj or type(obj) is types.FunctionType and _is_wrapped(obj):
+        elif _named(obj) is obj or type(obj) is types.FunctionType and _wraps(_named(obj), obj):
             prefix, _, name = obj.__qualname__.rpartition(".")
             owner = sys.modules[obj.__module__]
             namespace = vars(operator.attrgetter(prefix)(owner) if prefix else owner)
@@ -1795,11 +1826,11 @@ def _function_reads(func, reads):
         reads.append((getattr, func, name, getattr(func, name)))
     reads.append((operator.eq, vars(func), {}, True))               # attributes go by value, and are seldom used
     kwonly = func.__code__.co_varnames[func.__code__.co_argcount:][:func.__code__.co_kwonlyargcount]
-    annotations = _readable(func).__annotations__
+    readable = _readable(func)
     used = [(_contents, cell, _ABSENT) for cell in func.__closure__ or ()]
-    for namespace, names in ((func.__globals__, _global_names(func.__code__)),
+    for namespace, names in ((func.__globals__, [*_global_names(func.__code__), *_names_in_texts(readable)]),
                              (func.__kwdefaults__ or {}, kwonly),
-                             (annotations, annotations)):
+                             (readable.__annotations__, readable.__annotations__)):
         used += [(namespace.get, name, _ABSENT) for name in names]
     values = [read(a, b) for read, a, b in used]
     reads += [(*what, value) for what, value in zip(used, values)]
@@ -1814,6 +1845,20 @@ def _global_names(code):
         if isinstance(constant, types.CodeType):
             names.update(dict.fromkeys(_global_names(constant)))
     return tuple(names)
+
+
+_LOOKS_UP = {"eval", "exec", "globals", "vars", "query"}     # what finds a global by a text; the last is pandas'
+
+
+def _names_in_texts(func):
+    """Names of the script in texts of a function of it: in annotations, and in constants if it may look names up in them."""
+    if func.__globals__ is not _script():
+        return []
+    texts = [text for text in func.__annotations__.values() if type(text) is str]
+    code = func.__code__
+    if not _LOOKS_UP.isdisjoint(code.co_names):
+        texts += [text for text in code.co_consts if type(text) is str]
+    return [name for text in texts for name in re.findall(r"[^\W\d]\w*", text) if name in func.__globals__]
 
 
 def _used(func):

@@ -218,7 +218,7 @@ def use_script(fetch):
                 answer = fetch(name)
             if answer is None or type(answer) is str:
                 raise AttributeError(": ".join(filter(None, [f"module '__main__' has no attribute {name!r}", answer])))
-            unpack_call(answer)
+            clupy.set_names(vars(self), unpack_call(answer))
             return vars(self)[name]
     sys.modules["__main__"].__class__ = Main
 

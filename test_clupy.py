@@ -3638,13 +3638,162 @@ def test_a_function_whose_annotations_name_what_is_not_there_runs_all_the_same()
 
 def test_a_cloudpickle_without_the_names_that_clupy_uses_is_refused(monkeypatch):
     assert clupy._class_tracker() is cloudpickle.cloudpickle
-    for name in "_DYNAMIC_CLASS_TRACKER_BY_ID", "_get_or_create_tracker_id", "_lookup_class_or_track":
+    for name in "_DYNAMIC_CLASS_TRACKER_BY_ID", "_get_or_create_tracker_id", "_lookup_class_or_track", "_function_setstate":
         with monkeypatch.context() as patch:
             patch.delattr(cloudpickle.cloudpickle, name)
             with pytest.raises(clupy.ClupyError, match=f"{cloudpickle.__version__} has no {name}"):
                 clupy._class_tracker()
     with pytest.raises(pickle.UnpicklingError, match="class Point.*keep the class"):
         clupy._client_class("no such id", "Point")
+
+
+# ---- The script's own world: what it defines lives in a worker's `__main__`
+
+WORLD = """
+    import clupy, dataclasses, multiprocessing, pickle, shelve, threading, typing
+    from concurrent.futures import ProcessPoolExecutor
+    STATE, CACHE, N, LIMIT, lock = None, {}, 1, 2, threading.Lock()
+
+    @dataclasses.dataclass
+    class Point: x: int
+    class Unused: pass
+
+    def init(value): global STATE, NEW; STATE = NEW = value
+    def state(): return STATE, NEW
+    def load(key): CACHE[key] = key; return sorted(CACHE)
+    def load_anew(key): CACHE[key] = key; return sorted(CACHE)
+    def n(): return N
+    def n_anew(): return N
+    def set_n(value): global N; N = value
+    def nested(value): global N; N = value; return clupy.parallel(n)().result()
+    def load_nested(): return clupy.parallel(load)("nested").result()
+    def even(n): return n == 0 or odd(n - 1)
+    def odd(n): return n != 0 and even(n - 1)
+    HANDLERS = {"even": even}
+
+    def by_name(data, folder):
+        from __main__ import Unused, LIMIT
+        with shelve.open(f"{folder}/shelf") as shelf: shelf["x"] = pickle.loads(data)
+        with shelve.open(f"{folder}/shelf") as shelf: return shelf["x"], Unused, LIMIT
+    def missing(name):
+        import __main__
+        try: getattr(__main__, name)
+        except AttributeError as error: return str(error)
+    def dotted(data): return pickle.loads(data)
+    def evaluated(thing): return eval(type(thing).__name__) is type(thing)
+    def looked_up(): return eval("LIMIT * 10"), globals()["LIMIT"]
+    def hinted(point: "Point", other: "lock" = None): return typing.get_type_hints(hinted, None, {"lock": int})["point"]
+    def queried(frame): return frame.query("a > @LIMIT").a.tolist()
+    def identities(func):
+        import __main__
+        return func is even is __main__.even is HANDLERS["even"], pickle.loads(pickle.dumps(func)) is even, func(10)
+    def in_a_queue(point):
+        queue = multiprocessing.get_context("fork").SimpleQueue()
+        queue.put(point)
+        return queue.get()
+    def in_a_pool(func, n):
+        with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool: return pool.submit(func, n).result()
+    """
+
+
+@pytest.fixture(params=["embedded", "servers"])
+def one_worker(request, tmp_path):
+    """Settings of a program with one worker: on its embedded cluster, and on a server that shares nothing with it."""
+    if request.param == "embedded":
+        yield {"CLUPY_SLOTS": 1}
+    else:
+        with Cluster(tmp_path / "cluster", slots=1) as cluster:
+            yield {"CLUPY_MASTER": cluster.address}
+
+
+def test_what_an_initializer_or_a_call_makes_of_a_name_stays_and_what_the_program_changed_wins(tmp_path, one_worker):
+    tell(tmp_path / "program", WORLD + """
+    with clupy.Executor(1, initializer=init, initargs=(7,)) as executor:
+        assert [executor.submit(state).result(30) for _ in range(2)] == [(7, 7)] * 2
+    assert call(state) == call(lambda: state()) == (7, 7)
+    assert call(load, "a") == ["a"] and call(load_anew, "b") == ["a", "b"] == call(lambda: sorted(CACHE))
+    CACHE["p"] = 1
+    assert call(load, "c") == ["c", "p"] and call(load_anew, "d") == ["c", "d", "p"] and CACHE == {"p": 1}
+    STATE = 8
+    assert call(state) == (8, 7)
+
+    earlier = clupy.parallel(n)
+    assert earlier().result(30) == 1
+    N = 2                                               # a version that was captured earlier sees the newest value, too
+    assert earlier().result(30) == 1 and call(n_anew) == earlier().result(30) == 2
+    N = 1                                               # as at first: what the worker had then is not taken for it
+    assert call(n_anew) == call(n) == earlier().result(30) == 1
+    call(set_n, 5)
+    assert call(n) == call(n_anew) == call(lambda: N) == 5 and N == 1
+    class Point: n = 1
+    def of_class(): return Point.n
+    seen = [call(of_class)]
+    for Point.n in 2, 1:
+        seen.append(call(of_class))
+    assert seen == [1, 2, 1]
+    """, **one_worker)
+
+
+def test_a_nested_call_brings_what_its_parent_bound_anew_and_leaves_what_it_did_not(tmp_path, one_worker):
+    tell(tmp_path / "program", WORLD + """
+    assert call(nested, 5) == 5 and call(nested, 6) == 6 and call(load, "a") == ["a"]
+    assert call(load_nested) == ["a", "nested"]         # in another worker, which did not have it
+    N = 7
+    assert call(n) == 7 and call(nested, 8) == 8
+    """, **one_worker)
+
+
+def test_what_a_script_defines_is_found_by_name(tmp_path, one_worker):
+    pytest.importorskip("pandas")
+    tell(tmp_path / "program", WORLD + """
+    import pandas
+    class Outer:
+        class Inner: pass
+    assert call(by_name, pickle.dumps(Point(3)), ".") == (Point(3), Unused, 2)
+    assert type(call(dotted, pickle.dumps(Outer.Inner()))) is Outer.Inner
+    assert call(missing, "nothing") == "module '__main__' has no attribute 'nothing'"
+    assert call(missing, "__wrapped__") == "module '__main__' has no attribute '__wrapped__'"
+    assert call(evaluated, Outer()) is True
+    words = call(missing, "lock")
+    assert "no attribute 'lock': 'lock' of the script, a _thread.lock, cannot be pickled" in words, words
+    assert call(looked_up) == (20, 2) and call(hinted, None) is Point
+    assert call(queried, pandas.DataFrame({"a": [1, 2, 3]})) == [3]
+    LIMIT = 1
+    assert call(looked_up) == (10, 1) and call(queried, pandas.DataFrame({"a": [1, 2, 3]})) == [2, 3]
+    assert call(identities, even) == (True, True, True)
+    assert call(in_a_queue, Point(4)) == Point(4) and call(in_a_pool, even, 4) is True
+    """, **one_worker)
+
+
+def test_a_script_that_is_no_file_a_notebook_and_one_of_a_package_have_the_same_world(tmp_path):
+    text = ("import clupy, pickle\nclass Point: pass\nCACHE = []\n"
+            "def f(data): CACHE.append(type(pickle.loads(data)) is type(pickle.loads(data))); return CACHE\n"
+            "def g(): return len(CACHE)\n"
+            "if __name__ == '__main__':\n    clupy.connect(slots=1)\n"
+            "    print(clupy.parallel(f)(pickle.dumps(Point())).result(30), clupy.parallel(g)().result(30))\n")
+    write_files(tmp_path, {"pkg/__init__.py": "", "pkg/main.py": text})
+    notebook = (f"import sys, types; cells = sys.modules['__main__'] = types.ModuleType('__main__')\n"
+                f"exec({text!r}, vars(cells))")         # as IPython does it
+    for how in ("-c", text), ("-m", "pkg.main"), ("-c", notebook):
+        done = subprocess.run([sys.executable, *how], cwd=tmp_path, env=environ(CLUPY_PORT=free_port()),
+                              capture_output=True, text=True, timeout=60)
+        assert done.stdout == "[True] 1\n", done.stderr
+
+
+def test_functions_that_come_back_leave_the_names_of_who_gets_them_alone(tmp_path):
+    tell(tmp_path, """
+    N, CACHE = 1, {}
+    def give():
+        global N
+        N = 2
+        return lambda: (N, CACHE is not None)
+    def outer():
+        global N
+        N = 3
+        return clupy.parallel(give)().result()(), N
+    assert call(give)() == (2, True) and N == 1
+    assert call(outer) == ((2, True), 3)
+    """)
 
 
 # ---- Exceptions
