@@ -326,8 +326,9 @@ def inherit(entry, address, key, own, server):
     family = Family()
     family.address, family.key = address, key
     family.open()
-    Finder(functools.partial(ask_worker, address, key, "module"), own, server).install()
-    use_script(functools.partial(ask_worker, address, key, "main"))
+    fetch = functools.partial(ask_worker, address, key)
+    Finder(functools.partial(fetch, "module"), own, server).install()
+    use_script(functools.partial(fetch, "main"))
     return Inheritance(entry, family, own, server)
 
 
