@@ -35,6 +35,7 @@ import fcntl
 import functools
 import importlib.machinery
 import importlib.util
+import itertools
 import json
 import linecache
 import logging
@@ -436,8 +437,9 @@ def inherit(entry, address, key, own, server):
     family = Family()
     family.address, family.key = address, key
     family.open()
-    Finder(functools.partial(ask_worker, address, key), own, server, lambda: 0).install()
-    use_script(functools.partial(ask_worker, address, key, "main"))
+    fetch = functools.partial(ask_worker, address, key)
+    Finder(fetch, own, server, itertools.count().__next__).install()
+    use_script(functools.partial(fetch, "main"))
     return Inheritance(entry, family, own, server)
 
 
