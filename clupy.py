@@ -1583,21 +1583,29 @@ def _module(name):
 def import_when_asked(values):
     """Let the packages among the values, and those in them, import a submodule when somebody asks them for it."""
     for package in values:
-        if type(package) is types.ModuleType and "__path__" in vars(package) and "__getattr__" not in vars(package):
-            package.__getattr__ = functools.partial(_submodule, package.__name__)
-            import_when_asked(list(vars(package).values()))
+        if type(package) is types.ModuleType and "__path__" in vars(package):
+            own = vars(package).get("__getattr__")
+            if getattr(own, "func", None) is not _submodule:
+                package.__getattr__ = functools.partial(_submodule, package.__name__, own)
+                import_when_asked(list(vars(package).values()))
 
 
-def _submodule(package, name):
-    missing, full_name = f"module {package!r} has no attribute {name!r}", f"{package}.{name}"
+def _submodule(package, own, name):
+    """The __getattr__ of a package, which had this one of its own, or None."""
+    missing, full_name = AttributeError(f"module {package!r} has no attribute {name!r}"), f"{package}.{name}"
+    if own is not None:
+        try:
+            return own(name)
+        except AttributeError as error:
+            missing = error
     if name.startswith("__"):
-        raise AttributeError(missing)
+        raise missing
     try:
         return _module(full_name)
     except ModuleNotFoundError as error:
         if error.name != full_name:
             raise
-        raise AttributeError(missing) from None
+        raise missing from None
 
 
 def _make_code(arguments, filename):

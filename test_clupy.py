@@ -3434,6 +3434,7 @@ def test_a_module_without_source_runs_where_its_file_is_and_by_value_if_that_is_
         assert call(gone.count) == 1 and type(call(gone.C)) is gone.C and call(type, gone.C()) is gone.C
         def twice():
             gone.count(), gone.count()
+            assert gone.add() == gone.total            # its functions and it have one namespace
             return gone.state == [0] * 2 + gone.state[2:], gone.state is gone.get(), gone.C().json('2'), gone.__name__
         assert call(twice) == (True, True, 2, "gone")
         assert call(lost.part.f) == ("lost", 5)
@@ -3443,7 +3444,9 @@ def test_a_module_without_source_runs_where_its_file_is_and_by_value_if_that_is_
         assert isinstance(error, ModuleNotFoundError) and "cannot be read by its client" in str(error), error
         """, {"quick.py": "def f(): return 'compiled'\nclass C: pass\n", "package/__init__.py": "",
               "package/part.py": "def f(): return 'compiled'\n", "stuck.py": "import threading\nlock = threading.Lock()\n",
-              "gone.py": "import json\nstate = []\ndef count():\n    state.append(0)\n    return len(state)\n"
+              "gone.py": "import json\nstate, total = [], 0\n"
+                         "def add():\n    global total\n    total += 1\n    return total\n"
+                         "def count():\n    state.append(0)\n    return len(state)\n"
                          "def get(): return state\nclass C:\n    def json(self, text): return json.loads(text)\n",
               "lost/__init__.py": "name = 'lost'\n", "lost/part.py": "import lost\ndef f(): return lost.name, 5\n"},
         **{"CLUPY_MASTER": request.getfixturevalue("cluster").address} if master == "a cluster" else {})
@@ -3452,8 +3455,8 @@ def test_a_module_without_source_runs_where_its_file_is_and_by_value_if_that_is_
 @pytest.mark.parametrize("master", ["embedded", "a cluster"])
 def test_submodules_that_were_imported_here_are_found_through_their_package_there(tmp_path, request, master):
     tell(tmp_path / "client", """
-        import concurrent.futures, functools, json.tool, types, urllib.robotparser, wsgiref.headers, xml.dom.minidom
-        import indirect, mine.deep.leaf, pack
+        import concurrent.futures, functools, json.tool, types, unittest.mock, urllib.robotparser, wsgiref.headers
+        import xml.dom.minidom, indirect, mine.deep.leaf, pack
         parse = "<a/>"
         MODULES, TABLE, holder = [xml], {"mine": mine}, types.SimpleNamespace(mod=wsgiref)
         class Holder:
@@ -3465,7 +3468,7 @@ def test_submodules_that_were_imported_here_are_found_through_their_package_ther
         def through_a_function(mod=json): return getattr(mod, "tool").__name__
         assert call(through_a_list) == "a" and call(through_a_dict) == "leaf" and call(through_an_object) == "wsgiref.headers"
         assert call(Holder().names) == ("urllib.robotparser",) * 2 and call(through_a_function) == "json.tool"
-        assert call(lambda module: module.deep.leaf.value, mine) == "leaf" and call(indirect.name) == "xml.dom.minidom"
+        assert call(lambda module: module.deep.leaf.value, mine) == "leaf" and call(indirect.name) == "unittest.mock"
         assert call(functools.partial(getattr, concurrent), "futures").__name__ == "concurrent.futures"
         def missing():
             assert not hasattr(MODULES[0], "nothing") and not hasattr(mine, "nothing") and getattr(mine, "__all__", 3) == 3
@@ -3476,7 +3479,7 @@ def test_submodules_that_were_imported_here_are_found_through_their_package_ther
         assert type(error) is AttributeError and str(error) == "module 'xml' has no attribute 'nothing'", error
         """, {"mine/__init__.py": "", "mine/deep/__init__.py": "", "mine/deep/leaf.py": "value = 'leaf'\n",
               "mine/broken.py": "import not_there\n",
-              "indirect.py": "import xml\ndef name(): return xml.dom.minidom.__name__\n",
+              "indirect.py": "import unittest\ndef name(): return unittest.mock.__name__\n",
               "pack/__init__.py": "def __getattr__(name):\n    if name == 'own': return 1\n    raise AttributeError(name)\n"},
         **{"CLUPY_MASTER": request.getfixturevalue("cluster").address} if master == "a cluster" else {})
 
