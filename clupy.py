@@ -1135,6 +1135,7 @@ class _Pickling(threading.local):
     resolve = False     # the arguments of a call: a Ref among them arrives as its value
     of_client = False   # in a worker: what its client sent, so that the classes in it are the client's
     marks = None        # {name: its _Mark} of the script's names in it, where somebody wants to know
+    trust = False       # large values among them are taken for what they were: see _capture
 
 
 pickling = _Pickling()
@@ -1353,9 +1354,11 @@ def _mark(name, value):
     """(sender, number) of a name of the script that has this value now.  The lock is held."""
     mark = _marks.get(name)
     if mark is None or not mark.is_of(value):
-        digest = content_id(_noting_refs(_pack, value, _mark_pickler, False)[0])
-        if mark is None or mark.digest != digest:
-            mark = _marks[name] = _Mark(_parts_of(value), digest, _sender, next(_numbers))
+        payload, _ = _noting_refs(_pack, value, _mark_pickler, False)
+        if mark is None or not pickling.trust or type(payload) is not tuple:
+            digest = content_id(payload)
+            if mark is None or mark.digest != digest:
+                mark = _marks[name] = _Mark(_parts_of(value), digest, _sender, next(_numbers))
     if pickling.marks is not None:
         pickling.marks[name] = mark
     return mark.sent
@@ -1906,11 +1909,17 @@ def capture(func):
     return _capture(func)
 
 
-def _capture(func):
+def _capture(func, trust=True):
+    """trust: if it is known, with large buffers, pickle it as if those in the script's names were what they were: they are,
+    if that is what the last pickle was, and comparing costs a tenth of hashing."""
     name = _function_name(func)
+    known = _captures.get(id(func))
+    is_known = known is not None and known[0] is func
+    trust = trust and is_known and type(known[1].payload) is tuple
     reads = _reads(func)                          # first: what changes while it is pickled is seen by the next capture
     buffers = _Buffers(snapshot=False)
-    before, pickling.marks = pickling.marks, {}
+    before = pickling.marks, pickling.trust
+    pickling.marks, pickling.trust = {}, trust
     try:
         data, refs = _noting_refs(_dumps, _by_value_pickler(), func, buffers)
         if reads is not None:                     # if a value was another meanwhile, the script's names have new marks
@@ -1919,11 +1928,12 @@ def _capture(func):
         raise pickle.PicklingError(f"{name} cannot be sent to a worker: {_culprit(_used(func), 'it')} cannot "
                                    f"be pickled: {error}") from error
     finally:
-        pickling.marks = before
+        pickling.marks, pickling.trust = before
     views = [buffer.raw() for buffer in buffers]
-    known = _captures.get(id(func))
-    if known is not None and known[0] is func and _is_still(known[1].payload, data, views):
+    if is_known and _is_still(known[1].payload, data, views):
         function = known[1]
+    elif trust:
+        return _capture(func, trust=False)
     else:
         copies = [pickle.PickleBuffer(bytearray(view)) for view in views]
         function = function_of((data, copies) if copies else data, name)

@@ -631,7 +631,7 @@ class Worker:
         self.client = given["client"]
         clupy.use_client(self.client, functools.partial(self.send, "serve"), self.fetch)
         clupy._note_session = self._note_session
-        clupy._sender = f"{self.server} {self.pid}"
+        clupy._sender = os.urandom(8)              # of names that calls here bind anew
         clupy._engine = self.nested
         follow_threads(self)
         if given["tls"]:

@@ -4180,6 +4180,7 @@ def one_worker(request, tmp_path):
 
 
 def test_what_an_initializer_or_a_call_makes_of_a_name_stays_and_what_the_program_changed_wins(tmp_path, one_worker):
+    pytest.importorskip("numpy")
     tell(tmp_path / "program", WORLD + """
     with clupy.Executor(1, initializer=init, initargs=(7,)) as executor:
         assert [executor.submit(state).result(30) for _ in range(2)] == [(7, 7)] * 2
@@ -4195,7 +4196,7 @@ def test_what_an_initializer_or_a_call_makes_of_a_name_stays_and_what_the_progra
     N = 2                                               # a version that was captured earlier sees the newest value, too
     assert earlier().result(30) == 1 and call(n_anew) == earlier().result(30) == 2
     N = 1                                               # as at first: what the worker had then is not taken for it
-    assert call(n_anew) == call(n) == earlier().result(30) == 1
+    assert call(n) == call(n_anew) == earlier().result(30) == 1
     call(set_n, 5)
     assert call(n) == call(n_anew) == call(lambda: N) == 5 and N == 1
     class Point: n = 1
@@ -4204,6 +4205,14 @@ def test_what_an_initializer_or_a_call_makes_of_a_name_stays_and_what_the_progra
     for Point.n in 2, 1:
         seen.append(call(of_class))
     assert seen == [1, 2, 1]
+
+    import numpy                                        # large: it is compared with what was sent, not hashed again
+    big = numpy.ones(100_000)
+    def first(): return big[0]
+    def change(): big[0] = 9; return big[0]
+    assert call(first) == 1 and call(change) == 9 and call(first) == call(lambda: big[0]) == 9
+    for big[0] in 2, 1:
+        assert call(first) == call(lambda: big[0]) == big[0]
     """, **one_worker)
 
 
@@ -4216,17 +4225,38 @@ def test_a_nested_call_brings_what_its_parent_bound_anew_and_leaves_what_it_did_
     """, **one_worker)
 
 
+def test_a_name_is_set_by_a_higher_number_of_its_sender_and_sent_on_under_its_mark_while_it_is_the_same_object(monkeypatch):
+    script = types.ModuleType("__main__")
+    monkeypatch.setitem(sys.modules, "__main__", script)
+    for name, value in ("_marks", {}), ("_came", {}), ("_sender", b"here"):
+        monkeypatch.setattr(clupy, name, value)
+
+    def after(number, value, sender=""):
+        clupy.set_names(vars(script), {"x": (value, (sender, number))})
+        return script.x
+    assert after(3, []) == [] and after(3, [1]) == after(2, [1]) == [] and after(4, [4]) == [4]
+    script.x.append(5)                                  # in place: it is this worker's, and the program's mark stays
+    assert clupy._mark("x", script.x) == ("", 4) and after(4, [4]) == [4, 5]
+    script.x = [6]
+    sender, number = clupy._mark("x", script.x)
+    assert sender == b"here" and clupy._mark("x", script.x) == (sender, number) and after(4, [4]) == [6]
+    script.x.append(7)
+    assert clupy._mark("x", script.x) > (sender, number)
+    assert after(1, "theirs", b"other") == "theirs" == after(4, [4]) and after(5, "newest") == "newest"
+    assert after(1, "theirs", b"other") == "newest" and clupy._mark("x", "newest") == ("", 5)
+
+
 def test_what_a_script_defines_is_found_by_name(tmp_path, one_worker):
     pytest.importorskip("pandas")
     tell(tmp_path / "program", WORLD + """
     import pandas
     class Outer:
         class Inner: pass
+    assert call(evaluated, Outer()) is True             # a class that came by value is known by its name
     assert call(by_name, pickle.dumps(Point(3)), ".") == (Point(3), Unused, 2)
     assert type(call(dotted, pickle.dumps(Outer.Inner()))) is Outer.Inner
     assert call(missing, "nothing") == "module '__main__' has no attribute 'nothing'"
     assert call(missing, "__wrapped__") == "module '__main__' has no attribute '__wrapped__'"
-    assert call(evaluated, Outer()) is True
     words = call(missing, "lock")
     assert "no attribute 'lock': 'lock' of the script, a _thread.lock, cannot be pickled" in words, words
     assert call(looked_up) == (20, 2) and call(hinted, None) is Point
