@@ -2579,6 +2579,9 @@ def _deadline(value):
     return math.inf if seconds is None else time.monotonic() + seconds
 
 
+BOTH_GIVEN = "{}() was given timeout and time_out, which are the same: give one of them"
+
+
 def _either_spelling(func):
     """func, which takes `time_out` where it has `timeout`, and the other way round."""
     own, other = ("time_out", "timeout") if "time_out" in func.__code__.co_varnames else ("timeout", "time_out")
@@ -2587,7 +2590,7 @@ def _either_spelling(func):
     def wrapper(*args, **kwargs):
         if other in kwargs:
             if own in kwargs:
-                raise TypeError(f"{func.__qualname__}() was given timeout and time_out, which are the same: give one of them")
+                raise TypeError(BOTH_GIVEN.format(func.__qualname__))
             kwargs[own] = kwargs.pop(other)
         return func(*args, **kwargs)
     return wrapper
@@ -2791,10 +2794,9 @@ class Future(concurrent.futures.Future):
             if self._packed is packed:
                 self._result, self._exception, self._packed = result, exception, None
 
-    @_either_spelling
-    def result(self, timeout=None):
+    def result(self, timeout=None, *, time_out=None):
         """The result.  Raises the call's exception, CancelledError, or TimeoutError after `timeout` seconds."""
-        exception = self.exception(timeout)
+        exception = self.exception(timeout, time_out=time_out)
         if exception is not None:
             try:
                 raise exception
@@ -2802,9 +2804,12 @@ class Future(concurrent.futures.Future):
                 exception = self = None         # no reference cycle through the traceback
         return self._result
 
-    @_either_spelling
-    def exception(self, timeout=None):
+    def exception(self, timeout=None, *, time_out=None):
         """The call's exception, or None.  Raises CancelledError, or TimeoutError after `timeout` seconds."""
+        if time_out is not None:
+            if timeout is not None:
+                raise TypeError(BOTH_GIVEN.format("exception"))
+            timeout = time_out
         if not self._wait(timeout := _time_out(timeout)):
             raise TimeoutError(f"{self!r} has no result after {timeout:g} s")
         if self._state == CANCELLED:
@@ -2905,7 +2910,7 @@ def conclude(outcomes):
     """Give each call of [(call, succeeded, value)] its outcome, unless it has one; any thread.
 
     value: plain, or a payload; for a failure an exception or its payload."""
-    concluded, followed, dropped = 0, [], []     # dropped: Refs, which may be the last, and give their values up outside the lock
+    counted, followed, dropped = 0, [], []       # dropped: Refs, which may be the last, and give their values up outside the lock
     with Future._condition:
         for call, succeeded, value in outcomes:
             if call._state in _DONE:
@@ -2917,8 +2922,8 @@ def conclude(outcomes):
             else:
                 call._packed = succeeded, value
             call._state = CANCELLED if type(value) is CancelledError else FINISHED
-            concluded += 1
-            if not succeeded and call._state == FINISHED and type(value) is not Closed and (
+            counted += call._parent is None      # else it is the affair of the call that made it
+            if call._parent is None and not succeeded and call._state == FINISHED and type(value) is not Closed and (
                     not call._handlers or all(on_success for on_success, _ in call._handlers)):
                 failures.add(call, value)
             call._arguments = None
@@ -2934,7 +2939,7 @@ def conclude(outcomes):
                     waiter.add_exception(call)
             if call._callbacks or call._handlers:
                 followed.append((call, call._handlers is not None))
-        failures.calls += concluded
+        failures.calls += counted
     for call, handle in followed:
         threads.run(call._after, handle)
 
