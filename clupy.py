@@ -3908,6 +3908,8 @@ class Feeder:
             if self._backlog.finish(call) and call._parent:
                 slot, number = call._parent
                 self._engine.children.ended(call)
+                if (parent := slot.calls.get(call._outer)) and parent.completed:       # cancelled: it must not go on meanwhile
+                    continue
                 if isinstance(value, BaseException):
                     value = pack_exception(value)
                 answers[slot].append((number, succeeded, forwarded(value)))
