@@ -3617,8 +3617,9 @@ class Output:
 
     def start(self):
         if self._thread is None and self._engine.settings.output:
-            self._thread = threading.Thread(target=self._print, name="clupy-output", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._print, name="clupy-output", daemon=True)
+            thread.start()                        # raises when the interpreter ends: nothing is left to join
+            self._thread = thread
 
     def show(self, connection, server, entries, dropped, size):
         """Show [(pid, stream, text)] of a server, and say to it that so many bytes are seen."""

@@ -1989,9 +1989,8 @@ class Printed:
         self._timer = None                         # TimerHandle, while more is gathered
 
     def show(self, pid, stream, text):
-        """Send lines on, unless the client has not seen what was sent before."""
-        size = len(text.encode())
-        if not self.wanted or size + self._size + self._unseen > clupy.UNSEEN_OUTPUT and self._size + self._unseen:
+        """Send lines on, unless the client has not seen what was sent before.  One line, however long, goes whole or not."""
+        if not self.wanted or self._size + self._unseen >= clupy.UNSEEN_OUTPUT:
             self._dropped += self.wanted and text.count("\n")
             return
         for start in range(0, len(text), OUTPUT_PIECE):

@@ -2752,15 +2752,15 @@ def test_what_calls_print_appears_with_server_and_pid_and_in_order(tmp_path):
         assert any(line.startswith(mark) and words in line for line in done.stderr.splitlines())
 
 
-def test_one_long_line_of_any_characters_is_shown_whole(tmp_path):
-    done = run_script(tmp_path, """
+@pytest.mark.parametrize("line", ["x" + "\u00fc" * 100_000 + "\u20ac", "\u20ac" * 700_000])
+def test_one_long_line_of_any_characters_is_shown_whole(tmp_path, line):
+    done = run_script(tmp_path, f"""
         import clupy
-        clupy.parallel(print)("x" + "\u00fc" * 100_000 + "\u20ac").result(30)
-        clupy.parallel(print)("\u20ac" * 700_000).result(30)
+        clupy.parallel(print)({line[0]!r} + {line[1]!r} * {len(line) - 2} + {line[-1]!r}).result(30)
         clupy.close()
         """, PYTHONIOENCODING="utf-8")
-    first, *rest = [line.partition("] ")[2] for line in done.stdout.splitlines() if "not shown" not in line]
-    assert first == "x" + "\u00fc" * 100_000 + "\u20ac" and set("".join(rest)) == {"\u20ac"}
+    shown = "".join(text.partition("] ")[2] for text in done.stdout.splitlines())
+    assert len(shown) == len(line) and shown == line
 
 
 def test_the_last_lines_are_shown_when_the_program_ends_at_once(tmp_path, cluster):
@@ -2811,6 +2811,22 @@ def test_output_that_a_client_has_not_seen_is_bounded_in_bytes_on_the_wire(line)
             shown, dropped, seen = shown + "".join(text for _, _, text in entries), dropped + more, seen + 1
             printed.seen(size)
         assert shown.count("\n") + dropped == 20_000 and shown == line * shown.count("\n") and shown
+    asyncio.run(story())
+
+
+def test_a_line_longer_than_what_may_wait_is_sent_whole_whatever_waits_before_it():
+    class Wire(list):
+        def send(self, *message):
+            self.append(message)
+
+    async def story():
+        wire, long = Wire(), "x" * (3 * clupy.UNSEEN_OUTPUT) + "\n"
+        printed = clupy_server.Printed(wire)
+        for line in "short\n", long, "dropped\n":
+            printed.show(1, "out", line)
+        printed.flush()
+        assert "".join(text for _, entries, _, _ in wire for _, _, text in entries) == "short\n" + long
+        assert sum(dropped for _, _, dropped, _ in wire) == 1
     asyncio.run(story())
 
 
