@@ -2579,7 +2579,11 @@ def _deadline(value):
     return math.inf if seconds is None else time.monotonic() + seconds
 
 
-BOTH_GIVEN = "{}() was given timeout and time_out, which are the same: give one of them"
+def _one_of(name, timeout, time_out):
+    """The one of the two spellings that is not None, or None."""
+    if timeout is not None and time_out is not None:
+        raise TypeError(f"{name}() was given timeout and time_out, which are the same: give one of them")
+    return timeout if time_out is None else time_out
 
 
 def _either_spelling(func):
@@ -2589,9 +2593,7 @@ def _either_spelling(func):
     @functools.wraps(func)
     def wrapper(*args, **kwargs):
         if other in kwargs:
-            if own in kwargs:
-                raise TypeError(BOTH_GIVEN.format(func.__qualname__))
-            kwargs[own] = kwargs.pop(other)
+            kwargs[own] = _one_of(func.__qualname__, kwargs.get(own), kwargs.pop(other))
         return func(*args, **kwargs)
     return wrapper
 
@@ -2806,11 +2808,7 @@ class Future(concurrent.futures.Future):
 
     def exception(self, timeout=None, *, time_out=None):
         """The call's exception, or None.  Raises CancelledError, or TimeoutError after `timeout` seconds."""
-        if time_out is not None:
-            if timeout is not None:
-                raise TypeError(BOTH_GIVEN.format("exception"))
-            timeout = time_out
-        if not self._wait(timeout := _time_out(timeout)):
+        if not self._wait(timeout := _time_out(_one_of("exception", timeout, time_out))):
             raise TimeoutError(f"{self!r} has no result after {timeout:g} s")
         if self._state == CANCELLED:
             raise CancelledError()
@@ -4699,8 +4697,7 @@ def _is_complete(func):
     return func.__globals__.get(func.__name__) is func
 
 
-@_either_spelling
-def parallel(func=_ABSENT, *, max=None, timeout=None, retries=2):
+def parallel(func=_ABSENT, *, max=None, timeout=None, retries=2, time_out=None):
     """The function, wrapped so that its calls run in the cluster; also a decorator, with or without options.
 
     max: how many calls of it may run at once, over the whole cluster; None: as many as there are slots.
@@ -4709,12 +4706,13 @@ def parallel(func=_ABSENT, *, max=None, timeout=None, retries=2):
     function itself is never retried.  The function is captured here, as it is now (one that is being decorated: at each
     call, since what it uses may be defined further down); arguments are pickled when the call is made.  Any thread may
     call it."""
+    if time_out is not None:
+        timeout = _one_of("parallel", timeout, time_out)
     if func is _ABSENT:
         return functools.partial(parallel, max=max, timeout=timeout, retries=retries)
     if not callable(func):
         raise TypeError(f"parallel() wraps a function, not {type(func).__name__} {func!r}; did you call it already?")
-    timeout = _time_out(timeout)
-    if timeout is not None and timeout <= 0:
+    if timeout is not None and (timeout := _time_out(timeout)) is not None and timeout <= 0:
         raise ValueError(f"timeout is {timeout!r}, but must be more than 0 seconds, or None")
     return Parallel(func, _whole("max", max, 1), timeout, _whole("retries", retries, 0))
 
@@ -4723,6 +4721,8 @@ def _whole(name, value, least):
     """What a user gave as a whole number, numpy's too, as an int; None stays None, unless it must be a number."""
     if value is None and least:
         return None
+    if type(value) is int and value >= least:     # nearly always; to ask an abstract class takes 0.2 us
+        return value
     if not isinstance(value, numbers.Integral) or value < least:
         raise ValueError(f"{name} is {value!r}, but must be a whole number from {least}{', or None' if least else ''}")
     return int(value)
