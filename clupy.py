@@ -1246,6 +1246,16 @@ class Wrapper:
     """The base of Parallel: wraps a function, its `func`, under whose name a module has the wrapper; never changes."""
 
 
+class _Instead:
+    """Pickles as func(argument): stands in a pickle for what that gives where it arrives."""
+
+    def __init__(self, func, argument):
+        self.func, self.argument = func, argument
+
+    def __reduce__(self):
+        return self.func, (self.argument,)
+
+
 @functools.cache
 def _by_value_pickler():
     """The class, made late: cloudpickle takes 16 ms to import."""
@@ -1254,11 +1264,11 @@ def _by_value_pickler():
             {functools._lru_cache_wrapper: _reduce_cached, functools.cached_property: _reduce_descriptor,
              functools.singledispatchmethod: _reduce_descriptor, types.CodeType: _reduce_code,
              types.ModuleType: _reduce_module})
+        script_names = _ScriptNames
 
         def __init__(self, *arguments):
             super().__init__(*arguments)
-            self.namespace = None                 # the _Namespace of the script's functions in this pickle
-            self.named = {}                       # {name: mark} of the script's names whose values are in it
+            self.script = self.script_names()
 
         def reducer_override(self, obj):
             if type(obj) is types.FunctionType and (found := _named(obj)) is not obj:
@@ -1266,7 +1276,7 @@ def _by_value_pickler():
                     return getattr, (found, "func")
                 obj = _readable(obj)
                 if obj.__globals__ is _script():
-                    return self.scripts_function(obj)
+                    return self.script.function(obj, super().reducer_override)
             reduced = super().reducer_override(obj)
             if reduced is NotImplemented:
                 return _reduce_exception(obj) if isinstance(obj, BaseException) else reduced
@@ -1281,33 +1291,6 @@ def _by_value_pickler():
             if pickling.resolve:
                 _leave_refs(reduced[2][1])
             return reduced
-
-        def scripts_function(self, func):
-            """What cloudpickle makes of it, but with the worker's `__main__` for its globals."""
-            with _marks_lock:                     # what it reads is what is marked
-                _, (code, base, *others), state, *_ = super().reducer_override(func)
-                values = state[1]["__globals__"]
-                marks = self.marks(func, values)
-                own = func.__qualname__ if _script().get(func.__qualname__) is func else None
-            if pickling.resolve:
-                _leave_refs(state[1])
-            state[1]["__globals__"] = {}
-            self.namespace = self.namespace or _Namespace(base)
-            names = {name: (values[name], mark) for name, mark in marks.items()}
-            made = own, self.named.get(own), code, self.namespace, *others
-            return _make_function, made, (own, state, names), None, None, _set_function
-
-        def marks(self, func, values):
-            """{name: mark} of what the function brings and is not in this pickle yet; adds to values, which are its globals."""
-            if _script().get(func.__qualname__) is func:
-                values[func.__qualname__] = func
-            for name in _names_in_texts(func):
-                with contextlib.suppress(Exception):      # it cannot be pickled, and may well not be meant
-                    _mark(name, _script()[name])
-                    values[name] = _script()[name]
-            new = {name: _mark(name, value) for name, value in values.items() if name not in self.named}
-            self.named.update(new)
-            return new
     return Pickler
 
 
@@ -1385,23 +1368,53 @@ def _parts_of(value):
     return parts
 
 
+class _ScriptNames:
+    """The script's functions in one pickle, and the names that they bring."""
+
+    def __init__(self):
+        self.namespace = None                     # stands for the worker's `__main__`
+        self.marks = {}                           # {name: mark} of those whose values are in the pickle
+
+    def function(self, func, reduce):
+        """What reduce, cloudpickle's, makes of it, but with the worker's `__main__` for its globals."""
+        with _marks_lock:                         # what it reads is what is marked
+            _, (code, base, *others), state, *_ = reduce(func)
+            values = state[1]["__globals__"]
+            marks = self.bring(func, values)
+            own = func.__qualname__ if _script().get(func.__qualname__) is func else None
+        if pickling.resolve:
+            _leave_refs(state[1])
+        state[1]["__globals__"] = {}
+        self.namespace = self.namespace or _Instead(_script_globals, base)
+        names = {name: (values[name], mark) for name, mark in marks.items()}
+        made = own, self.marks.get(own), code, self.namespace, *others
+        return _make_function, made, (own, state, names), None, None, _set_function
+
+    def bring(self, func, values):
+        """{name: mark} of what the function brings and is not in this pickle yet; adds to values, which are its globals."""
+        if _script().get(func.__qualname__) is func:
+            values[func.__qualname__] = func
+        for name in _names_in_texts(func):
+            with contextlib.suppress(Exception):          # it cannot be pickled, and may well not be meant
+                _mark(name, _script()[name])
+                values[name] = _script()[name]
+        new = {name: _mark(name, value) for name, value in values.items() if name not in self.marks}
+        self.marks.update(new)
+        return new
+
+
+class _NoNames(_ScriptNames):
+    """For pickles that make marks: each name has one of its own."""
+
+    def bring(self, func, values):
+        return {}
+
+
 @functools.cache
 def _mark_pickler():
-    """Its pickles have no names: each has a mark of its own."""
     class Pickler(_by_value_pickler()):
-        def marks(self, func, values):
-            return {}
+        script_names = _NoNames
     return Pickler
-
-
-class _Namespace:
-    """Pickles as the globals of the script's functions; base: names that a module needs for its imports."""
-
-    def __init__(self, base):
-        self.base = base
-
-    def __reduce__(self):
-        return _script_globals, (self.base,)
 
 
 def _script_globals(base):
@@ -2451,16 +2464,6 @@ def stamp(path):
         return found.st_size, found.st_mtime_ns
 
 
-class _Globals:
-    """Stands for the namespace of a module in what cloudpickle makes of functions."""
-
-    def __init__(self, name):
-        self.name = name
-
-    def __reduce__(self):
-        return _module_globals, (self.name,)
-
-
 def _module_globals(name):
     return vars(sys.modules[name])
 
@@ -2476,7 +2479,7 @@ def _module_payload(module):
 
         def __init__(self, *args):
             super().__init__(*args)
-            self.globals_ref[id(vars(module))] = _Globals(module.__name__)
+            self.globals_ref[id(vars(module))] = _Instead(_module_globals, module.__name__)
 
     with _payload_lock:
         cloudpickle.register_pickle_by_value(module)
