@@ -169,11 +169,12 @@ yaml = _Lazy("yaml")
 
 __version__ = "0.1.0"
 
-# Whose is a name?  Those in __all__ are the users'; others without an underscore are what the three files share; those with
-# one are this file's alone.  `open` and `map` are CluPy's own here, so what opens a file says io.open.
+# Whose is a name?  Those in __all__ are the users', as are `open` and `map`, which `from clupy import *` leaves to Python: so what
+# opens a file here says io.open.  Others without an underscore are the rooms and what the three files share; those with one are
+# details, of which a worker (clupy_server.py) uses some and sets _engine, _sender and _note_session.
 __all__ = [
-    "connect", "close", "parallel", "map", "wait_all", "as_completed", "Future", "Executor",                    # calls
-    "configure", "put", "get", "add", "update", "delete", "exists", "keys", "shared", "open", "share", "Ref",     # data
+    "connect", "close", "parallel", "wait_all", "as_completed", "Future", "Executor",                          # calls
+    "configure", "put", "get", "add", "update", "delete", "exists", "keys", "shared", "share", "Ref",             # data
     "counter", "Counter", "queue", "Queue", "publish", "subscribe", "Subscription",
     "lock", "semaphore", "election", "Election", "barrier", "event", "Event", "LockLost",                       # coordination
     "ClupyError", "ConfigurationError", "SecretError", "VersionMismatch", "ProtocolError", "MasterUnreachable",   # errors

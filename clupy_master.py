@@ -52,6 +52,7 @@ from clupy import (HANDSHAKE_TIME, NONCE_SIZE, PORT, PREAMBLE_SIZE, PROOF_SIZE, 
 log = logging.getLogger("clupy.master")
 
 TURN_TIME = 1.0            # a slot that others wait for passes on after so long; less moves workers about, more waits
+WAKE_TIME = 1.0                # between looks at the own clock: who was stopped judges nobody by the time that passed
 SILENT_CLIENT = 300.0      # a client that stated nothing for so long loses idle slots that others want
 WATCH_TIME = 0.1           # a leader asks itself so often whether it still leads
 FILE_TIME = 1.0            # the dependency file is looked at so often
@@ -349,8 +350,15 @@ class Tables:
         return any(row.wanted and not row.share for row in self.clients.values())
 
     def silent(self, now):
-        """The clients that stated nothing for so long that their idle slots are of use to others."""
-        return [id for id, row in self.clients.items() if now - row.heard > SILENT_CLIENT]
+        """The clients that stated nothing for so long that they lose idle slots, while others want more than they have."""
+        silent = [id for id, row in self.clients.items() if now - row.heard > SILENT_CLIENT]
+        others = [row for id, row in self.clients.items() if id not in silent]
+        return silent if any(row.wanted > sum(row.share.values()) for row in others) else []
+
+    def restart_clocks(self, now):
+        """We slept, not the others."""
+        for row in self.clients.values():
+            row.heard = now
 
     def status(self, now):
         """Their part of what `python -m clupy status` shows."""
@@ -1139,10 +1147,12 @@ class Master:
         self.leadership = None         # Leadership; None: there is no other master
         self._decision = None          # the timer of the next _decide
         self._decided = 0.0
+        self._woke = time.monotonic()  # when this process ran last
         self._names = {}               # {Connection: ("server" or "client", id), or None until it has said that}
         self._tasks = Tasks("the master")
         self._listener = Listener(settings.listen or ("", PORT), self._greet)
         self.address = self._listener.address
+        self._tasks.repeat(WAKE_TIME, self._now)
         log.info("master listens on %s:%s", *self.address)
 
     def __repr__(self):
@@ -1161,6 +1171,14 @@ class Master:
 
     def descriptors(self):
         return self._listener.descriptors()
+
+    def _now(self):
+        """The time by which others are judged: if this process was stopped, their clocks start anew."""
+        now = time.monotonic()
+        if now - self._woke > WAKE_TIME + 1.0:
+            self.tables.restart_clocks(now)
+        self._woke = now
+        return now
 
     async def _greet(self, sock, peer, role, preamble):
         if role != TO_MASTER:
@@ -1249,7 +1267,7 @@ class Master:
         return {**{key: getattr(self.settings, key) for key in clupy.SERVICE_KEYS}, "given": self.given}
 
     def _send_cluster(self, row):
-        row.connection.send("cluster", self._services(), self.tables.silent(time.monotonic()),
+        row.connection.send("cluster", self._services(), self.tables.silent(self._now()),
                             self.lists.for_server(row.connection))
 
     def _send_share(self, id, before=()):
@@ -1278,7 +1296,7 @@ class Master:
 
     def _decide(self):
         self._decision = None
-        now = time.monotonic()
+        now = self._now()
         if self.leadership and not self.leadership.sure(now):
             return
         self._decided, before = now, {}

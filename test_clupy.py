@@ -5,6 +5,7 @@ Scripts run as programs of their own, because that is what users write.  After e
 """
 
 import asyncio
+import builtins
 import collections
 import concurrent.futures
 import contextlib
@@ -27,6 +28,7 @@ import os
 import pickle
 import random
 import re
+import resource
 import select
 import shutil
 import signal
@@ -57,6 +59,7 @@ PATIENCE = 30                                     # seconds until a condition co
 SECRET = "a secret that only the tests know"
 HERE = os.path.dirname(os.path.abspath(__file__))
 PORTS = 10_000, 32_000                            # below those that the system gives to outgoing connections
+signal.signal(signal.SIGINT, signal.default_int_handler)        # in the background of a shell, it and all below ignored it
 MARK = f"TEST_RUN={os.getpid()}"                  # in the environment of every process that this run starts
 
 
@@ -975,6 +978,22 @@ def test_a_system_call_that_is_refused_costs_no_more_than_what_it_is_for(tmp_pat
         until(lambda: not workers())
 
 
+def test_master_and_server_raise_their_limit_of_descriptors_and_calls_have_the_old_one(tmp_path):
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    start = "import resource, clupy\nresource.setrlimit(resource.RLIMIT_NOFILE, (200, {}))\nclupy.main({!r})"
+    address = f"127.0.0.1:{free_port()}"
+    server = ["serve", "--master", address, "--listen", "127.0.0.1:0", "--slots", "1"]
+    with Program(tmp_path / "master", "-c", start.format(hard, ["master", "--listen", address])) as master:
+        until(lambda: answers(address))
+        with Program(tmp_path / "server", "-c", start.format(hard, server)) as server:
+            clupy.connect(address)
+            assert call(resource.getrlimit, resource.RLIMIT_NOFILE)[0] == 200
+            for program in master, server:
+                soft, = re.findall(r"Max open files +(\d+)", open(f"/proc/{program.process.pid}/limits").read())
+                assert int(soft) > 200
+            clupy.close()
+
+
 def test_a_server_with_few_descriptors_does_with_the_workers_it_could_start(tmp_path):
     with Cluster(tmp_path, servers=0) as cluster, Program(tmp_path / "few", "-c", f"""if True:
             import resource, clupy
@@ -1320,6 +1339,49 @@ def test_importing_clupy_is_light_and_the_command_does_not_load_it_twice(tmp_pat
     assert loaded.stdout.startswith("clupy ") and len([x for x in loaded.stderr.splitlines() if x.endswith("| clupy")]) == 1
 
 
+def test_a_worker_loads_neither_asyncio_nor_the_master(cluster, tmp_path):
+    done = run_script(tmp_path, """
+        import clupy, sys
+        print(clupy.parallel(lambda: {"asyncio", "clupy_master", "ssl", "redis", "kazoo", "yaml"} & sys.modules.keys())().result(30))
+        """, CLUPY_MASTER=cluster.address)
+    assert done.stdout == "set()\n"
+
+
+def test_everything_of_clupy_may_be_imported_and_hides_no_builtin():
+    names = {}
+    exec("from clupy import *", names)
+    assert "parallel" in names and not (names.keys() - {"__builtins__"}) & set(dir(builtins))
+
+
+def test_the_embedded_cluster_needs_no_secret_and_listens_on_this_machine_alone(tmp_path):
+    done = run_script(tmp_path, """
+        import clupy, os
+        print(clupy.parallel(abs)(-3).result(30))
+        print({part.address[0] for part in clupy._engine.embedded})
+        """, CLUPY_SECRET="", HOME=tmp_path, CLUPY_PORT=free_port())
+    assert done.stdout == "3\n{'127.0.0.1'}\n" and not (tmp_path / ".clupy").exists()
+
+
+def test_a_server_without_a_secret_listens_nowhere_until_there_is_one(cluster, tmp_path):
+    with Program(tmp_path, "-m", "clupy", "serve", "--master", cluster.address, "--slots", 1, CLUPY_SECRET="",
+                 HOME=tmp_path) as server:
+        until(lambda: "there is no" in server.log)
+        assert not listening(server.process.pid)
+        (tmp_path / ".clupy").mkdir(mode=0o700)
+        with open(tmp_path / ".clupy" / "secret", "w", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
+            file.write(SECRET)
+        until(lambda: len(cluster.status()["servers"]) == 2)
+        assert listening(server.process.pid)
+
+
+def listening(pid):
+    """The inodes of the sockets on which the process listens."""
+    table = [line.split() for name in ("tcp", "tcp6") for line in open(f"/proc/{pid}/net/{name}").read().splitlines()[1:]]
+    inodes = {fields[9] for fields in table if fields[3] == "0A"}
+    files = [os.readlink(f"/proc/{pid}/fd/{name}") for name in os.listdir(f"/proc/{pid}/fd")]
+    return inodes & {file[len("socket:["):-1] for file in files if file.startswith("socket:[")}
+
+
 # ---- Configuration
 
 def test_settings_come_from_yaml_then_environment_then_arguments(tmp_path, monkeypatch):
@@ -1447,9 +1509,30 @@ def test_the_tables_of_a_new_master_leave_everybody_what_he_has_and_say_what_to_
     assert tables.put_server("s1", server_row(2, draining=True))
     before = tables.decide(300.0)
     assert tables.share_of("old", before["old"]) == {"s1": (("h", 1), 0)} and tables.share_of("old") == {}
-    assert tables.silent(401.0) == ["old"]
+    assert tables.silent(401.0) == []                       # nobody wants what it has
+    assert tables.put_client("new", "its connection", 5, [], False, 402.0) and tables.silent(402.0) == ["old"]
+    tables.restart_clocks(402.0)                            # the master was stopped, and hears it at once
+    assert tables.silent(402.0) == []
+    assert tables.put_client("new", "its connection", 0, [], False, 402.0)
     assert tables.put_client("old", "second connection", 5, [], False, 402.0) and not tables.drop("old", "first connection")
     assert tables.drop("old", "second connection") and list(tables.clients) == ["new"]
+
+
+def test_a_master_that_was_stopped_judges_nobody_by_the_time_that_passed():
+    async def story():
+        master = clupy_master.Master(clupy.default_settings("master", listen=("127.0.0.1", 0)), SECRET.encode())
+        now = time.monotonic()
+        master.tables.put_client("one", "its connection", 1, [], False, now - 1000)
+        master._woke = now
+        assert master._now() >= now and master.tables.clients["one"].heard == now - 1000       # it was awake all the time
+        master._woke = now - 10
+        assert master.tables.clients["one"].heard < master._now() == master.tables.clients["one"].heard
+        await master.close()
+    asyncio.run(story())
+
+
+def test_among_servers_alike_a_slot_is_of_the_one_with_most_free_ones():
+    assert clupy_master.shares({"a": server_row(1), "b": server_row(4)}, {"c": row(1)}, 100.0) == {"c": {"b": 1}}
 
 
 def test_slots_pass_on_in_turn_when_there_are_more_clients_than_slots():
@@ -2695,6 +2778,43 @@ def test_a_cancelled_parents_children_are_cancelled(tmp_path):
     until(lambda: not pids & workers())
 
 
+@pytest.mark.parametrize("end", ["return", "raise", "die", "timeout"])
+def test_the_children_of_a_call_that_ended_are_cancelled_for_whatever_cause(tmp_path, end):
+    def parent(path, end):
+        def child(path):
+            with open(path + ".new", "w") as file:
+                file.write(str(os.getpid()))
+            os.rename(path + ".new", path)
+            time.sleep(600)
+        clupy.parallel(child)(path)
+        while not os.path.exists(path):
+            time.sleep(0.01)
+        if end == "raise":
+            raise ZeroDivisionError
+        if end == "die":
+            os._exit(3)
+        if end == "timeout":
+            time.sleep(600)
+    clupy.connect(slots=1)
+    error = clupy.parallel(parent, retries=0, timeout=3)(str(tmp_path / "child"), end).exception(PATIENCE)
+    assert type(error) is {"return": type(None), "raise": ZeroDivisionError, "die": clupy.WorkerDied,
+                           "timeout": clupy.CallTimeout}[end]
+    pid = int((tmp_path / "child").read_text())
+    until(lambda: pid not in workers())
+
+
+def test_of_nested_calls_that_wait_the_newest_comes_first(tmp_path):
+    def parent(path):
+        children = [clupy.parallel(note_start)(path, n) for n in range(6)]
+        clupy.wait_all(children)
+    clupy.connect(slots=1, max_nested=1)
+    clupy.parallel(parent)(str(tmp_path / "begun")).result(PATIENCE)
+    begun = [int(line) for line in (tmp_path / "begun").read_text().split()]
+    assert sorted(begun) == list(range(6))
+    waited = begun[1:]                                     # the first may begin before others are made
+    assert waited == sorted(waited, reverse=True)
+
+
 def test_a_call_may_cancel_a_nested_call_and_its_worker_is_free_for_the_next(tmp_path):
     def outer(path):
         child = clupy.parallel(note_start)(path, 1, 60)
@@ -3049,6 +3169,59 @@ def test_a_stopped_client_master_or_server_is_not_dead(tmp_path):
         assert len(cluster.status()["servers"]) == 2
 
 
+def test_a_server_that_says_nothing_for_long_is_lost_but_not_to_a_client_that_was_stopped():
+    closed = []
+    pool = clupy.Pool(types.SimpleNamespace())
+    slot = types.SimpleNamespace(heard=100.0, calls={1: "call"})
+    pool.links["s"] = types.SimpleNamespace(id="s", name="s", heard=100.0, lost_at=None, slots={1: slot},
+                                            connection=types.SimpleNamespace(close=lambda: closed.append("s")))
+    pool.judge(100.0 + clupy.SILENCE_TIME)
+    pool.restart_clocks(1000.0)                         # the client slept
+    pool.judge(1000.0 + clupy.SILENCE_TIME)
+    assert not closed
+    slot.calls = {}
+    pool.judge(1001.0 + clupy.SILENCE_TIME)             # nothing of ours is out there
+    assert not closed
+    slot.calls = {1: "call"}
+    pool.judge(1001.0 + clupy.SILENCE_TIME)
+    assert closed == ["s"]
+
+
+def test_a_client_starts_its_clocks_anew_when_it_was_stopped(tmp_path):
+    """A server and a slot that said nothing while the client could not hear them are not lost."""
+    with Program(tmp_path, "-c", textwrap.dedent("""
+            import clupy, time
+            clupy.SILENCE_TIME, clupy.ALIVE_TIME = 3.0, 0.5
+            clupy.connect(slots=1)
+            call = clupy.parallel(time.sleep, retries=0)(9)
+            while not call.running():
+                time.sleep(0.01)
+            print("ready", flush=True)
+            print(call.result(60))
+            """)) as program:
+        until(lambda: "ready" in program.out.read_text())
+        program.process.send_signal(signal.SIGSTOP)
+        time.sleep(5)                                   # longer than SILENCE_TIME
+        program.process.send_signal(signal.SIGCONT)
+        assert program.process.wait(PATIENCE) == 0 and program.out.read_text() == "ready\nNone\n", program.log
+
+
+def test_every_connection_has_its_keepalive_and_all_but_slots_a_user_timeout(cluster):
+    clupy.connect(cluster.address)
+    call(square, 3)
+
+    def of(transport):
+        sock = transport.get_extra_info("socket")
+        return [sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)] + [
+            sock.getsockopt(socket.IPPROTO_TCP, option) for option in
+            (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT, socket.TCP_USER_TIMEOUT)]
+    engine = clupy._engine
+    slots = [of(slot.transport) for slot in engine.pool.slots()]
+    assert slots and slots == [[1, 4, 2, 3, 0]] * len(slots)
+    links = [engine.master_side.link, *engine.pool.links.values()]
+    assert [of(link.connection._writer) for link in links] == [[1, 4, 2, 3, 10000]] * 2
+
+
 class Network:
     """A host of its own on this machine, a network namespace, by whose cable all others reach it."""
 
@@ -3085,9 +3258,10 @@ def test_a_server_that_is_cut_off_runs_no_call_twice_that_may_start_once(tmp_pat
         path = tmp_path / name
         with path.open("a") as file:
             file.write("x")
+        starts = path.stat().st_size                   # now: a try that was given up must not say the same
         while not (tmp_path / "go").exists():
             time.sleep(0.1)
-        return path.stat().st_size
+        return starts
     with contextlib.ExitStack() as stack:
         network = stack.enter_context(Network(random.randrange(250)))
         port = free_port()
