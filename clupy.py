@@ -115,7 +115,7 @@ from queue import Empty, SimpleQueue
 
 
 class _Lazy:
-    """A module that is imported when it is first used: `import clupy` stays light, and a worker never loads asyncio."""
+    """A module that is imported at its first use: `import clupy` stays light, and a worker loads asyncio for coroutines alone."""
 
     def __init__(self, name):
         self._name = name
@@ -169,9 +169,9 @@ yaml = _Lazy("yaml")
 
 __version__ = "0.1.0"
 
-# Whose is a name?  Those in __all__ are the users', as are `open` and `map`, which `from clupy import *` leaves to Python: so what
-# opens a file here says io.open.  Others without an underscore are the rooms and what the three files share; those with one are
-# details, of which a worker (clupy_server.py) uses some and sets _engine, _sender and _note_session.
+# Whose is a name?  Those in __all__ are the users', as are `open` and `map`, which `from clupy import *` leaves to Python; what
+# opens a file here says io.open.  Others without an underscore are the rooms and what the three files share; those with one
+# are details, of which a worker (clupy_server.py) uses some and sets _engine, _sender and _note_session.
 __all__ = [
     "connect", "close", "parallel", "wait_all", "as_completed", "Future", "Executor",                          # calls
     "configure", "put", "get", "add", "update", "delete", "exists", "keys", "shared", "share", "Ref",             # data
@@ -185,6 +185,7 @@ log = logging.getLogger("clupy")
 # Each constant names the price of turning it.
 PORT = 7878                       # the master's; users know it, so it never changes
 PYTHON = sys.version_info.minor   # bytecode travels, so client, server and master must have the same
+PYTHON_VERSION = "%d.%d.%d" % sys.version_info[:3]       # as messages have it
 HANDSHAKE_TIME = 5.0              # a stranger holds a connection no longer; less refuses honest peers on a busy machine
 STATEMENT_TIME = 2.0              # between statements; less is traffic, more delays the repair of what was lost
 GATHER_TIME = 0.02                # changes are gathered so long; more delays shares, less makes more of them
@@ -622,17 +623,17 @@ def find_secret(settings, create=False):
 # client -> worker  calls     in the order to be done:                     results     the slot's end and `ended`
 #                             (number, function id, arguments, time-out),
 #                             (0, function id, payload or None: drop it,
-#                             (name, payload of an initializer or None))
+#                             (name, setup: an initializer's payload or None))
 # worker -> client  results   [(number, succeeded, plain value or          -
 #                             payload)], seconds that they took
 # client -> worker  recall    -                                            returned    none: they stay sent
 # worker -> client  returned  [numbers]                                    -
-# worker -> client  fetch     request, what (module, ref), its fields      fetched     the slot ends
+# worker -> client  fetch     request, what (a key of FETCHES), its fields  fetched    the slot ends
 # client -> worker  fetched   request, answer                              -
 # worker -> client  serve     name, buffers of a Ref shared in a call      -
 # worker -> client  nested    [(number, parent, function id, arguments,    results     the slot's end
 #                             time-out, retries, (key, max) or None)],
-#                             {function id: (payload, name, first) or None: drop it}
+#                             {function id: (payload, name, setup) or None: drop it}
 # client -> worker  results   [(number, succeeded, plain value or payload)] of nested calls
 # worker -> client  forget    [numbers of nested calls]                    -
 #
@@ -1083,7 +1084,7 @@ class MasterLink:
     def look(self, now):
         """Leave a master that answers no statement, if there are others; the only one is waited for.
 
-        To be called every STATEMENT_TIME."""
+        To be called every STATEMENT_TIME, or more often."""
         late = now - self._looked > STATEMENT_TIME + 1           # it was us who slept
         self._looked = now
         if self.connection and len(self.addresses) > 1 and not late and now - self.connection.heard > MASTER_SILENCE:
@@ -1145,7 +1146,8 @@ pickling = _Pickling()
 def _noting_refs(pack, *args, resolve=False):
     """(what pack(*args) returns, the Refs that it met): while they live, their values can be had."""
     before = pickling.refs, pickling.resolve
-    pickling.refs, pickling.resolve = refs, _ = [], resolve
+    refs = []
+    pickling.refs, pickling.resolve = refs, resolve
     try:
         return pack(*args), refs
     finally:
@@ -1189,6 +1191,24 @@ class _Buffers(list):
         self.append(buffer)
 
 
+class _Raw:
+    """Large bytes or a bytearray, which plain pickle would copy into its stream."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __reduce__(self):
+        return (bytes if type(self.value) is bytes else _bytearray), (pickle.PickleBuffer(self.value),)
+
+
+def _bytearray(buffer):
+    return buffer if type(buffer) is bytearray else bytearray(buffer)     # received memory becomes the argument
+
+
+def _raw(value):
+    return _Raw(value) if type(value) in _RAW and len(value) >= LARGE else value
+
+
 def unpack(payload):
     """The object.  Only once of a payload that is a tuple: arrays are not copied, so two objects would share its buffers."""
     if type(payload) is tuple:
@@ -1204,6 +1224,36 @@ def payload_size(payload):
     if payload and type(payload[-1]) is list:
         return len(payload[0]) + sum(memoryview(buffer).nbytes for buffer in payload[1])
     return sum(len(value) for value in payload or () if type(value) is str)
+
+
+def _type_name(cls):
+    module, name = cls.__module__, cls.__qualname__
+    return name if module in ("builtins", *_MAINS) else f"{module}.{name}"
+
+
+def _parameters(func):
+    """The names of a function's parameters, as far as it tells."""
+    try:
+        return list(inspect.signature(func).parameters)
+    except (TypeError, ValueError):               # None, or a builtin
+        return []
+
+
+def _culprit(named_values, otherwise):
+    """The first of (name, value) that cannot be pickled, as in "argument 2 ('key'), a _thread.lock,"."""
+    for name, value in named_values:
+        try:
+            pack(value)
+        except Exception:                         # that one
+            return f"{name}, a {_type_name(type(value))},"
+    return otherwise
+
+
+def _numbered(args, func):
+    """("argument 2 ('key')", value) of each positional argument."""
+    names = _parameters(func)
+    for i, value in enumerate(args):
+        yield f"argument {i + 1}" + (f" ({names[i]!r})" if i < len(names) else ""), value
 
 
 def pack_arguments(function_name, args, kwargs, func=None):
@@ -1284,7 +1334,7 @@ def _by_value_pickler():
             if isinstance(obj, type):
                 _keep(obj)
                 reduced = _reduce_class(obj, reduced)
-                if len(reduced) == 6 and (_script() or {}).get(obj.__qualname__) is obj:
+                if len(reduced) == 6 and _is_scripts(obj):
                     return *reduced[:2], (reduced[2], reduced[5]), None, None, _set_scripts_class
                 return reduced
             if obj.__code__ is _DISPATCHED:
@@ -1323,7 +1373,7 @@ class _Mark:
 
 _marks = {}                                       # {name: _Mark}, changed under the lock
 _marks_lock = threading.RLock()                   # also while a value is read: a user's __reduce__ may run
-_numbers = iter(range(1, 1 << 62))                # ... of marks that are made here
+_numbers = itertools.count(1)                     # ... of marks that are made here
 _sender = ""                                      # who makes them: the program, or the worker that says so
 _came = {}                                        # in a worker: {(name, sender): the number that it was set with last}
 _NOT_SENT = {"__name__", "__builtins__", "__spec__", "__loader__"}          # a module's own
@@ -1332,6 +1382,11 @@ _NOT_SENT = {"__name__", "__builtins__", "__spec__", "__loader__"}          # a 
 def _script():
     """The namespace of `__main__`, or None: a program may have removed it."""
     return getattr(sys.modules.get("__main__"), "__dict__", None)
+
+
+def _is_scripts(obj):
+    """Whether it is what the script has under obj's name."""
+    return (_script() or {}).get(obj.__qualname__) is obj
 
 
 def _mark(name, value):
@@ -1382,7 +1437,7 @@ class _ScriptNames:
             _, (code, base, *others), state, *_ = reduce(func)
             values = state[1]["__globals__"]
             marks = self.bring(func, values)
-            own = func.__qualname__ if _script().get(func.__qualname__) is func else None
+            own = func.__qualname__ if _is_scripts(func) else None
         if pickling.resolve:
             _leave_refs(state[1])
         state[1]["__globals__"] = {}
@@ -1393,7 +1448,7 @@ class _ScriptNames:
 
     def bring(self, func, values):
         """{name: mark} of what the function brings and is not in this pickle yet; adds to values, which are its globals."""
-        if _script().get(func.__qualname__) is func:
+        if _is_scripts(func):
             values[func.__qualname__] = func
         for name in _names_in_texts(func):
             with contextlib.suppress(Exception):          # it cannot be pickled, and may well not be meant
@@ -1501,6 +1556,8 @@ def _leave_refs(state):
     state["__closure__"] = tuple(cells) or None
 
 
+# ---- what goes by name, and what cloudpickle alone would not do
+
 @functools.lru_cache(MAX_CLASSES)
 def _keep(cls):
     """Keep a class that was sent: cloudpickle's tracker is weak, and a result must find it by its id."""
@@ -1585,6 +1642,10 @@ def _reduce_code(code):
     return _make_code, (arguments, code.co_filename)
 
 
+def _make_code(arguments, filename):
+    return types.CodeType(*arguments).replace(co_filename=filename)
+
+
 def _reduce_module(module):
     """By name, and so that submodules, which something imported here, are found there through their package."""
     make, arguments = cloudpickle.Pickler.dispatch_table[types.ModuleType](module)
@@ -1623,58 +1684,6 @@ def _submodule(package, own, name):
         if error.name != full_name:
             raise
         raise missing from None
-
-
-def _make_code(arguments, filename):
-    return types.CodeType(*arguments).replace(co_filename=filename)
-
-
-class _Raw:
-    """Large bytes or a bytearray, which plain pickle would copy into its stream."""
-
-    def __init__(self, value):
-        self.value = value
-
-    def __reduce__(self):
-        return (bytes if type(self.value) is bytes else _bytearray), (pickle.PickleBuffer(self.value),)
-
-
-def _raw(value):
-    return _Raw(value) if type(value) in _RAW and len(value) >= LARGE else value
-
-
-def _bytearray(buffer):
-    return buffer if type(buffer) is bytearray else bytearray(buffer)     # received memory becomes the argument
-
-
-def _parameters(func):
-    """The names of a function's parameters, as far as it tells."""
-    try:
-        return list(inspect.signature(func).parameters)
-    except (TypeError, ValueError):               # None, or a builtin
-        return []
-
-
-def _numbered(args, func):
-    """("argument 2 ('key')", value) of each positional argument."""
-    names = _parameters(func)
-    for i, value in enumerate(args):
-        yield f"argument {i + 1}" + (f" ({names[i]!r})" if i < len(names) else ""), value
-
-
-def _culprit(named_values, otherwise):
-    """The first of (name, value) that cannot be pickled, as in "argument 2 ('key'), a _thread.lock,"."""
-    for name, value in named_values:
-        try:
-            pack(value)
-        except Exception:                         # that one
-            return f"{name}, a {_type_name(type(value))},"
-    return otherwise
-
-
-def _type_name(cls):
-    module, name = cls.__module__, cls.__qualname__
-    return name if module in ("builtins", *_MAINS) else f"{module}.{name}"
 
 
 # ---- classes
@@ -1953,7 +1962,7 @@ def _capture(func, trust=True):
         function = function_of((data, copies) if copies else data, name)
     function.refs = refs
     if function.size <= MAX_CAPTURED_BYTES and (reads is not None or function.size >= LARGE):
-        _remember(func, function, reads or _NEVER)
+        _remember(func, function, _NEVER if reads is None else reads)
     return function
 
 
@@ -2627,6 +2636,51 @@ class _Waiter:
     add_exception = add_cancelled = add_result
 
 
+class Threads:
+    """Runs jobs in daemon threads, one more whenever all are busy, so that a job may block as long as it likes."""
+
+    def __init__(self):
+        self._jobs = SimpleQueue()
+        self._lock = threading.Lock()
+        self._idle = 0                 # threads that wait, less jobs that are theirs already
+
+    def run(self, job, *args):
+        with self._lock:
+            if self._idle:
+                self._idle -= 1
+                self._jobs.put((job, args))
+                return
+        try:
+            threading.Thread(target=self._work, args=(job, args), name="clupy-job", daemon=True).start()
+        except RuntimeError as error:  # the interpreter is ending: callbacks of what was still under way are lost
+            log.debug("%s is not run: %s", getattr(job, "__qualname__", job), error)
+
+    def _work(self, job, args):
+        while job is not None:
+            try:
+                job(*args)
+            except Exception:          # a thread's edge: a user's callback raised
+                log.exception("%s raised", getattr(job, "__qualname__", job))
+            del job, args
+            with self._lock:
+                self._idle += 1
+            job, args = self._next()
+
+    def _next(self):
+        """The next job, or None after a while without one."""
+        while True:
+            try:
+                return self._jobs.get(timeout=10)
+            except Empty:
+                with self._lock:
+                    if self._jobs.empty():
+                        self._idle -= 1
+                        return None, None
+
+
+threads = Threads()
+
+
 _handling = threading.local()     # .future: the one whose handlers this thread runs
 
 
@@ -2655,15 +2709,16 @@ class Failures:
 
     def __str__(self):
         text = f"{self.unseen} of {self.calls} calls failed and nobody looked"
-        for error in self._first.values():
-            try:
-                error = error if isinstance(error, BaseException) else unpack(error)
-            except Exception as problem:          # of its class, which is the user's
-                error = problem
-            places = traceback.extract_tb(error.__traceback__)
-            text += f"; the first: {_line(error)}"
-            return f"{text} at {places[-1].filename} line {places[-1].lineno}" if places else text
-        return text
+        if not self._first:
+            return text
+        error = next(iter(self._first.values()))
+        try:
+            error = error if isinstance(error, BaseException) else unpack(error)
+        except Exception as problem:              # of its class, which is the user's
+            error = problem
+        text += f"; the first: {_line(error)}"
+        places = traceback.extract_tb(error.__traceback__)
+        return f"{text} at {places[-1].filename} line {places[-1].lineno}" if places else text
 
 
 failures = Failures()
@@ -2685,8 +2740,8 @@ class Future(concurrent.futures.Future):
     _unseen = False               # whether it failed, and nobody has looked
     _handled = None               # Event that all handlers have run; None: there never was one
     _parent = _outer = None       # a nested call: (Slot, its number there), number of the call that made it
-    _slot = None                  # the Slot that it was sent to last, and when
-    _sent_at = 0.0
+    _slot = None                  # the Slot that it was sent to, kept after its outcome; None: it waits (see is_waiting)
+    _sent_at = 0.0                # when it was sent there
     _took = None                  # seconds from then to its outcome
     _number = _cost = _tries = 0  # its number, seconds it counts as in its slot, starts that were charged to it
     _spared = 0                   # workers that died before they began it, though it was the next
@@ -2946,51 +3001,6 @@ def conclude(outcomes):
         threads.run(call._after, handle)
 
 
-class Threads:
-    """Runs jobs in daemon threads, one more whenever all are busy, so that a job may block as long as it likes."""
-
-    def __init__(self):
-        self._jobs = SimpleQueue()
-        self._lock = threading.Lock()
-        self._idle = 0                 # threads that wait, less jobs that are theirs already
-
-    def run(self, job, *args):
-        with self._lock:
-            if self._idle:
-                self._idle -= 1
-                self._jobs.put((job, args))
-                return
-        try:
-            threading.Thread(target=self._work, args=(job, args), name="clupy-job", daemon=True).start()
-        except RuntimeError as error:  # the interpreter is ending: callbacks of what was still under way are lost
-            log.debug("%s is not run: %s", getattr(job, "__qualname__", job), error)
-
-    def _work(self, job, args):
-        while job is not None:
-            try:
-                job(*args)
-            except Exception:          # a thread's edge: a user's callback raised
-                log.exception("%s raised", getattr(job, "__qualname__", job))
-            del job, args
-            with self._lock:
-                self._idle += 1
-            job, args = self._next()
-
-    def _next(self):
-        """The next job, or None after a while without one."""
-        while True:
-            try:
-                return self._jobs.get(timeout=10)
-            except Empty:
-                with self._lock:
-                    if self._jobs.empty():
-                        self._idle -= 1
-                        return None, None
-
-
-threads = Threads()
-
-
 # ==== Engine =================================================================
 # The client: one thread, one event loop, one owner for every call from `submit` to its outcome.  Its rooms, in their order:
 #
@@ -3073,6 +3083,24 @@ class BaseEngine:
 
 # ---- which call is next
 
+
+_ties = itertools.count()       # so that a heap never compares two calls
+
+
+def rank(call):
+    """Calls begin in the order of it: nested ones first, the newest of them before the others; then the order made."""
+    return -call._number if call._parent else call._number
+
+
+def is_waiting(call):
+    return call._slot is None and call._state not in _DONE
+
+
+def is_last_try(call):
+    """Whether it may be started just once more: then it goes alone to an idle slot, so that it is known whether it began."""
+    return call._tries >= call._retries
+
+
 class Limit:
     """The calls that share one `max`, or have none: those that wait, and the slots that work on the others."""
 
@@ -3121,23 +3149,6 @@ class Limit:
         if self.most is None or slot in self.slots or len(self.slots) < self.most:
             return True
         return bool(call._parent) and sum(not other.suspended for other in self.slots) < self.most
-
-
-_ties = itertools.count()       # so that a heap never compares two calls
-
-
-def rank(call):
-    """Calls begin in the order of it: nested ones first, the newest of them before the others; then the order made."""
-    return -call._number if call._parent else call._number
-
-
-def is_waiting(call):
-    return call._slot is None and call._state not in _DONE
-
-
-def is_last_try(call):
-    """Whether it may be started just once more: then it goes alone to an idle slot, so that it is known whether it began."""
-    return call._tries >= call._retries
 
 
 class Backlog:
@@ -3323,6 +3334,12 @@ def verdicts(calls, how):
     return found
 
 
+def _was_at(how):
+    """The place at which a worker was killed, without CluPy's own frames; the stack's first line is a title."""
+    stack = [line for line in how.get("stack", "").splitlines() if not re.search(r'\bclupy(_server)?\.py"', line)]
+    return "; it was at:\n  " + "\n  ".join(stack) if len(stack) > 1 else ""
+
+
 def died(call, slot, how):
     """The WorkerDied of a call on its last try; `how` is what the server said of the slot's end."""
     server, pid = slot.link.name, how.get("pid") or slot.pid
@@ -3350,12 +3367,6 @@ def timed_out(call, slot, how):
     return CallTimeout(text + _was_at(how))
 
 
-def _was_at(how):
-    """The place at which a worker was killed, without CluPy's own frames; the stack's first line is a title."""
-    stack = [line for line in how.get("stack", "").splitlines() if not re.search(r'\bclupy(_server)?\.py"', line)]
-    return "; it was at:\n  " + "\n  ".join(stack) if len(stack) > 1 else ""
-
-
 # ---- one worker, one server
 
 OPENING, OPEN, LEAVING, ENDING, OVER = range(5)
@@ -3366,12 +3377,12 @@ class Slot:
 
     Its states, which it goes through from left to right, each once at most:
 
-        opening   the connection is made, and waits for a free worker        Pool.open
+        opening   the connection is made, and waits for a free worker        Pool._open
         open      the worker answered: calls may be sent                     on_opened
         leaving   no more calls are sent; it ends when it has none left      Pool.leave
         ending    `close` was sent, or one of the two ends was heard of:     Pool.end, connection_lost, on_ended
                   the connection's (`gone`) or the worker's (`ended`)
-        over      both were, or 1 s passed: its calls were seen to           Pool.settle"""
+        over      both were, or 1 s passed: its calls were seen to           Pool._settle"""
 
     def __init__(self, link, number, nested):
         self.link, self.number = link, number
@@ -3506,7 +3517,7 @@ class Slot:
             answer = FETCHES[what](*fields)
         except Exception as error:                # the asking worker must hear of it, whatever it is
             log.exception("cannot answer a worker that asked for %s %s", what, fields)
-            answer = error.__class__.__name__ + ": " + str(error)
+            answer = f"{type(error).__name__}: {error}"
         self.engine.soon(self._fetched, request, what, fields, answer)
 
     def _fetched(self, request, what, fields, answer):
@@ -3574,8 +3585,8 @@ class ServerLink:
 
     def on_welcome(self, _, session, name, versions, max_nested):
         self.session, self.name, self.max_nested = session, name, max_nested
-        if versions["python"] != "%d.%d.%d" % sys.version_info[:3]:
-            log.info("server %s runs Python %s, this client %s", name, versions["python"], sys.version.split()[0])
+        if versions["python"] != PYTHON_VERSION:
+            log.info("server %s runs Python %s, this client %s", name, versions["python"], PYTHON_VERSION)
         self.engine.libraries.check_server(versions)
         self.engine.pool.balance()
 
@@ -3607,6 +3618,19 @@ class ServerLink:
             self.engine.libraries.show_progress(f"{self.name}: {text}")
         elif what == "broken":
             self.engine.libraries.cannot_be_built(self, text)
+
+
+def write_text(stream, text):
+    """Write whole lines at one stroke, so that what other threads print does not come in between.
+
+    Below the text layer where there is one below: up to 3.12.3 a write that finds its buffer full loses what another
+    thread writes meanwhile (python/cpython#119506)."""
+    stream.flush()
+    if buffer := getattr(stream, "buffer", None):
+        buffer.write(text.encode(stream.encoding, "backslashreplace"))
+    else:
+        stream.write(text)
+    stream.flush()
 
 
 class Output:
@@ -3657,19 +3681,6 @@ class Output:
                 write_text(target, "".join([f"{mark} {line}\n" for line in lines]))
             except (OSError, ValueError) as error:      # a closed pipe or stream: output ends, calls do not
                 log.debug("output of %s cannot be shown: %s", mark, error)
-
-
-def write_text(stream, text):
-    """Write whole lines at one stroke, so that what other threads print does not come in between.
-
-    Below the text layer where there is one below: up to 3.12.3 a write that finds its buffer full loses what another
-    thread writes meanwhile (python/cpython#119506)."""
-    stream.flush()
-    if buffer := getattr(stream, "buffer", None):
-        buffer.write(text.encode(stream.encoding, "backslashreplace"))
-    else:
-        stream.write(text)
-    stream.flush()
 
 
 # ---- calls inside calls: made by a call that runs in a slot, queued here like any other, newest first
@@ -3780,7 +3791,7 @@ class Feeder:
                 if call is None:
                     break
                 self._add(slot, call, now, batch, items)
-                if call._tries >= call._retries:
+                if is_last_try(call):
                     break                         # it must be alone
         if not items:
             return
@@ -4140,9 +4151,11 @@ class Pool:
             self._engine.loop.call_later(1.0, self._settle_late, slot, slot.heard)
 
     def _settle_late(self, slot, heard):
-        if slot.state < OVER and slot.heard != heard and not slot.gone:
+        if slot.state == OVER:
+            return
+        if slot.heard != heard and not slot.gone:
             self._engine.loop.call_later(1.0, self._settle_late, slot, slot.heard)      # results are still arriving
-        elif slot.state < OVER:
+        else:
             self._settle(slot)
 
     def _settle(self, slot):
@@ -4375,7 +4388,8 @@ class Engine(BaseEngine):
         return asyncio.run_coroutine_threadsafe(self._calls(), self.loop).result()
 
     def close(self):
-        """End all calls and slots; returns when the last output was shown, after CLOSE_TIME at most."""
+        """End all calls and slots; returns when the last output was shown.  Each of its three waits
+        takes CLOSE_TIME or little more at most."""
         if self.closed or self.pid != os.getpid():
             return
         self.closed = True
@@ -4458,7 +4472,7 @@ class Engine(BaseEngine):
             self.fail_all(error)
 
     async def _tick(self):
-        """Every STATEMENT_TIME: state, and look for what ended without a word."""
+        """Twice in STATEMENT_TIME: state what is due, and look for what ended without a word."""
         woke = time.monotonic()
         while True:
             await asyncio.sleep(STATEMENT_TIME / 2)
@@ -6492,8 +6506,8 @@ def _end():
 
 def _after_fork():
     """In a forked child: the engines stay the parent's; the child gets one of its own when it makes a call."""
-    global _engine, _engines, _engine_lock, _capture_lock, _marks_lock, _set_up_lock, failures, threads
-    _engine_lock, _capture_lock, _set_up_lock = threading.Lock(), threading.Lock(), threading.Lock()
+    global _engine, _engines, _engine_lock, _capture_lock, _payload_lock, _marks_lock, _set_up_lock, failures, threads
+    _engine_lock, _capture_lock, _payload_lock, _set_up_lock = (threading.Lock() for _ in range(4))
     _marks_lock = threading.RLock()
     Future._condition, threads, failures = threading.Condition(), Threads(), Failures()
     for engine in {*_engines, *filter(None, [_engine])}:

@@ -451,11 +451,6 @@ class Resolution(collections.namedtuple("Resolution", "pins pip_options", defaul
         pins, pip_options = plain
         return cls(tuple(Pin(*pin) for pin in pins), tuple(pip_options))
 
-    @property
-    def shipped(self):
-        """The pins whose wheels the master ships."""
-        return [pin for pin in self.pins if pin.url.startswith("wheel:")]
-
 
 def canonical(name):
     """The name that all spellings of a library have in common (PEP 503)."""
@@ -1231,8 +1226,8 @@ class Master:
             host = None if peer == own or peer in ("127.0.0.1", "::1") else peer
         if id not in self.tables.servers:
             log.info("server %s at %s: %s slots", id[:6], connection.peer, slots)
-            if facts["python"] != platform.python_version():
-                log.info("%s runs Python %s, this master %s", connection.peer, facts["python"], platform.python_version())
+            if facts["python"] != clupy.PYTHON_VERSION:
+                log.info("%s runs Python %s, this master %s", connection.peer, facts["python"], clupy.PYTHON_VERSION)
         row = ServerRow((host, port), slots, held, facts, connection)
         self._names[connection] = "server", id
         changed = self.tables.put_server(id, row)
@@ -1257,7 +1252,7 @@ class Master:
         if self._leads(connection):
             environments = {hash for row in self.tables.servers.values() for hash in row.facts["environments"]}
             connection.send("tables", {
-                "master": {"address": "%s:%s" % self.address, "python": platform.python_version(),
+                "master": {"address": "%s:%s" % self.address, "python": clupy.PYTHON_VERSION,
                            "version": clupy.__version__, "uptime": time.time() - self.started},
                 **self.lists.status(environments), **self.tables.status(time.monotonic())})
 

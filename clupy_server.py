@@ -16,7 +16,7 @@
 - Workers        starts, watches, kills and replaces workers, and alone counts slots.
 - Process        is a worker as its server sees it: its board, its output, its end.
 - NodeLibraries  knows which environments are here, which are built, and which are the cluster's.
-- Worker         is the state of the worker process itself; it never imports asyncio and never has the cluster's secret.
+- Worker         is the state of the worker process itself; it imports asyncio only for coroutines, and never has the secret.
 
 The *board* is a page of memory shared by a worker and its server, on which the worker notes number and deadline of the
 call it begins.  So the server knows what had begun when a worker died, measures time-outs also while C code holds the
@@ -58,7 +58,7 @@ import warnings
 import clupy
 from clupy import (CONTROL, SLOT, DependencyError, ProtocolError, Why, dispatch, encode, pickling, proof,
                    resource, slot_head, slot_key, tune)
-# Imported at first use, and never in a worker:
+# Imported at first use; in a worker none of them, but asyncio where a call returns a coroutine:
 from clupy import asyncio, clupy_master, pathlib, platform, shutil, site, subprocess, sysconfig, tempfile
 
 log = logging.getLogger("clupy.server")
@@ -104,11 +104,6 @@ def note_client_classes():
             clupy._client_classes.add(cls)
         return cls
     tracker._lookup_class_or_track = noting
-
-
-def unpack_arguments(arguments):
-    """(args, kwargs) of a call."""
-    return clupy.unpack_arguments(arguments, unpack_call)
 
 
 def unpack_call(payload):
@@ -405,8 +400,7 @@ def ask_worker(address, key, *question):
 def _reduce_for_process(_, obj):
     """What multiprocessing's own pickler says of obj: a function or class that is not found under its name goes by value.
     Such are lambdas, and a function of the script that is an argument of the call, or is there in a newer version."""
-    if (not isinstance(obj, (types.FunctionType, type)) or clupy._named(obj) is obj
-            or vars(sys.modules["__main__"]).get(obj.__qualname__) is obj):
+    if (not isinstance(obj, (types.FunctionType, type)) or clupy._named(obj) is obj or clupy._is_scripts(obj)):
         return NotImplemented
     return unpack_call, (clupy._dumps(clupy._by_value_pickler(), obj),)
 
@@ -444,8 +438,8 @@ def inherit(entry, address, key, own, server):
 
 
 # ==== Worker: the process that runs calls ====================================
-# Started as `python -P -c BOOT fds`, so that nothing of the server's folder can be imported by accident and `__main__`
-# is clean.  It says "r" on its channel when it is warm, and waits there for one slot's socket.
+# Started as `python -P -c BOOT`, its arguments in it, so that nothing of the server's folder can be imported by accident and
+# `__main__` is clean.  It says "r" on its channel when it is warm, and waits there for one slot's socket.
 
 BOOT = """import sys
 sys.path.insert(0, {folder!r})
@@ -545,13 +539,13 @@ class Functions:
         self._functions = {}                       # {id: the function, or Unopened until its first call}
         self._names = {}                           # {id: its name, for messages}
 
-    def learn(self, id, payload, name):
-        """Know a function from now on, or, without a payload, no more; name: (its name, setup)."""
+    def learn(self, id, payload, name_and_setup):
+        """Know a function from now on, or, without a payload, no more."""
         if payload is None:
             self._functions.pop(id, None)
             self._names.pop(id, None)
         else:
-            self._names[id], setup = name
+            self._names[id], setup = name_and_setup
             self._functions[id] = Unopened(payload, setup)
 
     def _function(self, id):
@@ -567,12 +561,12 @@ class Functions:
         """(succeeded, value or payload) of a call; raises nothing."""
         try:
             func = self._function(id)
-            args, kwargs = unpack_arguments(arguments)
+            args, kwargs = clupy.unpack_arguments(arguments, unpack_call)
             value = func(*args, **kwargs)
             if type(value) in clupy.PLAIN:
                 return True, value
             if clupy.inspect.iscoroutine(value):
-                value = clupy.asyncio.run(value)
+                value = asyncio.run(value)
         except BaseException as error:             # the outcome of the call, whatever the user's code raised
             if isinstance(error, MemoryError) and self.memory_limit:
                 error.add_note(f"memory_limit is {self.memory_limit >> 20} MB for a worker on {self.server}")
@@ -935,7 +929,7 @@ class NestedCalls(clupy.BaseEngine):
     def __init__(self, worker):
         self._worker = worker
         self._calls = {}                           # {number: call} without an outcome
-        self._numbers = iter(range(1, 1 << 62))
+        self._numbers = itertools.count(1)
         self._known = clupy.Known()                # the functions that the client has
         self._sending = threading.Lock()           # so that no call overtakes its function
 
@@ -1095,8 +1089,8 @@ class Environments:
         """The Environment for a Resolution with pins, in use: the one that is there, or built now, after whoever else
         builds on this machine.
 
-        wheels: {sha256: bytes} of `resolution.shipped`.  Raises DependencyError.  Afterwards, also if cancelled, there is
-        all of it or nothing."""
+        wheels: {sha256: bytes} of the pins that the master ships, by url "wheel:...".  Raises DependencyError.
+        Afterwards, also if cancelled, there is all of it or nothing."""
         name = environment_id(resolution.pins)
         try:
             if environment := self.use(name):
@@ -2094,7 +2088,7 @@ class Server:
         self.sessions = {}                         # {session id: Session}; changed by _serve_control
         self.draining = False
         self.over = asyncio.get_running_loop().create_future()       # None, or an error: it makes no sense to go on
-        self.versions = {"python": "%d.%d.%d" % sys.version_info[:3], "cloudpickle": clupy_master.installed("cloudpickle")}
+        self.versions = {"python": clupy.PYTHON_VERSION, "cloudpickle": clupy_master.installed("cloudpickle")}
         self.tls = settings.tls_cert and clupy.tls_files(settings)            # what a worker needs of it
         self.link = clupy.MasterLink(clupy.masters_of(settings), secret, settings)
         self.libraries = NodeLibraries(self)

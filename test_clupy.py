@@ -1342,7 +1342,8 @@ def test_importing_clupy_is_light_and_the_command_does_not_load_it_twice(tmp_pat
 def test_a_worker_loads_neither_asyncio_nor_the_master(cluster, tmp_path):
     done = run_script(tmp_path, """
         import clupy, sys
-        print(clupy.parallel(lambda: {"asyncio", "clupy_master", "ssl", "redis", "kazoo", "yaml"} & sys.modules.keys())().result(30))
+        def loaded(): return {"asyncio", "clupy_master", "ssl", "redis", "kazoo", "yaml"} & sys.modules.keys()
+        print(clupy.parallel(loaded)().result(30))
         """, CLUPY_MASTER=cluster.address)
     assert done.stdout == "set()\n"
 
