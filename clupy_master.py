@@ -219,7 +219,8 @@ def shares(servers, clients, now):
     servers: {id: ServerRow}; clients: {id: ClientRow}; now: seconds, monotonic.  Pure; called by the master's loop at
     most once in GATHER_TIME for a batch of changes.  A server that the client cannot reach is not in its share."""
     free = {id: row.slots for id, row in servers.items() if row.usable}
-    amounts = fair_amounts({id: row.wanted for id, row in clients.items()}, sum(free.values()), clients, now)
+    can_use = {id: sum(count for server, count in free.items() if server not in row.unreachable) for id, row in clients.items()}
+    amounts = fair_amounts({id: min(row.wanted, can_use[id]) for id, row in clients.items()}, sum(free.values()), clients, now)
     result = {id: {} for id in clients}
     # First come the clients that cannot reach every server: the others can have their slots anywhere.
     picky = [id for id, row in clients.items() if row.unreachable]
