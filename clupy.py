@@ -178,7 +178,7 @@ __all__ = [
     "counter", "Counter", "queue", "Queue", "publish", "subscribe", "Subscription",
     "lock", "semaphore", "election", "Election", "barrier", "event", "Event", "LockLost",                       # coordination
     "ClupyError", "ConfigurationError", "SecretError", "VersionMismatch", "ProtocolError", "MasterUnreachable",   # errors
-    "WorkerDied", "CallTimeout", "Closed", "DependencyError", "LibraryMismatch", "Unavailable", "RemoteError", "main"]
+    "WorkerDied", "CallTimeout", "ArgumentFailed", "Closed", "DependencyError", "LibraryMismatch", "Unavailable", "RemoteError", "main"]
 
 log = logging.getLogger("clupy")
 
@@ -251,6 +251,10 @@ class WorkerDied(ClupyError):
 
 class CallTimeout(ClupyError, TimeoutError):
     """The call ran longer than its `timeout`; its worker was killed."""
+
+
+class ArgumentFailed(ClupyError):
+    """A call was not made, as the call whose result is one of its arguments failed; that one's error is the cause."""
 
 
 class Closed(ClupyError, RuntimeError):
@@ -1133,8 +1137,9 @@ _UNRESOLVED = {}                  # {Ref: makes one that arrives as a Ref even a
 
 class _Pickling(threading.local):
     """What this thread pickles or unpickles just now."""
-    refs = None         # the Refs that were met so far, where somebody wants to know
-    resolve = False     # the arguments of a call: a Ref among them arrives as its value
+    refs = None         # the Refs that were met so far, and Futures, where somebody wants to know
+    resolve = False     # the arguments of a call: a Ref among them arrives as its value, a Future as its result
+    given = {}          # {place of a Future among them: its result}
     of_client = False   # in a worker: what its client sent, so that the classes in it are the client's
     marks = None        # {name: its _Mark} of the script's names in it, where somebody wants to know
     trust = False       # large values among them are taken for what they were: see _capture
@@ -1144,7 +1149,7 @@ pickling = _Pickling()
 
 
 def _noting_refs(pack, *args, resolve=False):
-    """(what pack(*args) returns, the Refs that it met): while they live, their values can be had."""
+    """(what pack(*args) returns, the Refs that it met, and Futures): while they live, their values can be had."""
     before = pickling.refs, pickling.resolve
     refs = []
     pickling.refs, pickling.resolve = refs, resolve
@@ -1239,11 +1244,11 @@ def _parameters(func):
         return []
 
 
-def _culprit(named_values, otherwise):
+def _culprit(named_values, otherwise, resolve=False):
     """The first of (name, value) that cannot be pickled, as in "argument 2 ('key'), a _thread.lock,"."""
     for name, value in named_values:
         try:
-            pack(value)
+            _noting_refs(pack, value, resolve=resolve)
         except Exception:                         # that one
             return f"{name}, a {_type_name(type(value))},"
     return otherwise
@@ -1257,8 +1262,9 @@ def _numbered(args, func):
 
 
 def pack_arguments(function_name, args, kwargs, func=None):
-    """(the payload of (args, kwargs), the Refs among them, which arrive as their values).  Raises PicklingError that
-    names the argument at fault and its type; with func also the parameter's name.  Any thread may call."""
+    """(the payload of (args, kwargs), the Refs and Futures among them).  Refs arrive as their values; for Futures the payload
+    is `filled` with their results first.  Raises PicklingError that names the argument at fault and its type; with func also
+    the parameter's name.  Any thread may call."""
     for value in args:
         if type(value) in _RAW:
             args = tuple([_raw(value) for value in args])
@@ -1269,7 +1275,7 @@ def pack_arguments(function_name, args, kwargs, func=None):
         return _noting_refs(_pack, (args, kwargs), _by_value_pickler, resolve=True)
     except Exception as error:      # whatever a class of the user's raises while it is pickled
         named = [*_numbered(args, func), *((f"argument {name!r}", kwargs[name]) for name in kwargs)]
-        raise pickle.PicklingError(f"{function_name} cannot be called: {_culprit(named, 'its arguments')} "
+        raise pickle.PicklingError(f"{function_name} cannot be called: {_culprit(named, 'its arguments', resolve=True)} "
                                    f"cannot be pickled: {error}") from error
 
 
@@ -1305,6 +1311,26 @@ class _Instead:
 
     def __reduce__(self):
         return self.func, (self.argument,)
+
+
+def filled(payload, results):
+    """The payload of arguments in which results stand where Futures were: {place in the list of pack_arguments: payload}."""
+    return pack(_Instead(_fill, (forwarded(payload), {place: forwarded(result) for place, result in results.items()})),
+                snapshot=False)
+
+
+def _fill(parts):
+    payload, results = parts
+    before, pickling.given = pickling.given, {place: unpack(result) for place, result in results.items()}
+    try:
+        return unpack(payload)
+    finally:
+        pickling.given = before
+
+
+def _given(place):
+    """What a Future among the arguments of a call is unpickled as."""
+    return pickling.given[place]
 
 
 @functools.cache
@@ -2960,7 +2986,11 @@ class Future(concurrent.futures.Future):
                 self._run_handlers()
 
     def __reduce__(self):
-        raise TypeError(f"{self!r} cannot be pickled: pass its result to the call, or make the call there")
+        """Among the arguments of a call it stands for its result; elsewhere it cannot be pickled."""
+        if not pickling.resolve:
+            raise TypeError(f"{self!r} cannot be pickled: make it an argument of the call, or pass its result")
+        pickling.refs.append(self)
+        return _given, (len(pickling.refs) - 1,)
 
 
 def conclude(outcomes):
@@ -3037,9 +3067,22 @@ class BaseEngine:
     executor = None                               # the other executor that runs its calls
     said = None                                   # {key: value} that a master said of Redis and ZooKeeper last
 
+    def __init__(self):
+        self.held = set()                         # calls that are not submitted yet: they wait for other calls, or for a while
+
     def submit(self, call):
         """Run the call: sooner or later it gets its one outcome."""
         raise NotImplementedError
+
+    def hold(self, call):
+        """The call of this thread is submitted later, perhaps by another thread."""
+        self.held.add(call)
+
+    def later(self, seconds, job, *args):
+        """Run a job that may block, after so long."""
+        timer = threading.Timer(seconds, job, args)
+        timer.daemon = True
+        timer.start()
 
     def cancel(self, call):
         """The call was concluded as cancelled: end what runs of it."""
@@ -3047,7 +3090,7 @@ class BaseEngine:
 
     def calls(self):
         """The calls without an outcome."""
-        raise NotImplementedError
+        return [call for call in self.held.copy() if call._state not in _DONE]
 
     def cancel_all(self):
         """Cancel the unfinished calls; those made after it returned are not among them."""
@@ -4338,6 +4381,7 @@ class Engine(BaseEngine):
     """One client: its thread, its loop, its rooms.  Any thread may call the methods of BaseEngine; all else is the loop's."""
 
     def __init__(self, settings, secret=None, dependencies=None):
+        super().__init__()
         self.id = os.urandom(8).hex()
         self.settings = settings
         self.secret = secret                      # None: an embedded cluster makes its own
@@ -4382,6 +4426,9 @@ class Engine(BaseEngine):
         except RuntimeError:                      # the loop is closed
             self._lose()
 
+    def later(self, seconds, job, *args):
+        self.soon(self.loop.call_later, seconds, threads.run, job, *args)
+
     def calls(self):
         if self.closed or self.loop.is_closed():
             return []
@@ -4422,7 +4469,7 @@ class Engine(BaseEngine):
         for number in () if self.loop.is_closed() else self.descriptors():
             with contextlib.suppress(OSError):    # closed by the parent's loop in this very moment
                 os.close(number)
-        self._inbox.extend(self.backlog.calls.values())
+        self._inbox.extend([*self.backlog.calls.values(), *self.held])
         self.closed, self.soon = True, self._lose
         self._lose()
 
@@ -4517,7 +4564,7 @@ class Engine(BaseEngine):
 
     async def _calls(self):
         self._pump()
-        return list(self.backlog.calls.values())
+        return [*self.backlog.calls.values(), *super().calls()]
 
     def fail_all(self, error):
         """No call can succeed any more: give this error to all, now and later."""
@@ -4652,9 +4699,6 @@ class _Ended(BaseEngine):
     def cancel(self, call):
         """Nothing runs of it."""
 
-    def calls(self):
-        return []
-
 
 def _current_engine():
     global _engine
@@ -4675,18 +4719,21 @@ class Parallel(Wrapper):
 
     .func is the function itself."""
 
-    def __init__(self, func, most, timeout, retries):
+    def __init__(self, func, most, timeout, retries, again=None):
         self.func = func
-        self._options = most, timeout, retries
+        self._options = most, timeout, retries, again                          # again: (retry_on, delay), or None
         for name in ("__module__", "__name__", "__qualname__", "__doc__"):
             setattr(self, name, getattr(func, name, None))
         self._limit = (limit_key(func), most) if most else None
         self._function = capture(func) if _is_complete(func) else None         # None: captured at each call
 
     def __call__(self, *args, **kwargs):
-        _, timeout, retries = self._options
+        _, timeout, retries, again = self._options
         function = self._function or capture(self.func)
-        return start(_engine or _current_engine(), self.func, function, args, kwargs, timeout, retries, self._limit)
+        engine = _engine or _current_engine()
+        if again:
+            engine = _Tries(engine, *again)
+        return start(engine, self.func, function, args, kwargs, timeout, retries, self._limit)
 
     def __repr__(self):
         return f"<parallel {self.__qualname__ or self.func!r}>"
@@ -4715,24 +4762,42 @@ def _is_complete(func):
     return func.__globals__.get(func.__name__) is func
 
 
-def parallel(func=_ABSENT, *, max=None, timeout=None, retries=2, time_out=None):
+def parallel(func=_ABSENT, *, max=None, timeout=None, retries=2, retry_on=(), delay=1, time_out=None):
     """The function, wrapped so that its calls run in the cluster; also a decorator, with or without options.
 
     max: how many calls of it may run at once, over the whole cluster; None: as many as there are slots.
     timeout: how long one call may run (seconds, or "10s"); then its worker is killed and it fails with CallTimeout.
-    retries: how often a call is started again after its worker, server or connection was lost; an exception of the
-    function itself is never retried.  The function is captured here, as it is now (one that is being decorated: at each
+    retries: how often a call is started again after its worker, server or connection was lost.
+    retry_on: an exception class or a tuple of them: a call that raises one is made again, too, within its `retries`, after
+    `delay`, which doubles with each try and is cut at random by up to a half; other exceptions of the function are its outcome
+    at once.  The function is captured here, as it is now (one that is being decorated: at each
     call, since what it uses may be defined further down); arguments are pickled when the call is made.  Any thread may
     call it."""
     if time_out is not None:
         timeout = _one_of("parallel", timeout, time_out)
     if func is _ABSENT:
-        return functools.partial(parallel, max=max, timeout=timeout, retries=retries)
+        return functools.partial(parallel, max=max, timeout=timeout, retries=retries, retry_on=retry_on, delay=delay)
     if not callable(func):
         raise TypeError(f"parallel() wraps a function, not {type(func).__name__} {func!r}; did you call it already?")
     if timeout is not None and (timeout := _time_out(timeout)) is not None and timeout <= 0:
         raise ValueError(f"timeout is {timeout!r}, but must be more than 0 seconds, or None")
-    return Parallel(func, _whole("max", max, 1), timeout, _whole("retries", retries, 0))
+    again = (_exceptions(retry_on), _delay(delay)) if retry_on != () else None
+    return Parallel(func, _whole("max", max, 1), timeout, _whole("retries", retries, 0), again)
+
+
+def _exceptions(classes):
+    """The exception classes that a user gave, as a tuple."""
+    classes = classes if isinstance(classes, tuple) else (classes,)
+    if not all(isinstance(cls, type) and issubclass(cls, BaseException) for cls in classes):
+        raise TypeError(f"retry_on must be an exception class, or a tuple of them, not {classes!r}")
+    return classes
+
+
+def _delay(delay):
+    seconds = _time_out(delay)
+    if seconds is None or seconds < 0:
+        raise ValueError(f"delay is {delay!r}, but must be a number of seconds")
+    return seconds
 
 
 def _whole(name, value, least):
@@ -4764,8 +4829,100 @@ def start(engine, func, function, args, kwargs, timeout, retries, limit):
     else:
         if type(call._arguments) is tuple:        # with large buffers
             _note_repeated(func, args, kwargs, payload_size(call._arguments))
-        engine.submit(call)
+        awaited = {place: thing for place, thing in enumerate(call._refs) if isinstance(thing, Future)}
+        if awaited:
+            _hold(engine, call, awaited)
+        else:
+            engine.submit(call)
     return call
+
+
+def _hold(engine, call, awaited):
+    """Submit the call when the Futures among its arguments, {place: Future}, have succeeded; if one does not, nor does it."""
+    left = itertools.count(len(awaited) - 1, -1)
+
+    def ended(future):                            # in a thread that may block: a result may have to be unpickled
+        if future.cancelled():
+            conclude([(call, False, CancelledError())])
+        elif error := future.exception():
+            conclude([(call, False, argument_failed(call, future, error))])
+        elif next(left):
+            return
+        elif not call.done():
+            try:
+                call._arguments = filled(call._arguments, {place: _result_of(future) for place, future in awaited.items()})
+            except Exception as error:            # whatever a class of the user's raises while it is pickled
+                conclude([(call, False, error)])
+            else:
+                engine.submit(call)
+                if call.cancelled():              # just now
+                    engine.cancel(call)
+        engine.held.discard(call)
+
+    engine.hold(call)
+    for future in awaited.values():
+        future.add_done_callback(ended)
+
+
+def argument_failed(call, future, error):
+    """The ArgumentFailed of a call that has a Future among its arguments which failed with this error."""
+    failure = ArgumentFailed(f"{call._function.name} was not called: one of its arguments is the result of "
+                             f"{future._function.name}, which failed{'' if isinstance(error, ArgumentFailed) else ': ' + _line(error)}")
+    failure.__cause__ = error
+    return failure
+
+
+def _result_of(future):
+    """The payload of a result for another call: as it came, unless something in it is for this process to read."""
+    packed = future._packed
+    if packed and (packed[1] if type(packed[1]) is bytes else packed[1][0]).find(b"clupy") < 0:
+        return pack(_Instead(unpack, forwarded(packed[1])))            # large buffers copied: this process may change them
+    return pack(future.result())
+
+
+class _Tries(BaseEngine):
+    """The engine of one call which is made again where it raises what its `retry_on` names: each try is a call by itself."""
+
+    def __init__(self, engine, retry_on, delay):
+        self._engine, self._retry_on, self._delay = engine, retry_on, delay
+        self.held, self.hold, self.cancel_all = engine.held, engine.hold, engine.cancel_all
+        self._current = None                      # the Future of the present try, or of the last
+
+    def submit(self, call):
+        self._try(call, call._retries, 1)
+
+    def _try(self, call, left, number):
+        """The number-th try; left: starts that are left for later ones."""
+        self.held.discard(call)
+        arguments, refs = call._arguments, call._refs
+        if arguments is None:                     # it was cancelled meanwhile
+            return
+        current = Future(self._engine, call._function, arguments, call._timeout, left, call._limit)
+        current._refs, current._outer = refs, call._outer
+        current._parent = ()                      # none, nor is it one of those that `failures` counts
+        self._current = current
+        self._engine.submit(current)
+        current.add_done_callback(functools.partial(self._tried, call, left, number))
+        if call.cancelled():                      # just now
+            current.cancel()
+
+    def _tried(self, call, left, number, current):
+        left -= current._tries + 1
+        if current.cancelled():
+            conclude([(call, False, CancelledError())])
+        elif not isinstance(error := current.exception(), self._retry_on):
+            conclude([(call, error is None, current._result if error is None else error)])
+        elif left < 0:
+            error.add_note(f"{call._function.name} was tried {number} times, as retry_on and retries say")
+            conclude([(call, False, error)])
+        else:
+            call._outer = current._outer
+            self.hold(call)
+            self._engine.later(self._delay * 2 ** (number - 1) * random.uniform(0.5, 1), self._try, call, left, number + 1)
+
+    def cancel(self, call):
+        if self._current:
+            self._current.cancel()
 
 
 _repeated = {}      # {(limit key of a function, id of an argument): (weak reference to it, calls that were given it)}
@@ -4946,6 +5103,7 @@ class ExecutorEngine(BaseEngine):
     Functions, arguments and results are pickled all the same, so that what works here works on a cluster."""
 
     def __init__(self, executor):
+        super().__init__()
         self.executor = executor
         self._running = {}                        # {call: the executor's future}
 
@@ -4969,10 +5127,10 @@ class ExecutorEngine(BaseEngine):
             theirs.cancel()
 
     def calls(self):
-        return list(self._running)
+        return [*self._running, *super().calls()]
 
     def abandon(self):
-        conclude([(call, False, Closed(FORKED)) for call in self._running])
+        conclude([(call, False, Closed(FORKED)) for call in (*self._running, *self.held)])
 
 
 _set_up = {}                    # {content id of an initializer: None, or the exception that it raised here}

@@ -927,11 +927,20 @@ class NestedCalls(clupy.BaseEngine):
     nested = True
 
     def __init__(self, worker):
+        super().__init__()
         self._worker = worker
         self._calls = {}                           # {number: call} without an outcome
         self._numbers = itertools.count(1)
         self._known = clupy.Known()                # the functions that the client has
         self._sending = threading.Lock()           # so that no call overtakes its function
+
+    def hold(self, call):
+        self._note_parent(call)
+        super().hold(call)
+
+    def _note_parent(self, call):
+        if call._outer is None:
+            call._outer = self._worker.call_of_this_thread()
 
     def submit(self, call):
         if name := getattr(_importing, "name", None):        # else each worker that runs one makes all of them again
@@ -939,8 +948,8 @@ class NestedCalls(clupy.BaseEngine):
                                    "if __name__ == '__main__':")
         worker, function = self._worker, call._function
         number = call._number = next(self._numbers)
-        parent = worker.call_of_this_thread()
-        item = number, parent, function.id, call._arguments, call._timeout, call._retries, call._limit
+        self._note_parent(call)
+        item = number, call._outer, function.id, call._arguments, call._timeout, call._retries, call._limit
         self._calls[number] = call
         try:
             if worker.ended:
@@ -971,7 +980,7 @@ class NestedCalls(clupy.BaseEngine):
             self._worker.send("forget", [call._number])
 
     def calls(self):
-        return list(self._calls.values())
+        return [*self._calls.values(), *super().calls()]
 
     def abandon(self):
         """In a forked child of a call: the slot's socket is the parent's alone."""
