@@ -12,7 +12,7 @@
 Without any set-up the calls run on the cores of this machine; `python -m clupy master` and `python -m clupy serve
 --master HOST` make a cluster of several.  Trusted networks only: whoever knows the secret can run code.
 
-    calls          parallel, map, wait_all, as_completed, Future, Executor; connect, close, configure
+    calls          parallel, map, wait_all, as_completed, everywhere, Future, Executor; connect, close, configure, slots
     data           put, get, delete, exists, keys, open; shared, counter, queue; publish, subscribe; share, Ref
     coordination   lock, semaphore, election, barrier, event
     errors         ClupyError and what is derived from it; an exception of the user's function keeps its type
@@ -173,7 +173,7 @@ __version__ = "0.1.0"
 # opens a file here says io.open.  Others without an underscore are the rooms and what the three files share; those with one
 # are details, of which a worker (clupy_server.py) uses some and sets _engine, _sender and _note_session.
 __all__ = [
-    "connect", "close", "parallel", "wait_all", "as_completed", "Future", "Executor",                          # calls
+    "connect", "close", "parallel", "wait_all", "as_completed", "everywhere", "slots", "Future", "Executor", "Cluster",   # calls
     "configure", "put", "get", "add", "update", "delete", "exists", "keys", "shared", "share", "Ref",             # data
     "counter", "Counter", "queue", "Queue", "publish", "subscribe", "Subscription",
     "lock", "semaphore", "election", "Election", "barrier", "event", "Event", "LockLost",                       # coordination
@@ -597,7 +597,8 @@ def find_secret(settings, create=False):
 # client -> master  client    id, wanted slots, unreachable servers,       share       back-off; `patience` without slots
 #                             own list of libraries: (hash, list) or None
 # master -> client  share     {server: (address, n)}, services,            -           stands until replaced
-#                             libraries: (hash, exact list, error)
+#                             libraries: (hash, exact list, error), size:
+#                             (servers, their slots, slots wanted by now)
 # master -> server  cluster   services, silent clients, libraries: (hash,  -           the last one stands
 #                             exact list, its wheels)
 #                             A list itself is sent where the connection is new or the list has changed, else None;
@@ -2766,6 +2767,7 @@ class Future(concurrent.futures.Future):
     _unseen = False               # whether it failed, and nobody has looked
     _handled = None               # Event that all handlers have run; None: there never was one
     _parent = _outer = None       # a nested call: (Slot, its number there), number of the call that made it
+    _place = None                 # the queue of the one server that may run it, see ServerLink; None: any may
     _slot = None                  # the Slot that it was sent to, kept after its outcome; None: it waits (see is_waiting)
     _sent_at = 0.0                # when it was sent there
     _took = None                  # seconds from then to its outcome
@@ -3111,6 +3113,14 @@ class BaseEngine:
         """What a master says of Redis and ZooKeeper, waited for `patience` seconds; {}: there is none that could."""
         return {}
 
+    def join(self):
+        """The Cluster, waited for."""
+        raise NotImplementedError
+
+    def places(self):
+        """{server: the `_place` of a call that it alone is to run}."""
+        raise ClupyError("everywhere() needs a cluster of its own: it works in the program, not on another executor, nor in a call")
+
     def grow(self, slots):
         """At least so many slots, if that is for the engine to decide."""
 
@@ -3221,6 +3231,9 @@ class Backlog:
         self.calls[call._number] = call
         self.queued += 1
         self._count(limit, 1)
+        if call._place is not None:
+            call._place.append(call)
+            return
         if call._parent:
             limit.put_back(call)
         else:
@@ -3233,6 +3246,9 @@ class Backlog:
         for call in calls:
             call._slot = None
             self.queued += 1
+            if call._place is not None:
+                call._place.append(call)
+                continue
             limit = self.limits[call._limit]
             limit.put_back(call)
             self._list(limit)
@@ -3584,6 +3600,7 @@ class ServerLink:
         self.name = f"{address[0]}:{address[1]}"
         self.connection = self.key = self.session = None
         self.slots = {}                           # {number: Slot}, until they are over
+        self.placed = collections.deque()         # calls that this server alone may run
         self.max_nested = 0                       # slots there beyond the share at most
         self.draining = False                     # takes no new slots
         self.broken = None                        # why our libraries cannot be built there
@@ -3821,7 +3838,13 @@ class Feeder:
         if not slot.takes_calls or not self._backlog.queued:
             return
         batch, items, now = [], [], time.monotonic()
-        if not slot.calls and self._engine.pool.is_crowded(slot.link):
+        if slot.link.placed:
+            if slot.calls:                        # a call of theirs has one try, and goes alone
+                return
+            call = slot.link.placed.popleft()
+            self._backlog.take(slot, call)
+            self._add(slot, call, now, batch, items)
+        elif not slot.calls and self._engine.pool.is_crowded(slot.link):
             call = self._engine.children.starving(self._engine.pool.slots())
             if call is not None and self._backlog.take(slot, call):
                 self._add(slot, call, now, batch, items)
@@ -4060,6 +4083,7 @@ class Pool:
             if link.session is not None and link.connection:
                 self._balance_link(link)
         self._fail_stuck()
+        self._fail_placed()
         self._engine.feeder.feed()
 
     def _balance_link(self, link):
@@ -4077,6 +4101,20 @@ class Pool:
             self._open(link, nested=False)
         for _ in range(min(nested, backlog.queued, link.max_nested - sum(slot.nested for slot in link.slots.values()))):
             self._open(link, nested=True)
+
+    def places(self):
+        """{name of a server: the queue of calls that it alone runs}, of the servers of which this client has a slot; {}: one of
+        them has not answered yet."""
+        links = [link for link in self.links.values() if link.lost_at is None and self._granted(link)]
+        return {f"{link.name} {link.id[:4]}": link.placed for link in links} if all(link.session for link in links) else {}
+
+    def _fail_placed(self):
+        """Calls that only a server may run of which there is no slot any more."""
+        for link in self.links.values():
+            if link.placed and (link.lost_at is not None or not self._granted(link)):
+                self._engine.feeder.finish([(call, False, ClupyError(f"{call._function.name} cannot run on {link.name}: "
+                                             "this client has no slot there any more")) for call in link.placed])
+                link.placed.clear()
 
     def _fail_stuck(self):
         """Calls inside calls that wait for each other in all workers that there may be: the newest of them fails."""
@@ -4245,6 +4283,18 @@ class Pool:
 
 # ---- what the master is told, and says
 
+class Cluster(collections.namedtuple("Cluster", "servers slots master")):
+    """What a program is connected to: how many servers, how many slots they have, the master's "host:port"; master None: there
+    is none, the slots are cores of this machine."""
+    __slots__ = ()
+
+    def __repr__(self):
+        slots = f"{self.slots} {'slot' if self.master else 'core'}{'s' * (self.slots != 1)}"
+        if not self.master:
+            return f"{slots} of this machine"
+        return f"{self.servers} server{'s' * (self.servers != 1)}, {slots} at {self.master}"
+
+
 class MasterSide:
     """What this client wants of its master, and what becomes of its calls without one."""
 
@@ -4255,6 +4305,8 @@ class MasterSide:
         self._stated = 0.0                        # when the last statement was sent
         self._stating = False                     # one is about to be sent
         self._unserved = None                     # since when calls wait without any slot; inf: it was said
+        self.size = 0, 0, 0                       # servers and slots of the cluster, and what we wanted when this was said
+        self._surveys = 0                         # threads that wait for a share of every server
 
     def __repr__(self):
         return f"<MasterSide {self.link} {self._wanted[0]} wanted>"
@@ -4299,8 +4351,11 @@ class MasterSide:
                                       self._engine.libraries.statement(self.link.connection))
 
     def count_wanted(self):
-        """How many slots the unfinished calls could use now."""
-        return 0 if self._engine.libraries.awaited else self._engine.backlog.wanted
+        """How many slots the unfinished calls could use now; all of them, as long as a call is for one server alone."""
+        if self._engine.libraries.awaited:
+            return 0
+        placed = self._surveys or any(link.placed for link in self._engine.pool.links.values())
+        return max(self._engine.backlog.wanted, self.size[1] if placed else 0)
 
     def update_wanted(self):
         """After a change of the unfinished calls: a larger wish is stated at once, or after GATHER_TIME."""
@@ -4354,8 +4409,28 @@ class MasterSide:
 
     # -- messages from the master
 
-    def on_share(self, _, share, services, libraries):
-        engine = self._engine
+    def cluster(self):
+        servers, slots, _ = self.size
+        return Cluster(servers, slots, None if self._engine.embedded else self.link.connection and self.link.connection.peer)
+
+    async def survey(self):
+        """Wait until this client has slots of as many servers as it can; `pool.places` names them."""
+        self._surveys += 1
+        try:
+            async with asyncio.timeout(self._engine.settings.patience):
+                while not (self._engine.pool.places() and self.size[2] >= self.size[1]):
+                    self.update_wanted()
+                    await asyncio.sleep(GATHER_TIME)
+        except TimeoutError:
+            raise self.unreachable() if self.masterless(time.monotonic()) else ClupyError(
+                f"no slot of any server for {self._engine.settings.patience:g} s; start one with: python -m clupy serve") from None
+        finally:
+            self._surveys -= 1
+
+    def on_share(self, _, share, services, libraries, size):
+        engine, self.size = self._engine, size
+        if not engine.joined.is_set():
+            log.info("connected to %r", self.cluster())
         engine.libraries.hear(libraries)
         engine.pool.share = {id: ((host or self.link.host, port), slots) for id, ((host, port), slots) in share.items()}
         if services != engine.said:               # else it stays the same object, by which Services sees that nothing changed
@@ -4451,6 +4526,22 @@ class Engine(BaseEngine):
 
     def grow(self, slots):
         self.soon(self._grow, slots)
+
+    def join(self):
+        """Wait until a master has answered: the Cluster.  Raises MasterUnreachable, or why no master can be ours."""
+        patience = self.settings.patience
+        joined = self.joined.wait(min(UNSERVED_TIME, patience))
+        if not joined and patience > UNSERVED_TIME:
+            log.warning("still connecting, for %g s at most: %s", patience, self.master_side.unreachable())
+            joined = self.joined.wait(bounded(patience - UNSERVED_TIME))
+        if not joined or self.fatal:
+            raise self.fatal or self.master_side.unreachable()
+        return self.master_side.cluster()
+
+    def places(self):
+        """{name of a server: a call's `_place` there}, of each of which this client has a slot.  Raises as `join`, or ClupyError."""
+        asyncio.run_coroutine_threadsafe(self.master_side.survey(), self.loop).result()
+        return self.pool.places()
 
     def services(self, patience):
         if not self.joined.wait(bounded(patience)):
@@ -4559,6 +4650,8 @@ class Engine(BaseEngine):
             return
         call._number = next(self._numbers)
         self.backlog.add(call)
+        if call._place is not None:
+            self.loop.call_soon(self.pool.balance)                     # there may be no slot there
         if self.fatal or self.closed:
             self.feeder.finish([(call, False, self.fatal or Closed("the client was closed"))])
 
@@ -4636,8 +4729,8 @@ def connect(master=None, *, executor=None, config=None, **settings):
     master: "host", "host:port" or several with commas; None: that of clupy.client.yaml or CLUPY_MASTER, else one that
     answers on localhost, else the cores of this machine.  executor: a concurrent.futures.Executor that runs the calls
     instead, where `max`, `timeout` and `retries` do not apply.  config: a YAML file; settings: any key of it.  Returns
-    when the master has answered.  Once more with the same settings does no harm, and in a worker it does nothing: modules
-    that connect may be imported there.
+    when the master has answered: the Cluster, which shows servers and slots, or the executor.  Once more with the same
+    settings does no harm, and in a worker it does nothing: modules that connect may be imported there.
     Raises ConfigurationError, SecretError, VersionMismatch, MasterUnreachable, or RuntimeError if connected otherwise."""
     global _engine
     if _engine is not None and _engine.nested:
@@ -4652,16 +4745,13 @@ def connect(master=None, *, executor=None, config=None, **settings):
             raise RuntimeError(f"this process is connected already, with {difference}; call clupy.close() first")
         engine = _engine
     if executor is not None:
-        return
-    patience = engine.settings.patience
-    joined = engine.joined.wait(min(UNSERVED_TIME, patience))
-    if not joined and patience > UNSERVED_TIME:
-        log.warning("still connecting, for %g s at most: %s", patience, engine.master_side.unreachable())
-        joined = engine.joined.wait(bounded(patience - UNSERVED_TIME))
-    if not joined or engine.fatal:
+        return executor
+    try:
+        return engine.join()
+    except ClupyError:
         _engine = None
         engine.close()
-        raise engine.fatal or engine.master_side.unreachable()
+        raise
 
 
 def _difference(old, new):
@@ -4811,9 +4901,9 @@ def _whole(name, value, least):
     return int(value)
 
 
-def start(engine, func, function, args, kwargs, timeout, retries, limit):
+def start(engine, func, function, args, kwargs, timeout, retries, limit, place=None):
     """The Future of a new call; one whose arguments cannot be pickled has that for its outcome already."""
-    if not kwargs:
+    if not kwargs and place is None:
         for value in args:
             if type(value) not in PLAIN:
                 break
@@ -4822,6 +4912,7 @@ def start(engine, func, function, args, kwargs, timeout, retries, limit):
             engine.submit(call)
             return call
     call = Future(engine, function, None, timeout, retries, limit)
+    call._place = place
     try:
         call._arguments, call._refs = pack_arguments(function.name, args, kwargs, func)
     except Exception as error:                    # one bad call among a hundred spoils one result
@@ -4878,6 +4969,25 @@ def _result_of(future):
     if packed and (packed[1] if type(packed[1]) is bytes else packed[1][0]).find(b"clupy") < 0:
         return pack(_Instead(unpack, forwarded(packed[1])))            # large buffers copied: this process may change them
     return pack(future.result())
+
+
+def slots():
+    """How many calls can run at once: the slots of the cluster, this machine's cores without one.
+
+    Waits for the master as connect() does, and raises what that raises."""
+    engine = _current_engine()
+    return getattr(engine.executor, "_max_workers", None) or 1 if engine.executor else engine.join().slots
+
+
+FETCHES["slots"] = slots
+
+
+def everywhere(func, *args):
+    """{server: Future}: func(*args) runs once on each server of which this client has a slot, or can have one now.
+
+    To warm caches there, or to look around.  A call has one try."""
+    engine, function = _current_engine(), capture(func)
+    return {server: start(engine, func, function, args, {}, None, 0, None, place) for server, place in engine.places().items()}
 
 
 class _Tries(BaseEngine):

@@ -346,6 +346,11 @@ class Tables:
         return {server: (there.address, row.share.get(server, 0)) for server, there in self.servers.items()
                 if server in row.share or server in before or id in there.held or row.unreachable and there.usable}
 
+    def size(self):
+        """(servers that give slots, the slots that they have)."""
+        usable = [row for row in self.servers.values() if row.usable]
+        return len(usable), sum(row.slots for row in usable)
+
     def starving(self):
         """Whether a client waits for its first slot."""
         return any(row.wanted and not row.share for row in self.clients.values())
@@ -1269,7 +1274,7 @@ class Master:
     def _send_share(self, id, before=()):
         row = self.tables.clients[id]
         row.connection.send("share", self.tables.share_of(id, before), self._services(),
-                            self.lists.for_client(row.connection, row.has_list))
+                            self.lists.for_client(row.connection, row.has_list), (*self.tables.size(), row.wanted))
 
     def _libraries_changed(self, connection):
         name = self._names.get(connection)
