@@ -24,6 +24,7 @@ import linecache
 import multiprocessing
 import math
 import mmap
+import operator
 import os
 import pickle
 import random
@@ -301,6 +302,171 @@ def test_an_exception_of_the_function_is_the_outcome_and_is_not_retried(tmp_path
         future.result(PATIENCE)
     assert caught.value.args == ("why", 7) and type(future.failure) is KeyError and future.value is None
     assert not future.successful and (tmp_path / "count").read_text() == "x"
+
+
+def joined(*values, **named):
+    return values, named
+
+
+class Point:
+    def __init__(self, x):
+        self.x = x
+
+
+def test_futures_among_the_arguments_at_any_depth_arrive_as_their_results():
+    one, two = clupy.parallel(square)(1), clupy.parallel(sleepy)(0.2, 2)
+    call = clupy.parallel(joined)(one, [two, {"deep": (two,)}], 3, key=two)
+    assert call.result(PATIENCE) == ((1, [2, {"deep": (2,)}], 3), {"key": 2})
+    point = clupy.parallel(Point)(clupy.parallel(square)(3))               # the class is this program's, wherever it goes
+    assert clupy.parallel(operator.attrgetter("x"))(point).result(PATIENCE) == 9
+    assert list(clupy.map(square, [clupy.parallel(square)(n) for n in range(4)], chunk_size=2)) == [0, 1, 16, 81]
+    with clupy.Executor(1) as executor:
+        assert executor.submit(square, executor.submit(square, 2)).result(PATIENCE) == 16
+
+
+def test_large_results_go_on_as_arguments_and_may_be_changed_here_meanwhile():
+    made = clupy.parallel(bytearray)(1 << 20)
+    waiting = clupy.parallel(sleepy)(1)
+    call = clupy.parallel(lambda data, _: sum(data))(made, waiting)
+    made.result(PATIENCE)[:] = b"x" * (1 << 20)           # not before it is there: what the call gets is that of then, or of now
+    assert call.result(PATIENCE) in (0, ord("x") << 20)
+    waiting, made = clupy.parallel(sleepy)(0.2), clupy.parallel(bytearray)(1 << 20)
+    assert clupy.wait_all([made], PATIENCE)
+    call = clupy.parallel(lambda data: sum(data))(made)
+    made.result(PATIENCE)[:] = b"x" * (1 << 20)
+    assert call.result(PATIENCE) == 0
+
+
+def test_a_call_fails_with_what_its_arguments_wait_for_and_takes_no_slot_meanwhile():
+    broken = clupy.parallel(fails)("on purpose")
+    last = clupy.parallel(square)(clupy.parallel(square)(broken))
+    with pytest.raises(clupy.ArgumentFailed, match="square was not called: one of its arguments is the result of square, which failed"):
+        last.result(PATIENCE)
+    first = last.failure.__cause__
+    assert "result of fails, which failed: ValueError: on purpose" in str(first) and type(first.__cause__) is ValueError
+    long = [clupy.parallel(time.sleep)(60) for _ in range(clupy.slots())]
+    waiting = [clupy.parallel(square)(long[0]) for _ in range(20)]
+    assert all(not call.done() for call in waiting)
+    waiting[0].cancel()
+    assert waiting[0].cancelled() and not long[0].done()
+    long[0].cancel()                                      # what waits for it is cancelled with it
+    assert clupy.wait_all(waiting, PATIENCE) and all(call.cancelled() for call in waiting)
+    assert clupy.parallel(square)(5).result(PATIENCE) == 25
+    with pytest.raises(pickle.PicklingError, match=r"argument 2 \('value'\), a _thread.lock"):
+        clupy.parallel(sleepy)(long[1], threading.Lock()).result(PATIENCE)
+
+
+def test_futures_are_arguments_in_calls_too_and_on_other_executors():
+    def chain(length):
+        value = clupy.parallel(square)(2)
+        for _ in range(length):
+            value = clupy.parallel(sum)([value, 1])
+        return value.result()
+    assert clupy.parallel(chain)(5).result(PATIENCE) == 9
+    clupy.close()
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        clupy.connect(executor=pool)
+        assert clupy.parallel(square)(clupy.parallel(square)(3)).result(PATIENCE) == 81
+
+
+def test_a_program_that_ends_while_calls_wait_for_others_says_how_many(tmp_path):
+    done = run_script(tmp_path, """
+        import clupy, time
+        slow = clupy.parallel(time.sleep)(60)
+        waiting = [clupy.parallel(str)(slow) for _ in range(3)]
+    """)
+    assert "ended before 4 of its calls" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def count_and_raise(path, times, error=OSError):
+    """Raises so many times; then it returns how often it was called."""
+    with open(path, "a+") as file:
+        file.write("x")
+        file.seek(0)
+        calls = len(file.read())
+    if calls <= times:
+        raise error(f"call {calls}")
+    return calls
+
+
+def test_an_exception_named_in_retry_on_is_tried_again_within_its_retries(tmp_path):
+    call = clupy.parallel(count_and_raise, retry_on=(OSError, KeyError), retries=3, delay="20ms")
+    assert call(str(tmp_path / "a"), 2).result(PATIENCE) == 3
+    with pytest.raises(FileNotFoundError) as caught:          # a subclass
+        call(str(tmp_path / "b"), 9, FileNotFoundError).result(PATIENCE)
+    assert caught.value.__notes__ == ["count_and_raise was tried 4 times, as retry_on and retries say"]
+    assert (tmp_path / "b").read_text() == "xxxx"
+    with pytest.raises(ValueError):                        # not named
+        call(str(tmp_path / "c"), 9, ValueError).result(PATIENCE)
+    assert (tmp_path / "c").read_text() == "x"
+
+    def inside(path):
+        return clupy.parallel(count_and_raise, retry_on=OSError, delay=0)(path, 1).result()
+    assert clupy.parallel(inside)(str(tmp_path / "d")).result(PATIENCE) == 2
+    future = call(clupy.parallel(str)(tmp_path / "e"), 1)      # whose argument is waited for
+    assert future.result(PATIENCE) == 2
+
+
+def test_deaths_and_exceptions_share_the_retries(tmp_path):
+    def dies_then_raises(path):
+        with open(path, "a+") as file:
+            file.write("x")
+            file.seek(0)
+            calls = len(file.read())
+        if calls % 2:
+            os._exit(1)
+        raise OSError(calls)
+    with pytest.raises(OSError, match="4"):
+        clupy.parallel(dies_then_raises, retry_on=OSError, retries=3, delay=0)(str(tmp_path / "a")).result(PATIENCE)
+    assert (tmp_path / "a").read_text() == "xxxx"
+
+
+def test_a_call_that_waits_to_be_tried_again_can_be_cancelled_and_is_no_failure_yet(tmp_path):
+    before = clupy.failures.calls, clupy.failures.unseen
+    future = clupy.parallel(count_and_raise, retry_on=OSError, delay="1h")(str(tmp_path / "a"), 9)
+    until(lambda: (tmp_path / "a").exists() and len(clupy._engine.held))
+    assert not future.done() and (clupy.failures.calls, clupy.failures.unseen) == before
+    assert future.cancel() and future.cancelled()
+    clupy.close()
+    for wrong in ({"retry_on": 3}, {"retry_on": (OSError, "x")}, {"retry_on": OSError, "delay": -1}):
+        with pytest.raises((TypeError, ValueError), match="retry_on|delay"):
+            clupy.parallel(square, **wrong)
+
+
+def test_connect_and_slots_say_what_there_is(tmp_path):
+    assert repr(clupy.connect(slots=3)) == "3 cores of this machine" and clupy.slots() == 3
+    assert clupy.parallel(clupy.slots)().result(PATIENCE) == 3
+    clupy.close()
+    with Cluster(tmp_path, servers=2) as cluster:
+        assert repr(clupy.connect(cluster.address)) == f"2 servers, 4 slots at {cluster.address}"
+        cluster.servers[0].process.terminate()
+        until(lambda: clupy.slots() == 2)
+        assert clupy.connect(cluster.address) == (1, 2, cluster.address)
+    clupy.close()
+    with concurrent.futures.ThreadPoolExecutor(5) as pool:
+        assert clupy.connect(executor=pool) is pool and clupy.slots() == 5
+
+
+def test_everywhere_runs_a_function_once_on_each_server(tmp_path):
+    with Cluster(tmp_path, servers=3, slots=1) as cluster:
+        clupy.connect(cluster.address)
+        parents = clupy.everywhere(os.getppid)
+        assert clupy.wait_all(parents.values(), PATIENCE)
+        assert {future.value for future in parents.values()} == {server.process.pid for server in cluster.servers}
+        busy = [clupy.parallel(sleepy)(0.1) for _ in range(30)]
+        assert {f.result(PATIENCE) for f in clupy.everywhere(pow, 2, 5).values()} == {32}
+        dead = clupy.everywhere(os._exit, 3)
+        assert clupy.wait_all(dead.values(), PATIENCE) and len(dead) == 3
+        assert all("try 1 of 1" in str(future.failure) for future in dead.values())
+        assert clupy.wait_all(busy, PATIENCE) and all(future.successful for future in busy)
+        with pytest.raises(clupy.ClupyError, match="works in the program"):
+            clupy.parallel(clupy.everywhere)(os.getpid).result(PATIENCE)
+        waiting = clupy.everywhere(time.sleep, 60)
+        cluster.servers[0].process.kill()
+        until(lambda: sum(future.done() for future in waiting.values()) == 1)
+        assert [type(future.failure) for future in waiting.values() if future.done()] == [clupy.WorkerDied]
+        for future in waiting.values():
+            future.cancel()
 
 
 def test_one_argument_that_cannot_be_pickled_spoils_one_result():
