@@ -3106,8 +3106,12 @@ class BaseEngine:
                 call.cancel()
 
     def settle(self, limit):
-        """Wait until no call of this limit is unfinished."""
-        concurrent.futures.wait([call for call in self.calls() if call._limit == limit])
+        """Wait until no call of this limit is unfinished, and their callbacks have run."""
+        calls, ended = [call for call in self.calls() if call._limit == limit], threading.Semaphore(0)
+        for call in calls:
+            call.add_done_callback(lambda _: ended.release())
+        for _ in calls:
+            ended.acquire()
 
     def services(self, patience):
         """What a master says of Redis and ZooKeeper, waited for `patience` seconds; {}: there is none that could."""
@@ -5161,9 +5165,14 @@ class Executor(concurrent.futures.Executor):
 
     max_workers: how many run at once; None: as many as there are slots; an embedded cluster gets that many workers.
     master: as for connect(); None: the cluster of this process.  initializer(*initargs): run once in every worker
-    before its first call of this executor; where it raises, the calls there fail with BrokenExecutor."""
+    before its first call of this executor; where it raises, the calls there fail with BrokenExecutor.  The program's end
+    waits for its calls, as for those of the standard executors."""
+
+    _shut_by_end = False                          # of all: the program has begun to end
 
     def __init__(self, max_workers=None, master=None, initializer=None, initargs=()):
+        if max_workers is not None and max_workers <= 0:
+            raise ValueError(f"max_workers must be greater than 0, or None, not {max_workers}")
         max_workers = _whole("max_workers", max_workers, 1)
         if initializer is not None and not callable(initializer):
             raise TypeError(f"initializer must be a function, not {type(initializer).__name__}")
@@ -5172,13 +5181,18 @@ class Executor(concurrent.futures.Executor):
         self._limit = ("executor", os.urandom(8).hex()), max_workers
         _executors.add(self)
         self._setup = None if initializer is None else capture(functools.partial(initializer, *initargs))
-        self._shut = False
+        self._shut = False                        # shutdown() was called
         if max_workers:
             self._engine.grow(max_workers)
 
+    @property
+    def _max_workers(self):
+        """As the standard executors have it: dask and others ask for it."""
+        return self._limit[1] or self._engine.join().slots
+
     def submit(self, fn, /, *args, **kwargs):
-        if self._shut:
-            raise RuntimeError("cannot submit a call after shutdown()")
+        if self._shut or self._shut_by_end:
+            raise RuntimeError(f"cannot submit a call after {'shutdown()' if self._shut else 'the program has begun to end'}")
         if self._engine is None:                  # this process was forked off
             if self._own_engine:
                 raise RuntimeError("this Executor has a cluster of the process that made it; make one here")
@@ -5201,10 +5215,32 @@ class Executor(concurrent.futures.Executor):
         elif self._own_engine:
             threads.run(self._end)
 
+    def kill_workers(self):
+        """Shut down at once: calls that wait and calls that run are cancelled."""
+        self.shutdown(wait=False, cancel_futures=True)
+        for call in self._engine.calls() if self._engine else ():
+            if call._limit == self._limit:
+                call.cancel()
+
+    terminate_workers = kill_workers
+
     def _end(self):
         self._engine.settle(self._limit)
         if self._own_engine:
             self._engine.close()
+
+    @classmethod
+    def _end_all(cls):
+        """At the program's end, before its threads are."""
+        cls._shut_by_end = True
+        with contextlib.suppress(KeyboardInterrupt):       # whoever presses Ctrl-C does not want to wait: _at_exit cancels
+            for executor in list(_executors):
+                if executor._engine is not None:
+                    executor._engine.settle(executor._limit)
+
+
+# As concurrent.futures does it: later, at atexit, no callback can have a thread any more.
+threading._register_atexit(Executor._end_all)
 
 
 class ExecutorEngine(BaseEngine):

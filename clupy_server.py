@@ -463,9 +463,9 @@ def work(arguments):
         stream.reconfigure(line_buffering=True)
     note_client_classes()                          # imports cloudpickle, too, which nearly every client needs
     board = mmap.mmap(given["board"], mmap.PAGESIZE)
-    channel = socket.socket(fileno=given["channel"])
-    channel.send(b"r")
-    slot = receive_slot(channel)
+    with socket.socket(fileno=given["channel"]) as channel:
+        channel.send(b"r")
+        slot = receive_slot(channel)
     if slot:
         live_by(lambda: Worker(board, given["memory_limit"], *slot).run())
 

@@ -469,6 +469,59 @@ def test_everywhere_runs_a_function_once_on_each_server(tmp_path):
             future.cancel()
 
 
+def test_the_program_s_end_waits_for_an_executor_s_calls_but_not_for_others(tmp_path):
+    done = run_script(tmp_path, """
+        import atexit, clupy, time
+        executor = clupy.Executor(2)
+        @atexit.register
+        def late():
+            print("late", future.done(), future.result())
+            try:
+                executor.submit(abs, 1)
+            except RuntimeError as error:
+                print(error)
+        future = executor.submit(str, executor.submit(time.sleep, 1))
+        future.add_done_callback(lambda done: print("called back"))
+        other = clupy.parallel(time.sleep)(100)
+    """)
+    assert done.stdout.splitlines() == ["called back", "late True None", "cannot submit a call after the program has begun to end"]
+    assert done.stderr.splitlines() == ["the program ended before 1 of its calls; clupy.wait_all() waits for them"]
+
+
+def test_ctrl_c_ends_the_wait_for_an_executor_at_the_program_s_end(tmp_path):
+    (tmp_path / "script.py").write_text("import clupy, time\n"
+                                        "future = clupy.Executor(2).submit(time.sleep, 100)\n"
+                                        "print(clupy.parallel(abs)(-1).result(), flush=True)\n")
+    with Program(tmp_path, "script.py") as program:
+        until(lambda: program.out.read_text() == "1\n")
+        time.sleep(0.3)                                   # into the end, or not: both must end
+        program.process.send_signal(signal.SIGINT)
+        program.process.wait(PATIENCE)
+
+
+def test_an_executor_kills_its_workers_and_says_how_many_it_may_have():
+    executor = clupy.Executor(2)
+    other = clupy.parallel(sleepy)(1, "untouched")
+    calls = [executor.submit(time.sleep, 100) for _ in range(5)]
+    assert executor._max_workers == 2 and clupy.Executor()._max_workers == clupy.slots()
+    executor.kill_workers()
+    assert all(call.cancelled() for call in calls) and other.result(PATIENCE) == "untouched"
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        executor.submit(abs, 1)
+    with pytest.raises(ValueError, match="max_workers must be greater than 0"):
+        clupy.Executor(0)
+
+
+def test_a_worker_ends_without_a_word_also_where_all_warnings_are_shown(tmp_path):
+    done = run_script(tmp_path, """
+        import warnings
+        warnings.simplefilter("default")
+        import clupy
+        print(clupy.parallel(abs)(-1).result())
+    """)
+    assert (done.stdout, done.stderr) == ("1\n", "")
+
+
 def test_one_argument_that_cannot_be_pickled_spoils_one_result():
     results = [clupy.parallel(square)(x) for x in (1, threading.Lock(), 3)]
     assert clupy.wait_all(results, time_out=PATIENCE)
