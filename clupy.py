@@ -174,6 +174,7 @@ __version__ = "0.1.0"
 # are details, of which a worker (clupy_server.py) uses some and sets _engine, _sender and _note_session.
 __all__ = [
     "connect", "close", "parallel", "wait_all", "as_completed", "everywhere", "slots", "Future", "Executor", "Cluster",   # calls
+    "register_joblib",
     "configure", "put", "get", "add", "update", "delete", "exists", "keys", "shared", "share", "Ref",             # data
     "counter", "Counter", "queue", "Queue", "publish", "subscribe", "Subscription",
     "lock", "semaphore", "election", "Election", "barrier", "event", "Event", "LockLost",                       # coordination
@@ -2382,14 +2383,17 @@ def _shadowing():
     return found & sys.stdlib_module_names
 
 
-def surroundings():
+def surroundings(on_this_machine):
     """What the program has set for all of its code, and a worker sets for its calls, too: (its filters of warnings, those of
-    built-in categories; {name of a logger: level}; whether the root logger shows what is logged)."""
+    built-in categories; {name of a logger: level}; whether the root logger shows what is logged; multiprocessing's key, by
+    which a call may use what a Manager of the program's gave it: None to another machine, or without multiprocessing)."""
     filters = [(action, getattr(message, "pattern", message) or "", category.__name__, getattr(module, "pattern", module) or "",
                 line) for action, message, category, module, line in list(warnings.filters) if category.__module__ == "builtins"]
     loggers = {**logging.root.manager.loggerDict, "": logging.root}
     levels = {name: int(level) for name, logger in loggers.items() if (level := getattr(logger, "level", logging.NOTSET))}
-    return filters, levels, logging.root.hasHandlers()
+    key = bytes(sys.modules["multiprocessing.process"].current_process().authkey) if (
+        on_this_machine and "multiprocessing.process" in sys.modules) else None
+    return filters, levels, logging.root.hasHandlers(), key
 
 
 def _spec_of(name):
@@ -2954,6 +2958,7 @@ class Future(concurrent.futures.Future):
     def _run_handlers(self):
         """Run handlers until none is left, those that are added meanwhile, too."""
         _handling.future = self
+        threading.current_thread().clupy_call = self._outer                    # in a worker, see clupy_server.follow_threads
         while entries := self._handlers:
             for succeeded, handler in entries:
                 if self._succeeded() is succeeded:
@@ -2981,6 +2986,7 @@ class Future(concurrent.futures.Future):
 
     def _after(self, handle):
         """What user code wants to do now that it is done; in a thread that may block."""
+        threading.current_thread().clupy_call = self._outer                    # what it calls belongs to who made this call
         try:
             self._invoke_callbacks()
         finally:
@@ -4162,7 +4168,7 @@ class Pool:
             except BaseException:
                 sock.close()
                 raise
-            slot.send("opening", own_modules(), surroundings())
+            slot.send("opening", own_modules(), surroundings(self._engine.embedded is not None))
         except Exception as error:                # whatever it is, the calls must not wait for this slot
             self._not_opened(slot, error)
 
@@ -5241,6 +5247,11 @@ class Executor(concurrent.futures.Executor):
 
 # As concurrent.futures does it: later, at atexit, no callback can have a thread any more.
 threading._register_atexit(Executor._end_all)
+
+
+def register_joblib():
+    """Let joblib, and with it scikit-learn, run in the cluster: `with joblib.parallel_config(backend="clupy"): ...`"""
+    clupy_master.register_joblib()
 
 
 class ExecutorEngine(BaseEngine):

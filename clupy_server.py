@@ -329,7 +329,7 @@ def use_script(fetch):
     sys.modules["__main__"].__class__ = Main
 
 
-def use_surroundings(filters, levels, shows):
+def use_surroundings(filters, levels, shows, key):
     """Set for this process what its client has set for itself: clupy.surroundings."""
     warnings.resetwarnings()
     for action, message, category, module, line in filters:
@@ -338,6 +338,8 @@ def use_surroundings(filters, levels, shows):
         logging.getLogger(name).setLevel(level)
     if shows:
         logging.basicConfig()
+    if key:
+        importlib.import_module("multiprocessing.process").current_process().authkey = key
 
 
 # ==== Worker: the processes that calls start =================================

@@ -1004,6 +1004,99 @@ def test_a_function_that_returns_one_buffer_again_and_again_gives_each_result_it
     assert [set(result.result(PATIENCE)) for result in results] == [{n} for n in range(100)]
 
 
+# ==== joblib, scikit-learn, multiprocessing's managers ========================
+
+@pytest.fixture
+def joblib_on_clupy():
+    joblib = importlib.import_module("joblib")
+    clupy.register_joblib()
+    with joblib.parallel_config(backend="clupy"):
+        yield joblib
+
+
+def test_joblib_runs_in_the_cluster(joblib_on_clupy):
+    joblib = joblib_on_clupy
+    assert joblib.effective_n_jobs(-1) == clupy.slots()
+    calls = [joblib.delayed(square)(n) for n in range(2000)]
+    assert joblib.Parallel()(calls) == [n * n for n in range(2000)]
+    assert os.getpid() not in joblib.Parallel()(joblib.delayed(os.getpid)() for _ in range(4))
+    results = joblib.Parallel(return_as="generator")(calls[:10])
+    assert next(results) == 0 and list(results) == [n * n for n in range(1, 10)]
+    with pytest.raises(ValueError, match="on purpose"):
+        joblib.Parallel()([joblib.delayed(fails)("on purpose")] + [joblib.delayed(time.sleep)(60) for _ in range(10)])
+    assert joblib.Parallel()(calls[:3]) == [0, 1, 4]          # its workers were killed, others took their place
+
+
+def test_joblib_inside_joblib_uses_the_cluster_too(joblib_on_clupy):
+    joblib = joblib_on_clupy
+
+    def inner(n):
+        found = joblib.Parallel(n_jobs=2)(joblib.delayed(os.getpid)() for _ in range(n))
+        return os.getpid() not in found
+    assert all(joblib.Parallel(n_jobs=2)(joblib.delayed(inner)(n) for n in range(1, 5)))
+
+
+def test_joblib_shares_large_arrays_and_drops_them_after(joblib_on_clupy):
+    numpy = importlib.import_module("numpy")
+    joblib, array = joblib_on_clupy, numpy.ones(1_000_000)
+
+    def looks(array, n):
+        return bool(array.flags.writeable), float(array[n])
+    found = joblib.Parallel()(joblib.delayed(looks)(array, n) for n in range(40))
+    assert found == [(False, 1.0)] * 40                    # one copy for all
+    until(lambda: not clupy.served)
+
+
+def test_joblib_bounds_threads_and_runs_initializers(joblib_on_clupy):
+    joblib = joblib_on_clupy
+
+    def threads():
+        import threadpoolctl
+        import numpy                                      # noqa: F401, its BLAS has threads
+        return [library["num_threads"] for library in threadpoolctl.threadpool_info()]
+
+    def setup(value):
+        os.environ["SET_UP"] = value
+    with joblib.parallel_config(backend="clupy", inner_max_num_threads=1):
+        assert all(set(found) == {1} for found in joblib.Parallel()(joblib.delayed(threads)() for _ in range(2)))
+    names = joblib.Parallel(initializer=setup, initargs=("yes",))(joblib.delayed(os.getenv)("SET_UP") for _ in range(3))
+    assert names == ["yes"] * 3
+
+
+def test_scikit_learn_gives_the_same_on_clupy_as_on_loky():
+    joblib = importlib.import_module("joblib")
+    model_selection, ensemble = (importlib.import_module(f"sklearn.{name}") for name in ("model_selection", "ensemble"))
+    X, y = importlib.import_module("sklearn.datasets").load_iris(return_X_y=True)
+    clupy.register_joblib()
+
+    def fitted():
+        search = model_selection.GridSearchCV(ensemble.RandomForestClassifier(5, random_state=0), {"max_depth": [1, 3]}, cv=2)
+        forest = ensemble.RandomForestClassifier(10, random_state=0, n_jobs=2).fit(X, y)
+        search.fit(X, y)
+        return search.best_params_, search.cv_results_["mean_test_score"].tolist(), forest.predict_proba(X).tolist()
+    alone = fitted()
+    with joblib.parallel_config(backend="clupy", n_jobs=2):
+        assert fitted() == alone
+
+
+def test_a_manager_of_multiprocessing_can_be_used_in_calls():
+    with multiprocessing.get_context("fork").Manager() as manager:
+        squares = manager.dict()
+        assert clupy.wait_all([clupy.parallel(squares.__setitem__)(n, n * n) for n in range(4)], PATIENCE)
+        assert dict(squares) == {0: 0, 1: 1, 2: 4, 3: 9}
+
+
+def test_what_a_callback_calls_belongs_to_the_call_that_it_is_for():
+    """Also where its thread has run callbacks of another call before."""
+    def outer(n):
+        chained = concurrent.futures.Future()
+        clupy.parallel(square)(n).add_done_callback(
+            lambda done: clupy.parallel(square)(done.result()).add_done_callback(lambda last: chained.set_result(last.result())))
+        return chained.result(20)
+    with clupy.Executor(1) as executor:
+        assert list(executor.map(outer, range(4))) == [0, 1, 16, 81]
+
+
 # ==== A cluster of several processes =========================================
 
 CALLS = """
