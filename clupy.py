@@ -213,8 +213,13 @@ SEND_PIECE = 256 << 10            # given to asyncio at once, which may copy wha
 HUGE = 4 << 20                    # from which on memory is asked of the kernel in huge pages; less wastes half-filled ones
 LARGE = 64 << 10                  # from which on a buffer travels beside the pickle; below, copying is cheaper
 UNSEEN_OUTPUT = 64 << 10          # of output on its way to a client; beyond, lines are dropped and counted; more is memory
-MAP_AHEAD = 4096                  # calls of one `map` under way before their results are taken; more is memory, less idles
+MAP_AHEAD = 4096                  # calls of one `map` made before their results are taken; more is memory, less idles
 MAP_BYTES = 256 << 20             # ... and bytes of their arguments
+MAP_READ = 10_000                 # items that are read of a slow source before they are sent; more is memory
+CHUNK_TIME = 0.004                # seconds of work of `map` that go into one call; more is waiting, less is a call's price
+CHUNK_ITEMS = 5000                # ... and items
+CHUNK_BYTES = 1 << 20             # ... and bytes of their arguments
+PART_TIME = 0.01                  # after so long a chunk's results so far are sent; more holds them back, less is messages
 REPEATED_BYTES = 1 << 20          # of one argument, and calls that are given it, before share() is advised; less is noise
 REPEATED_CALLS = 10
 
@@ -632,6 +637,8 @@ def find_secret(settings, create=False):
 #                             (name, setup: an initializer's payload or None))
 # worker -> client  results   [(number, succeeded, plain value or          -
 #                             payload)], seconds that they took
+# worker -> client  part      number of a call under way, that of its first -
+#                             result of these, how many, their payload
 # client -> worker  recall    -                                            returned    none: they stay sent
 # worker -> client  returned  [numbers]                                    -
 # worker -> client  fetch     request, what (a key of FETCHES), its fields  fetched    the slot ends
@@ -640,7 +647,7 @@ def find_secret(settings, create=False):
 # worker -> client  nested    [(number, parent, function id, arguments,    results     the slot's end
 #                             time-out, retries, (key, max) or None)],
 #                             {function id: (payload, name, setup) or None: drop it}
-# client -> worker  results   [(number, succeeded, plain value or payload)] of nested calls
+# client -> worker  results   [(number, succeeded, plain value or payload)] of nested calls; also part
 # worker -> client  forget    [numbers of nested calls]                    -
 #
 # Kind `share` is answered by the method `on_share` of the class that owns the receiver's state.
@@ -2772,6 +2779,7 @@ class Future(concurrent.futures.Future):
     _handled = None               # Event that all handlers have run; None: there never was one
     _parent = _outer = None       # a nested call: (Slot, its number there), number of the call that made it
     _place = None                 # the queue of the one server that may run it, see ServerLink; None: any may
+    _sink = None                  # what is given parts of the result before it: (first, how many, payload); from the loop
     _slot = None                  # the Slot that it was sent to, kept after its outcome; None: it waits (see is_waiting)
     _sent_at = 0.0                # when it was sent there
     _took = None                  # seconds from then to its outcome
@@ -3073,6 +3081,8 @@ class BaseEngine:
     nested = False                                # it is a worker's, whose client alone is connected to a cluster
     settings = None                               # Settings of its own; None: it has none
     executor = None                               # the other executor that runs its calls
+    capacity = 0                                  # slots that there may be, as far as is known
+    where = ""                                    # in a worker: "server pid"
     said = None                                   # {key: value} that a master said of Redis and ZooKeeper last
 
     def __init__(self):
@@ -3112,12 +3122,13 @@ class BaseEngine:
                 call.cancel()
 
     def settle(self, limit):
-        """Wait until no call of this limit is unfinished, and their callbacks have run."""
-        calls, ended = [call for call in self.calls() if call._limit == limit], threading.Semaphore(0)
-        for call in calls:
-            call.add_done_callback(lambda _: ended.release())
-        for _ in calls:
-            ended.acquire()
+        """Wait until no call of this limit is unfinished, and their callbacks have run, which may make more."""
+        ended = threading.Semaphore(0)
+        while calls := [call for call in self.calls() if call._limit == limit]:
+            for call in calls:
+                call.add_done_callback(lambda _: ended.release())
+            for _ in calls:
+                ended.acquire()
 
     def services(self, patience):
         """What a master says of Redis and ZooKeeper, waited for `patience` seconds; {}: there is none that could."""
@@ -3126,6 +3137,10 @@ class BaseEngine:
     def join(self):
         """The Cluster, waited for."""
         raise NotImplementedError
+
+    def begin_part(self, results):
+        """The _Part of a chunk that begins in this thread."""
+        return _Part(results)
 
     def places(self):
         """{server: the `_place` of a call that it alone is to run}."""
@@ -3564,6 +3579,14 @@ class Slot:
 
     def on_results(self, _, results, seconds):
         self.engine.feeder.take_results(self, results, seconds)
+
+    def on_part(self, _, number, first, count, results):
+        if call := self.calls.get(number):
+            if call._parent:
+                slot, number = call._parent
+                slot.send("part", number, first, count, forwarded(results))
+            elif call._sink:
+                call._sink(first, count, results)
 
     def on_returned(self, _, numbers):
         self.engine.feeder.take_back(self, numbers)
@@ -4537,6 +4560,10 @@ class Engine(BaseEngine):
     def grow(self, slots):
         self.soon(self._grow, slots)
 
+    @property
+    def capacity(self):
+        return self.master_side.size[1]
+
     def join(self):
         """Wait until a master has answered: the Cluster.  Raises MasterUnreachable, or why no master can be ours."""
         patience = self.settings.patience
@@ -4911,9 +4938,9 @@ def _whole(name, value, least):
     return int(value)
 
 
-def start(engine, func, function, args, kwargs, timeout, retries, limit, place=None):
+def start(engine, func, function, args, kwargs, timeout, retries, limit, place=None, sink=None):
     """The Future of a new call; one whose arguments cannot be pickled has that for its outcome already."""
-    if not kwargs and place is None:
+    if not kwargs and place is None and sink is None:
         for value in args:
             if type(value) not in PLAIN:
                 break
@@ -4922,7 +4949,7 @@ def start(engine, func, function, args, kwargs, timeout, retries, limit, place=N
             engine.submit(call)
             return call
     call = Future(engine, function, None, timeout, retries, limit)
-    call._place = place
+    call._place, call._sink = place, sink
     try:
         call._arguments, call._refs = pack_arguments(function.name, args, kwargs, func)
     except Exception as error:                    # one bad call among a hundred spoils one result
@@ -5115,55 +5142,403 @@ def as_completed(results, time_out=None):
         raise
 
 
+# ---- map: results of many items, in their order
+#
+#      iterables --- _Items ---> chunks, each a call ---> their results, in order ---> what the program takes
+#                                   ^          |
+#                                   +----------+  given back, or again one by one
+#
+# A chunk has as many items as are CHUNK_TIME of work.  If it takes longer than PART_TIME, its worker sends what it has, and
+# gives back what it has not begun: so a slow item holds up only what comes after it, and nothing is done twice.  Where a
+# chunk's call itself fails (its worker died, an argument cannot be pickled), its items are made calls one by one, so that only
+# those at fault fail.
+
+class _InChunks(Wrapper):
+    """func, called for each of several items in one call.  spread: an item is a tuple of arguments, else the only one."""
+
+    def __init__(self, func, spread):
+        self.func, self.spread, self.__qualname__ = func, spread, _function_name(func)
+
+    def __call__(self, items, gives_back):
+        """(number of the first result, results, failure of the item after them or None, items done, seconds); results before
+        the first were sent already."""
+        results, failure, begun = [], None, time.perf_counter()
+        func = self._spread if self.spread else self.func
+        part = _engine.begin_part(results) if _engine else _Part(results)
+        late = part.late
+        try:
+            for item in items:
+                if late and gives_back and results:
+                    break
+                value = func(item)
+                results.append(value if type(value) in PLAIN else _packed_item(value))
+        except BaseException as error:            # the outcome of an item, whatever the user's code raised
+            failure = pack_exception(error, 1, _engine.where if _engine else "")
+        first, rest = part.close()
+        return first, rest, failure, len(results) + (failure is not None), time.perf_counter() - begun
+
+    def _spread(self, item):
+        return self.func(*item)
+
+
+def _packed_item(value):
+    """A result as it is now: the next item may change it."""
+    if inspect.iscoroutine(value):
+        value = asyncio.run(value)
+    return _Instead(_opened_item, forwarded(pack(value, _result_pickler)))
+
+
+def _opened_item(payload):
+    try:
+        return unpack(payload)
+    except Exception as error:                    # whatever a user's __setstate__ raises
+        return _Unreadable(error)
+
+
+class _Unreadable:
+    """Stands for a result that cannot be unpickled here."""
+
+    def __init__(self, error):
+        self.error = error
+
+
+class _Part:
+    """The results of a chunk under way, of which those that are there may be sent before the others."""
+
+    def __init__(self, results):
+        self._results, self._sent, self._lock = results, 0, threading.Lock()
+        self.late = []                            # not empty: it takes long
+        self.over = False
+
+    def take(self):
+        """(number of the first, how many, their payload) of the results that were not sent yet; None: there are none."""
+        with self._lock:
+            if self.over:
+                return None
+            self.late.append(True)
+            first, results = self._sent, self._results[self._sent:]
+            if not results:
+                return None
+            self._sent += len(results)
+            return first, len(results), pack_result(results)
+
+    def close(self):
+        """(number of the first, results) of those that were not sent; no more are."""
+        with self._lock:
+            self.over, results, self._results = True, self._results[self._sent:], None
+            return self._sent, results
+
+
+_STILL = (list, tuple, range, str, bytes, bytearray, dict, set, frozenset)        # to iterate over these runs nobody's code
+
+
+def _is_plain(value):
+    """Whether it cannot change, and so may be pickled later."""
+    return type(value) in PLAIN or type(value) is tuple and all(_is_plain(inner) for inner in value)
+
+
+class _Items:
+    """The items of a map's iterables: of one, or tuples of several's.  They are read at once where nobody's code runs for that,
+    else by `read` in a thread, since one may be long in coming."""
+
+    def __init__(self, iterables, func):
+        self.spread = len(iterables) != 1
+        self._source, self._func = zip(*iterables) if self.spread else iter(iterables[0]), func
+        self.still = all(type(each) in _STILL or type(each).__module__ == "numpy" for each in iterables)
+        self.left = min((len(each) for each in iterables), default=0) if self.still else math.inf
+        self._read = collections.deque()
+        self._over = False                        # `read` is
+        self.error = None                         # what an iterable raised after them
+
+    @property
+    def ended(self):
+        return not self.left or self._over and not self._read
+
+    def __len__(self):
+        """How many can be taken now."""
+        return self.left if self.still else len(self._read)
+
+    def take(self, count):
+        """The next items, at most so many."""
+        if self.still:
+            items = list(itertools.islice(self._source, count))
+            self.left -= len(items)
+            return items
+        items = []
+        while self._read and len(items) < count:
+            if type(self._read[0]) is _Alone:
+                return items or [self._read.popleft().item]
+            items.append(self._read.popleft())
+        return items
+
+    def read(self, then):
+        """Read them all; then() after each says whether to go on.  An item is pickled at once: the next one may change it."""
+        try:
+            for item in self._source:
+                self._read.append(item if _is_plain(item) else self._packed(item))
+                if not then():
+                    return
+        except BaseException as error:            # raised where its item would be
+            self.error = error
+        finally:
+            self._over = True
+            then()
+
+    def _packed(self, item):
+        try:
+            payload, met = self.packed(item)
+        except pickle.PicklingError:
+            return _Alone(item)                   # which says so when it is made a call
+        return _Alone(item) if any(isinstance(one, Future) for one in met) else _PackedItem(payload, met, self.spread)
+
+    def packed(self, item):
+        """pack_arguments of an item."""
+        return pack_arguments(_function_name(self._func), item if self.spread else (item,), {}, self._func)
+
+
+class _Alone:
+    """An item that is a call by itself."""
+
+    def __init__(self, item):
+        self.item = item
+
+
+class _PackedItem:
+    """Stands for an item that may have changed since it was pickled."""
+
+    def __init__(self, payload, refs, spread):
+        self.payload, self.refs, self.spread = payload, refs, spread           # the refs live as long
+
+    def __reduce__(self):
+        return _unpacked_item, (forwarded(self.payload), self.spread)
+
+
+def _unpacked_item(payload, spread):
+    args, _ = unpack(payload)
+    return args if spread else args[0]
+
+
+class _Chunk:
+    """Items that are one call."""
+
+    def __init__(self, items):
+        self.items = items
+        self.call = None                          # the Future of it
+        self.size = 0                             # bytes of the arguments
+        self.parts = collections.deque()          # (number of the first result, results or their payload)
+        self.got = 0                              # results that came in parts
+        self.taken = 0                            # results that the program has
+        self.rest = []                            # the chunks that take its place for what it has not done
+        self.failure = None                       # an exception, or its payload, after the results
+        self.over = False
+
+    def take_part(self, first, count, payload):
+        self.parts.append((first, payload))
+        self.got = max(self.got, first + count)
+
+
+class _Map:
+    """One map.  `_send` makes calls, in whatever thread: the program's, a reader's or a callback's; `results` gives what comes of
+    them to the program."""
+
+    def __init__(self, make, func, iterables, size=None, eager=False, room=None):
+        """make(engine, tries lost) -> a function that makes a call of a chunk.  size: items of a chunk; None: as measured.
+        eager: all are sent at once.  room: how many items may be read and not taken; None: as the constants say."""
+        self._make, self._size, self._eager, self._room = make, size, eager, room or math.inf
+        self._engine = self._run = self._again = None              # _again: for the items of a chunk that has lost a try
+        self._items = _Items(iterables, func)
+        self._chunks = collections.deque()        # in order; the first is the one of which the next result is
+        self._changed = threading.Condition()     # for all below, and for what is in the chunks
+        self._sending = threading.Lock()          # held by the thread that takes items and makes calls of them
+        self._under_way = self._ahead = self._bytes = 0         # chunks; items that are not taken; bytes of their arguments
+        self._seconds = None                      # that an item takes
+        self._item_bytes = None                   # of its arguments, at most
+        self._closed = False
+
+    def begin(self, engine):
+        self._engine, self._run, self._again = engine, self._make(engine, 0), self._make(engine, 1)
+        if not self._items.still:
+            threading.Thread(target=self._items.read, args=(self._after_item,), name="clupy-map", daemon=True).start()
+        self._send()
+
+    # -- sending
+
+    def _slots(self):
+        return max(self._engine.capacity, 4)
+
+    def _count(self):
+        """How many items the next chunk may have."""
+        if self._size:
+            return self._size
+        if self._item_bytes is None:
+            return 1
+        count = CHUNK_ITEMS if self._seconds is None else max(1, min(int(CHUNK_TIME / self._seconds), CHUNK_ITEMS))
+        if self._items.still:                     # so that all slots have something to do to the end
+            count = min(count, -(-self._items.left // (8 * self._slots())))
+        return max(1, min(count, int(CHUNK_BYTES / self._item_bytes), self._room - self._ahead))
+
+    def _may_send(self):
+        return len(self._items) and not self._closed and (self._eager or (
+            self._under_way < 3 * self._slots() and len(self._chunks) < MAP_AHEAD and self._bytes < MAP_BYTES
+            and self._ahead < self._room))
+
+    def _send(self):
+        """Make calls, as many as may be under way.  If another thread does, it looks once more when it has."""
+        while self._may_send() and self._sending.acquire(blocking=False):
+            try:
+                if items := self._items.take(self._count()):
+                    chunk = _Chunk(items)
+                    self._chunks.append(chunk)
+                    self._start(chunk, self._run)
+                    with self._changed:
+                        self._ahead += len(items)
+                        self._bytes += chunk.size
+                        self._changed.notify_all()
+            finally:
+                self._sending.release()
+
+    def _start(self, chunk, run):
+        with self._changed:
+            self._under_way += 1
+        chunk.call = call = run(chunk)
+        chunk.size = payload_size(call._arguments)
+        self._item_bytes = max(self._item_bytes or 1, chunk.size / len(chunk.items))
+        call.add_done_callback(functools.partial(self._over, chunk))
+
+    def _after_item(self):
+        """Called by the reader after each item; whether it is to go on."""
+        if self._under_way < 3 * self._slots():
+            self._send()
+        if self._items.ended or len(self._items) + self._ahead >= min(self._room, MAP_READ):
+            with self._changed:
+                self._changed.notify_all()
+                while not (self._closed or self._items.ended) and len(self._items) and (
+                        len(self._items) + self._ahead >= min(self._room, MAP_READ)):
+                    self._changed.wait()
+        return not self._closed
+
+    # -- results
+
+    def _over(self, chunk, call):
+        """A chunk's call has its outcome: what is left of it is sent anew."""
+        rest, run, count = [], self._run, 1
+        try:
+            first, results, chunk.failure, done, seconds = call.result()
+            chunk.parts.append((first, results))
+            self._seconds = seconds / done if self._seconds is None else (self._seconds + seconds / done) / 2
+            if chunk.failure is None:
+                rest, count = chunk.items[done:], self._count()
+        except (CancelledError, Closed) as error:
+            chunk.failure = error
+        except BaseException as error:
+            if self._size or len(chunk.items) == 1:
+                chunk.failure = self._of_item(chunk, error)
+            else:
+                rest, run = chunk.items[chunk.got:], self._again
+        if not self._closed:
+            chunk.rest = [_Chunk(rest[start:start + count]) for start in range(0, len(rest), count)]
+            for one in chunk.rest:
+                self._start(one, run)
+        with self._changed:
+            self._under_way -= 1
+            chunk.over = True
+            self._changed.notify_all()
+        self._send()
+
+    def _of_item(self, chunk, error):
+        """The error of a chunk's call; if its only item cannot be pickled, the error that says so of that."""
+        if isinstance(error, pickle.PicklingError) and len(chunk.items) == 1:
+            try:
+                self._items.packed(chunk.items[0])
+            except pickle.PicklingError as problem:
+                return problem
+        return error
+
+    def results(self, deadline=math.inf):
+        """An iterator of the results.  deadline: time.monotonic() at which TimeoutError is raised."""
+        try:
+            while (values := self._next_values(deadline)) is not None:
+                with self._changed:
+                    self._ahead -= len(values)
+                    self._changed.notify_all()
+                self._send()
+                values.reverse()
+                while values:
+                    value = values.pop()
+                    if type(value) is _Unreadable:
+                        raise value.error
+                    yield value
+                    del value
+        finally:
+            self._close()
+
+    def _next_values(self, deadline):
+        """The next results, as they are there; None: there are no more.  Raises what an item, or reading one, raised."""
+        while True:
+            with self._changed:
+                while not ((chunk := self._chunks and self._chunks[0]) and (chunk.parts or chunk.over)
+                           or not chunk and self._items.ended):
+                    if not self._changed.wait(bounded(deadline - time.monotonic())):
+                        raise TimeoutError(f"no result of map within its timeout; {self._ahead} items are under way")
+                if not chunk:
+                    if self._items.error is not None:
+                        raise self._items.error
+                    return None
+            if chunk.parts:
+                first, values = chunk.parts.popleft()
+                values = (unpack(values) if type(values) is not list else values)[chunk.taken - first:]
+                chunk.taken += len(values)
+                if values:
+                    return values
+            elif chunk.failure is not None:
+                raise chunk.failure if isinstance(chunk.failure, BaseException) else unpack(chunk.failure)
+            else:
+                self._bytes -= chunk.size
+                self._chunks.popleft()
+                self._chunks.extendleft(reversed(chunk.rest))
+
+    def _close(self):
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        todo = list(self._chunks)
+        while todo:
+            chunk = todo.pop()
+            todo += chunk.rest
+            if chunk.call:
+                chunk.call.cancel()
+
+
 @_either_spelling
 def map(func, *iterables, max=None, timeout=None, retries=2, chunk_size=None):
     """The results of func over the iterables, in order, as an iterator; they may be of any length, or endless.
 
-    Calls are made ahead of what is taken, MAP_AHEAD at most and MAP_BYTES of arguments.  chunk_size: that many items
-    go into one call (`timeout` bounds them together); None: one, which is right unless an item takes under 10 us.
-    An exception of the function is raised where its result would be; the calls made ahead are cancelled then."""
-    chunk_size = _whole("chunk_size", chunk_size, 1)
-    call = parallel(functools.partial(_run_chunk, func) if chunk_size else func, max=max, timeout=timeout, retries=retries)
-    items = zip(*iterables)
-    batches = iter(lambda: list(itertools.islice(items, chunk_size)), []) if chunk_size else items
-    return _map(call, batches, bool(chunk_size))
+    Several items go into one call, as many as are a few milliseconds of work; a slow one among them holds nothing up.
+    chunk_size: that many, and `timeout` bounds them together; without it, with a timeout or without retries it is one.
+    Calls are made ahead of what is taken.  Lists and the like are read as needed; other iterables by a thread, so that one
+    which is slow, or waits for results, holds nothing up.  An exception of the function, or of an iterable, is raised where
+    its result would be; the calls made ahead are cancelled then."""
+    chunk_size = _whole("chunk_size", chunk_size, 1) or (1 if timeout is not None or not retries else None)
+
+    if not callable(func):
+        raise TypeError(f"map() calls a function, not {type(func).__name__} {func!r}")
+    whole = parallel(_InChunks(func, len(iterables) != 1), max=max, timeout=timeout, retries=retries)
+
+    def make(engine, lost):
+        _, timeout, retries, _ = whole._options
+        return functools.partial(_call_chunk, engine, whole.func, whole._function, not chunk_size, timeout,
+                                 retries if chunk_size else lost and retries - lost, whole._limit)
+    return _lazily(_Map(make, func, iterables, chunk_size))
 
 
-def _run_chunk(func, items):
-    """(results up to the first failure, its exception's payload or None)."""
-    results = []
-    for item in items:
-        try:
-            results.append(func(*item))
-        except Exception as error:
-            return results, pack_exception(error)
-    return results, None
+def _lazily(job):
+    job.begin(_current_engine())
+    yield from job.results()
 
 
-def _map(call, batches, chunked):
-    ahead, size = collections.deque(), 0
-    try:
-        while True:
-            while len(ahead) < MAP_AHEAD and size < MAP_BYTES and (batch := next(batches, None)) is not None:
-                future = call(batch) if chunked else call(*batch)
-                cost = payload_size(future._arguments)
-                ahead.append((future, cost))
-                size += cost
-            if not ahead:
-                return
-            future, cost = ahead.popleft()
-            size -= cost
-            result = future.result()
-            del future
-            if chunked:
-                yield from result[0]
-                if result[1] is not None:
-                    raise unpack(result[1])
-            else:
-                yield result
-    finally:
-        for future, _ in ahead:
-            future.cancel()
+def _call_chunk(engine, func, function, gives_back, timeout, retries, limit, chunk):
+    """The Future of a chunk's call, which brings it parts of its results."""
+    return start(engine, func, function, (chunk.items, gives_back), {}, timeout, retries, limit, sink=chunk.take_part)
 
 
 class Executor(concurrent.futures.Executor):
@@ -5197,6 +5572,29 @@ class Executor(concurrent.futures.Executor):
         return self._limit[1] or self._engine.join().slots
 
     def submit(self, fn, /, *args, **kwargs):
+        return start(self._open_engine(), fn, self._capture(fn), args, kwargs, None, 2, self._limit)
+
+    def map(self, fn, *iterables, timeout=None, chunksize=None, buffersize=None):
+        """As the standard executors' map, buffersize as from Python 3.14 on.  chunksize: items of one call; None: as measured,
+        which is best."""
+        size, room = _whole("chunksize", chunksize, 1), _whole("buffersize", buffersize, 1)
+        engine, func = self._open_engine(), _InChunks(fn, len(iterables) != 1)
+        function, deadline = self._capture(func), _deadline(timeout)
+        if room is None and not _Items(iterables, fn).still:               # as those do, all at once
+            iterables = [*zip(*zip(*iterables))] or [()]
+
+        def make(engine, lost):
+            return functools.partial(_call_chunk, engine, func, function, not size, None, 2 if size else lost, self._limit)
+        job = _Map(make, fn, iterables, size, eager=room is None, room=room)
+        job.begin(engine)
+        return job.results(deadline)
+
+    def _capture(self, fn):
+        function = capture(fn)
+        return function_of(function.payload, function.name, self._setup.payload) if self._setup else function
+
+    def _open_engine(self):
+        """The engine for another call.  Raises RuntimeError if there can be none."""
         if self._shut or self._shut_by_end:
             raise RuntimeError(f"cannot submit a call after {'shutdown()' if self._shut else 'the program has begun to end'}")
         if self._engine is None:                  # this process was forked off
@@ -5205,10 +5603,7 @@ class Executor(concurrent.futures.Executor):
             self._engine = _current_engine()
         elif self._engine.closed:
             raise RuntimeError("cannot submit a call after its cluster was closed; make another Executor")
-        function = capture(fn)
-        if self._setup:
-            function = function_of(function.payload, function.name, self._setup.payload)
-        return start(self._engine, fn, function, args, kwargs, None, 2, self._limit)
+        return self._engine
 
     def shutdown(self, wait=True, *, cancel_futures=False):
         self._shut = True

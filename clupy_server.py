@@ -579,6 +579,39 @@ class Functions:
             return False, clupy.pack_exception(error.with_traceback(None))
 
 
+class Parts:
+    """Sends what is done of a chunk of `map` that takes long: a thread looks every PART_TIME, while chunks run."""
+
+    def __init__(self, worker):
+        self._worker = worker
+        self._now = None                           # (number of the call, its _Part)
+        self._idle, self._wake = None, threading.Semaphore(0)          # whether the thread waits; None: there is none yet
+
+    def begin(self, results):
+        part = clupy._Part(results)
+        self._now = self._worker.current, part
+        if self._idle:
+            self._wake.release()
+        elif self._idle is None:
+            self._idle = False
+            threading.Thread(target=self._run, name="clupy-parts", daemon=True).start()
+        return part
+
+    def _run(self):
+        while True:
+            now = number, part = self._now
+            if part.over:
+                self._idle = True                  # first: `begin` writes `_now`, and looks then
+                if self._now is now:
+                    self._wake.acquire()
+                self._idle = False
+                continue
+            time.sleep(clupy.PART_TIME)
+            if self._now is now and (results := part.take()):
+                with contextlib.suppress(OSError):         # the slot has ended
+                    self._worker.send("part", number, *results)
+
+
 # Who reads the socket?  The two threads of a worker take turns:
 #
 #      main thread      works              while `todo` has something
@@ -616,6 +649,7 @@ class Worker:
         self.busy = 0.0                            # seconds that they took
         self.ended = False                         # the slot is over
         self.nested = NestedCalls(self)
+        self.parts = Parts(self)
         self.requests = {}                         # {request: queue for its answer}
         self.idle = False                          # whether the main thread has nothing to do
         self._reading = threading.Lock()           # held by the thread that reads
@@ -827,6 +861,9 @@ class Worker:
     def on_results(self, _, results):
         self.nested.take_results(results)
 
+    def on_part(self, _, number, first, count, results):
+        self.nested.take_part(number, first, count, results)
+
 
 def follow_threads(worker):
     """Have every thread, and what is given to a pool of threads, belong to the call that started or gave it.
@@ -935,6 +972,18 @@ class NestedCalls(clupy.BaseEngine):
         self._numbers = itertools.count(1)
         self._known = clupy.Known()                # the functions that the client has
         self._sending = threading.Lock()           # so that no call overtakes its function
+
+    @property
+    def where(self):
+        return f"{self._worker.server} {self._worker.pid}"
+
+    def begin_part(self, results):
+        return self._worker.parts.begin(results)
+
+    def take_part(self, number, first, count, results):
+        call = self._calls.get(number)
+        if call is not None and call._sink:
+            call._sink(first, count, results)
 
     def join(self):
         return clupy.Cluster(None, self._worker.fetch("slots"), None)

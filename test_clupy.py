@@ -27,6 +27,7 @@ import mmap
 import operator
 import os
 import pickle
+import queue
 import random
 import re
 import resource
@@ -731,10 +732,145 @@ def test_map_is_ordered_lazy_and_takes_endless_input():
     taken = []
     squares = clupy.map(square, endless())
     assert [next(squares) for _ in range(1000)] == [n * n for n in range(1000)]
-    assert len(taken) < 1000 + 2 * clupy.MAP_AHEAD
+    assert len(taken) < 1000 + 2 * clupy.MAP_READ
     squares.close()
     assert list(clupy.map(pow, range(10), [2] * 7, chunk_size=3)) == [n * n for n in range(7)]
     assert list(clupy.map(square, [])) == []
+
+
+def test_map_reads_a_slow_source_item_by_item_and_one_that_waits_for_results():
+    gate = queue.Queue()
+
+    def source():
+        yield 1
+        while (value := gate.get()) < 50:
+            yield value
+        raise LookupError("no more")                      # raised where the next result would be
+    results = []
+    with pytest.raises(LookupError, match="no more"):
+        for result in clupy.map(lambda n: n + 1, source()):
+            results.append(result)
+            gate.put(result + 10)
+    assert results == [2, 13, 24, 35, 46]
+
+
+def test_map_gathers_short_items_into_calls_and_a_slow_one_holds_up_only_what_follows():
+    def process_and_time(n):
+        if n == 500:
+            time.sleep(0.5)
+        return n, os.getpid(), time.monotonic()
+    taken = []
+    for n, pid, done in clupy.map(process_and_time, range(2000)):
+        taken.append((n, pid, done, time.monotonic()))
+    assert [n for n, *_ in taken] == list(range(2000))
+    slow = taken[500][2]
+    assert taken[499][3] < slow                           # what was done before it came before it
+    assert taken[1999][2] < slow or taken[501][2] < slow + PATIENCE
+    calls = clupy.failures.calls
+    assert list(clupy.map(square, range(10_000))) == [n * n for n in range(10_000)]
+    assert clupy.failures.calls - calls < 1000            # not a call for each
+
+
+def test_map_does_no_item_twice_though_calls_give_back_what_they_have_not_begun(tmp_path):
+    def note(n):
+        with open(tmp_path / "ledger", "a") as file:
+            file.write(f"{n}\n")
+        time.sleep(0.02 if n % 50 == 0 else 0)
+        return n
+    assert list(clupy.map(note, range(400))) == list(range(400))
+    assert sorted(map(int, (tmp_path / "ledger").read_text().split())) == list(range(400))
+
+
+def test_of_the_items_of_a_map_only_those_at_fault_fail(tmp_path):
+    def taken(items):
+        results = []
+        try:
+            for result in items:
+                results.append(result)
+        except Exception as error:
+            return len(results), error
+        return len(results), None
+
+    def dies(n):
+        with open(tmp_path / "starts", "a") as file:
+            file.write(f"{n}\n")
+        if n == 300:
+            os._exit(3)
+        return n
+    count, error = taken(clupy.map(dies, range(1000), retries=1))
+    assert count == 300 and type(error) is clupy.WorkerDied and "while running" in str(error) and "dies" in str(error)
+    assert (tmp_path / "starts").read_text().split().count("300") <= 2
+    count, error = taken(clupy.map(square, [1, 2, threading.Lock(), 4]))
+    assert count == 2 and "argument 1 ('x'), a _thread.lock" in str(error)
+    count, error = taken(clupy.map(fails, ["on purpose"] * 3))
+    assert count == 0 and type(error) is ValueError
+    assert "in fails" in "".join(traceback.format_exception(error))
+    count, error = taken(clupy.map(square, [1, clupy.parallel(fails)("early"), 3]))
+    assert count == 1 and type(error) is clupy.ArgumentFailed
+
+
+class Unreadable:
+    def __reduce__(self):
+        return int, ("not a number",)
+
+
+def test_map_takes_items_and_results_as_they_are_when_they_are_made():
+    buffer = [0]
+
+    def filled():
+        for n in range(5):
+            buffer[0] = n
+            yield buffer
+    assert list(clupy.map(lambda found: found[0], filled())) == list(range(5))
+    kept = [0]
+
+    def again(n):
+        kept[0] = n
+        return kept
+    assert list(clupy.map(again, range(50))) == [[n] for n in range(50)]
+
+    def odd(n):
+        return Unreadable() if n == 7 else n
+    results = clupy.map(odd, range(10))
+    assert [next(results) for _ in range(7)] == list(range(7))
+    with pytest.raises(ValueError, match="not a number"):
+        next(results)
+
+    async def later(n):
+        await asyncio.sleep(0)
+        return n
+    assert list(clupy.map(later, iter(range(5)))) == list(range(5))
+
+
+def test_maps_in_calls_have_their_parts_too():
+    def outer(n):
+        return list(clupy.map(lambda x: time.sleep(0.02) or x, range(n)))
+    assert clupy.parallel(outer)(30).result(PATIENCE) == list(range(30))
+
+
+def test_the_executor_s_map_begins_at_once_and_has_the_standard_s_options():
+    read = []
+
+    def source():
+        for n in range(100):
+            read.append(n)
+            yield n
+    with clupy.Executor() as executor:
+        executor.map(square, source())                     # whose results nobody takes
+        assert read == list(range(100))
+        assert list(executor.map(square, range(100), chunksize=7)) == [n * n for n in range(100)]
+        for wrong in {"chunksize": 0}, {"buffersize": 0}:
+            with pytest.raises(ValueError):
+                executor.map(square, [1], **wrong)
+        with pytest.raises(TimeoutError):
+            list(executor.map(time.sleep, [0, 60], timeout=0.5))
+    read.clear()
+    with clupy.Executor() as executor:
+        results = executor.map(square, source(), buffersize=3)
+        assert next(results) == 0
+        until(lambda: len(read) >= 4)
+        assert [next(results) for _ in range(5)] == [1, 4, 9, 16, 25] and len(read) <= 10
+        results.close()
 
 
 def test_map_raises_where_the_failing_item_is():
