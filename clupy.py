@@ -111,7 +111,7 @@ import warnings
 import weakref
 from collections.abc import MutableMapping
 from concurrent.futures import BrokenExecutor, CancelledError
-from queue import Empty, SimpleQueue
+from queue import Empty, Full, SimpleQueue
 
 
 class _Lazy:
@@ -174,8 +174,8 @@ __version__ = "0.1.0"
 # are details, of which a worker (clupy_server.py) uses some and sets _engine, _sender and _note_session.
 __all__ = [
     "connect", "close", "parallel", "wait_all", "as_completed", "Future", "Executor",                          # calls
-    "configure", "put", "get", "add", "update", "delete", "exists", "keys", "shared", "share", "Ref",             # data
-    "counter", "Counter", "queue", "Queue", "publish", "subscribe", "Subscription",
+    "configure", "put", "get", "put_many", "get_many", "add", "update", "delete", "exists", "keys", "shared",   # data
+    "share", "Ref", "counter", "Counter", "queue", "Queue", "publish", "subscribe", "Subscription",
     "lock", "semaphore", "election", "Election", "barrier", "event", "Event", "LockLost",                       # coordination
     "ClupyError", "ConfigurationError", "SecretError", "VersionMismatch", "ProtocolError", "MasterUnreachable",   # errors
     "WorkerDied", "CallTimeout", "Closed", "DependencyError", "LibraryMismatch", "Unavailable", "RemoteError", "main"]
@@ -5167,18 +5167,34 @@ def _retried(command, name=None):
         time.sleep(min(0.01 * 2 ** attempt, 0.5))
 
 
-def _once(command, name):
-    """The result of command(client), sent at most once: a lost answer is an Unavailable that says so."""
-    def connect(client):
-        client.connection_pool.release(client.connection_pool.get_connection())
-
-    _retried(connect)                      # a live one in the pool: a restart in between costs nobody an error
+def _once(name, *command):
+    """The answer to one command, sent at most once: a lost answer is an Unavailable that says so."""
+    pool = _redis().connection_pool
+    connection = _retried(lambda _: pool.get_connection())       # a live one: a restart in between costs nobody an error
     try:
-        return command(_redis())
+        return _answer(pool, connection, command)
     except redis.RedisError as error:
         why = _why_lost(error, name)
         raise _unavailable("redis", f"the answer to a change of {name!r} was lost ({why}); it may have been made or not, "
                                     "look before you repeat it") from error
+
+
+def _asked(name, *command):
+    """The answer to one command, which is sent until there is one."""
+    def send(client):
+        pool = client.connection_pool
+        return _answer(pool, pool.get_connection(), command)
+
+    return _retried(send, name)
+
+
+def _answer(pool, connection, command):
+    """As Redis sends it, of a connection that goes back to its pool; at half the price of redis-py's own way."""
+    try:
+        connection.send_command(*command)
+        return connection.read_response()
+    finally:
+        pool.release(connection)
 
 
 class _Refused(Unavailable):
@@ -5192,10 +5208,12 @@ def _why_lost(error, name):
                                     "redis://:password@host:6379/0 or redis://user:password@...") from error
     if "WRONGTYPE" in str(error):
         raise TypeError(f"{name!r} is the name of {_kind(name)}, which does not know this operation") from error
+    what = str(error).rpartition(" caused error: ")[2].partition(". script: ")[0]     # without the command: it holds the data
     if (isinstance(error, (redis.exceptions.OutOfMemoryError, redis.exceptions.ReadOnlyError))
-            or "MISCONF" in str(error) or "NOREPLICAS" in str(error)):
-        what = str(error).rpartition(" caused error: ")[2]             # without the command, which holds the data
+            or re.search("OOM|READONLY|MISCONF|NOREPLICAS", what)):
         raise _Refused(str(_unavailable("redis", f"it refuses to write, so nothing has changed ({what})"))) from None
+    if "would overflow" in what:
+        raise OverflowError(f"counter {name!r} has 64 bits, it stays as it was")
     if not isinstance(error, (redis.ConnectionError, redis.TimeoutError)):
         raise error
     return str(error).rstrip(".")
@@ -5266,7 +5284,9 @@ def _is_over(client):
 # Values, files, counters and queues that any process of the cluster reaches by name, in Redis.
 #
 #     put("x", array) -> pickle 5 -> head | buffer | buffer     a hash "clupy:data:x":
-#                                    cut in pieces of 1 MiB     h: kind, ttl, sizes, token; 0, 1, ...: pieces
+#                                    cut in pieces of 1 MiB     h: ttl, kind, sizes, token; 0, 1, ...: pieces
+#
+# A small value is written, or read, by one command: a script, so at one stroke with its time to live.
 #
 # Pieces: Redis takes no string over 512 MB, and no copy of the whole is made on either side.  Every read asks for the
 # header along with pieces, and Redis answers one command at a time: so a token that changes tells that a value was
@@ -5275,6 +5295,8 @@ def _is_over(client):
 
 PIECE = 1 << 20                   # bytes; half or twice that is no faster
 WINDOW = 4                        # pieces per command; more do not fit a processor's cache, 64 take twice as long
+SMALL = 64 << 10                  # bytes of a value or piece that goes through a script, which copies it
+BATCH = 1000                      # values that get_many asks for at once; more is memory, less is round trips
 LONGEST_ITEM = 512 << 20          # bytes of a string of Redis: one item of a queue, one message
 
 _shared_here = weakref.WeakValueDictionary()       # {name: the Ref that share() gave for one of these}
@@ -5304,7 +5326,7 @@ def put(name, value, ttl=None):
 
     value: anything pickle or cloudpickle takes, of any size.  ttl: seconds since the last access after which it is gone;
     None: the setting `ttl`, 0: never.  Raises Unavailable."""
-    _store(_key(name), "value", _buffers_of(value), _ttl(ttl))
+    _store(_key(name), name, "value", _buffers_of(value), _ttl(ttl))
 
 
 def get(name, default=_ABSENT):
@@ -5325,7 +5347,7 @@ def _value_in(stored):
 
 def add(name, value, ttl=None):
     """Whether the value was put, as nothing had that name: of several that try at once, one succeeds."""
-    return _swap(name, value, _ttl(ttl), b"")
+    return _store(_key(name), name, "value", _buffers_of(value), _ttl(ttl), b"")
 
 
 def update(name, change, default=_ABSENT):
@@ -5339,8 +5361,45 @@ def update(name, change, default=_ABSENT):
         if old and old.kind == "file":
             raise TypeError(f"{name!r} is the name of a file: use clupy.open")
         value = change(_value_in(old) if old else default)
-        if _swap(name, value, old.ttl if old else _ttl(None), old.header if old else b""):
+        if _store(_key(name), name, "value", _buffers_of(value), *((old.ttl, old.header) if old else (_ttl(None), b""))):
             return value
+
+
+def put_many(values, ttl=None):
+    """Keep each value of a mapping under its name, as put() does; small ones in one round trip.  Each at one stroke, not all
+    of them: of those that Redis refuses others may be there."""
+    lives = _ttl(ttl)
+    items = ((name, _key(name), _buffers_of(value)) for name, value in dict(values).items())
+    while batch := list(itertools.islice(items, BATCH)):
+        small = [item for item in batch if _is_small(item[2])]
+        done = _in_one_go([_placing(key, "value", buffers, lives) for _, key, buffers in small])
+        placed = {name for (name, *_), answer in zip(small, done) if answer == 1}
+        for name, key, buffers in batch:
+            if name not in placed:                     # too large, or refused: then it raises
+                _store(key, name, "value", buffers, lives)
+
+
+def get_many(names):
+    """{name: value} of those that are there, as get() gives them; small ones in one round trip."""
+    found, names = {}, iter(dict.fromkeys(names))
+    while batch := list(itertools.islice(names, BATCH)):
+        stored = [_key(name) for name in batch]
+        answers = _in_one_go([("EVAL", _READ, 1, key, SMALL) for key in stored])
+        for name, key, answer in zip(batch, stored, answers):
+            if value := _load(key, name, _memory, answer if type(answer) is list else None):   # None: asked again, it raises
+                found[name] = _value_in(value)
+    return found
+
+
+def _in_one_go(commands):
+    """The answers to commands that are sent together; an error is its exception."""
+    def send(client):
+        with client.pipeline(transaction=False) as pipe:
+            for command in commands:
+                pipe.execute_command(*command)
+            return pipe.execute(raise_on_error=False)
+
+    return _retried(send) if commands else []
 
 
 def delete(*names):
@@ -5403,16 +5462,13 @@ class _Shared(MutableMapping):
                     return default
 
     def pop(self, name, default=_ABSENT):
-        mine = _key(uuid.uuid4().hex, "new")           # under which nobody else finds it
-        try:
-            _once(lambda client: client.rename(_key(name), mine), name)
-        except redis.ResponseError:                    # there is no such key
-            if default is _ABSENT:
-                raise KeyError(name) from None
-            return default
-        found = _load(mine, name, _memory)
-        _retried(lambda client: client.unlink(mine))
-        return _value_in(found)
+        while found := _load(_key(name), name, _memory):
+            value = _value_in(found)                   # before it goes: what cannot be unpickled here stays there
+            if _once(name, "EVAL", _DROP, 1, _key(name), found.header):
+                return value
+        if default is _ABSENT:
+            raise KeyError(name)
+        return default
 
 
 shared = _Shared()
@@ -5452,128 +5508,149 @@ def _pieces(buffers):
         yield from (view[start:start + PIECE] for start in range(0, len(view), PIECE))
 
 
-def _expire(client, key, ttl):
-    """Begin a key's time to live anew."""
-    return client.pexpire(key, ttl) if ttl else client.persist(key)
+# The scripts take a time to live of 0 as for ever, and begin it anew even where Redis would refuse to: what is read is read.
+_EXPIRE = """
+local function expire(key, ttl)
+    if ttl == '0' then redis.pcall('persist', key) else redis.pcall('pexpire', key, ttl) end
+end
+"""
+
+# Put what is beside in place, at one stroke.  KEYS: what is beside, the value.  ARGV: time to live, header, that of the value
+# to be replaced ('': none, '*': whatever is there), how many pieces; those of a small value, which nobody has written beside.
+# Done already: its answer was lost.  By compare and set: redis-py reports a lost connection of a WATCH as a WatchError.
+_PLACE = _EXPIRE + """
+local now = redis.pcall('hget', KEYS[2], 'h') or ''
+if now == ARGV[2] then return 1 end
+if ARGV[3] ~= '*' and now ~= ARGV[3] then
+    redis.call('unlink', KEYS[1])
+    return now.err and now or 0
+end
+if #ARGV > 4 then redis.call('hset', KEYS[1], 'h', ARGV[2], unpack(ARGV, 5))
+elseif redis.call('hget', KEYS[1], 'h') ~= ARGV[2] or redis.call('hlen', KEYS[1]) ~= ARGV[4] + 1 then return false end
+redis.call('rename', KEYS[1], KEYS[2])
+expire(KEYS[2], ARGV[1])
+return 1"""
+
+_DROP = """
+if redis.call('hget', KEYS[1], 'h') ~= ARGV[1] then return 0 end
+return redis.call('unlink', KEYS[1])"""
 
 
 def _header(kind, ttl, sizes):
     """What a value's or file's hash says of it, with a token: so no two headers are the same."""
-    return pickle.dumps((kind, ttl, sizes, os.urandom(8)))
+    return b"%d " % ttl + pickle.dumps((kind, sizes, os.urandom(8)))
 
 
-def _store(key, kind, buffers, ttl):
-    """Write a value in place of whatever has the key: all of it, or nothing if Redis refuses a part.
-
-    A small one in a transaction.  That would be refused over 1 GB, as the server's client-query-buffer-limit counts it; so a
-    large one is written beside, and renamed once all of it is there."""
-    header = _header(kind, ttl, [len(buffer) for buffer in buffers])
-    pieces = list(_pieces(buffers))
-    if len(pieces) > WINDOW:
-        beside = _write_beside(header, pieces)
-
-    def command(client):
-        with client.pipeline() as pipe:
-            if len(pieces) > WINDOW:
-                pipe.rename(beside, key)
-            else:
-                pipe.unlink(key)
-                pipe.hset(key, mapping={"h": header, **dict(enumerate(pieces))})
-            _expire(pipe, key, ttl)
-            pipe.execute()
-    _retried(command)
+def _parsed(header):
+    """(kind, ttl, sizes) of a header."""
+    ttl, _, rest = header.partition(b" ")
+    kind, sizes, _ = pickle.loads(rest)
+    return kind, int(ttl), sizes
 
 
-def _write_beside(header, pieces):
-    """The key, in nobody's way, under which a value is written.  What a crash leaves there is gone in an hour."""
-    beside = _key(uuid.uuid4().hex, "new")
+def _store(key, name, kind, buffers, ttl, old=b"*"):
+    """Whether the value was written in place of the one with the header `old` (b"": of none; b"*": of whatever is there).
 
-    def command(client):
-        try:
-            with client.pipeline(transaction=False) as pipe:
-                pipe.hset(beside, "h", header)
-                pipe.pexpire(beside, 3_600_000)
-                for number, piece in enumerate(pieces):
-                    pipe.hset(beside, number, piece)
-                pipe.execute()
-        except redis.ResponseError:                    # no memory left, say: give back what this took
-            client.unlink(beside)
-            raise
-    _retried(command)
-    return beside
-
-
-# By compare and set: redis-py reports a lost connection of a WATCH as a WatchError.  Done already: its answer was lost.
-_SWAP = """
-local now = redis.call('hget', KEYS[2], 'h') or ''
-if now == ARGV[2] then return 1 end
-if now ~= ARGV[1] then redis.call('unlink', KEYS[1]) return 0 end
-redis.call('rename', KEYS[1], KEYS[2])
-if ARGV[3] == '0' then redis.call('persist', KEYS[2]) else redis.call('pexpire', KEYS[2], ARGV[3]) end
-return 1"""
+    All of it, or nothing if Redis refuses a part: a large one is written beside, and put in place once all of it is there."""
+    command = _placing(key, kind, buffers, ttl, old)
+    if _is_small(buffers):
+        return bool(_asked(name, *command))
+    beside, header = command[3], command[6]
+    try:
+        for _ in range(3):
+            _retried(lambda client: _write_beside(client, beside, header, buffers), name)
+            if (placed := _asked(name, *command)) is not None:
+                return bool(placed)
+        raise _unavailable("redis", f"it lost what was written of {name!r}, three times: does it evict (maxmemory-policy)?")
+    except BaseException:                              # no memory left, say: give back what this took
+        with contextlib.suppress(redis.RedisError):    # what a lost connection leaves there is gone in an hour
+            _redis().unlink(beside)
+        raise
 
 
-def _swap(name, value, ttl, old):
-    """Whether the value has taken the place of the one with this header, b"" for none, as nobody else was first."""
-    buffers = _buffers_of(value)
-    header = _header("value", ttl, [len(buffer) for buffer in buffers])
-    beside = _write_beside(header, list(_pieces(buffers)))
-    return bool(_retried(lambda client: client.eval(_SWAP, 2, beside, _key(name), old, header, ttl), name))
+def _is_small(buffers):
+    return sum(len(buffer) for buffer in buffers) <= SMALL
 
 
-# Of the value that was read alone: one that has replaced it, of whatever kind, has a time to live of its own.
-_REFRESH = "if redis.pcall('hget', KEYS[1], 'h') == ARGV[1] then redis.call('pexpire', KEYS[1], ARGV[2]) end"
+def _placing(key, kind, buffers, ttl, old=b"*"):
+    """The command that puts a value in place; it has a small one's pieces with it."""
+    header, beside = _header(kind, ttl, [len(buffer) for buffer in buffers]), _key(uuid.uuid4().hex, "new")
+    pieces = enumerate([bytes(piece) for piece in _pieces(buffers)] or [b""]) if _is_small(buffers) else ()
+    count = sum(-(-len(buffer) // PIECE) for buffer in buffers)
+    return "EVAL", _PLACE, 2, beside, key, ttl, header, old, count, *itertools.chain(*pieces)
+
+
+def _write_beside(client, beside, header, buffers):
+    """Write a value under a key that is in nobody's way."""
+    with client.pipeline(transaction=False) as pipe:
+        pipe.unlink(beside)                            # half of it, from a connection that was lost
+        pipe.hset(beside, "h", header)
+        pipe.pexpire(beside, 3_600_000)
+        for number, piece in enumerate(_pieces(buffers)):
+            pipe.hset(beside, number, piece)
+        pipe.execute()
+
+
+# The header, and the first piece if that is small.
+_READ = _EXPIRE + """
+local header = redis.call('hget', KEYS[1], 'h')
+if not header then return {} end
+expire(KEYS[1], string.match(header, '^%d+'))
+if redis.call('hstrlen', KEYS[1], '0') > tonumber(ARGV[1]) then return {header} end
+return {header, redis.call('hget', KEYS[1], '0')}"""
 
 
 _Stored = collections.namedtuple("_Stored", "kind ttl buffers header")
 
 
-def _load(key, name, allocate):
+def _load(key, name, allocate, answer=None):
     """The _Stored under the key, or None; its time to live begins anew.
 
-    allocate(sizes) -> writable buffers of these sizes; called again if the value was replaced while it was read."""
+    allocate(sizes) -> writable buffers of these sizes; called again if the value was replaced while it was read.
+    answer: that to _READ, if it was asked for already."""
     window = WINDOW
-    while True:
-        header, *pieces = _window(key, name, 0, window)
-        if header is None:
-            return None
-        kind, ttl, sizes, _ = pickle.loads(header)
+    header, *pieces = (_asked(name, "EVAL", _READ, 1, key, SMALL) if answer is None else answer) or [None]
+    while header is not None:
+        kind, ttl, sizes = _parsed(header)
         buffers = allocate(sizes)
-        targets = list(_pieces(buffers))
-        for start in range(0, max(len(targets), 1), window):
-            now, *pieces = (header, *pieces) if start == 0 else _window(key, name, start, window)
-            if now != header:
-                break                  # replaced: once more, all of it in one command
-            for target, piece in zip(targets[start:start + window], pieces):
+        targets, done, now = list(_pieces(buffers)), 0, header
+        while now == header:
+            for target, piece in zip(targets[done:], pieces):
                 target[:] = piece
-        else:
-            if ttl:
-                with contextlib.suppress(_Refused):    # what was read is read
-                    _retried(lambda client: client.eval(_REFRESH, 1, key, header, ttl))
-            return _Stored(kind, ttl, buffers, header)
-        window = max(len(targets), WINDOW)
+            done += len(pieces)
+            if done >= len(targets):
+                return _Stored(kind, ttl, buffers, header)
+            now, *pieces = _window(key, name, done, window)
+        window = max(len(targets), WINDOW)             # replaced: once more, all of it in one command
+        header, *pieces = _window(key, name, 0, window)
+    return None
 
 
 def _window(key, name, start, count):
     """[header, piece, ...]: so many pieces from the start-th on."""
-    return _retried(lambda client: client.hmget(key, "h", *range(start, start + count)), name)
+    return _asked(name, "HMGET", key, "h", *range(start, start + count))
 
 
 def _memory(sizes):
     return [memory(size) for size in sizes]
 
 
-def open(name, mode="r", encoding="utf-8", newline=None):
-    """A file kept in Redis, for whatever takes an open file: csv, pandas, numpy.  Modes r w a, with b for bytes.
+def open(name, mode="r", encoding="utf-8", newline=None, errors=None, ttl=None):
+    """A file kept in Redis, for whatever takes an open file: csv, pandas, numpy.  Modes r w x a, with b for bytes.
 
     Read whole when opened, so seekable and never mixed from two versions.  A written one appears, whole, when it is closed,
     and not at all when its with-block raises; what "a" wrote is added at one stroke then, also by many processes at once.
-    Raises FileNotFoundError, TypeError (name of something else), Unavailable."""
+    "x" writes a new one: FileExistsError, when it is opened or closed, if somebody else was first.  encoding, newline, errors:
+    as for Python's open; ttl: as for put, of what is written; None with "a": as it was.
+    Raises FileNotFoundError, TypeError (name of something else), io.UnsupportedOperation (reading "w", writing "r"),
+    Unavailable."""
     kind, binary = mode[:1], mode[1:] == "b"
-    if kind not in ("r", "w", "a") or mode[1:] not in ("", "t", "b"):
-        raise ValueError(f"mode must be r, w or a, with b for bytes, not {mode!r}")
-    file = _read_file(name) if kind == "r" else _WrittenFile(name, append=kind == "a")
-    return file if binary else _TextFile(file, encoding, newline=newline)
+    if kind not in ("r", "w", "x", "a") or mode[1:] not in ("", "t", "b"):
+        raise ValueError(f"mode must be r, w, x or a, with b for bytes, not {mode!r}")
+    if kind == "x" and exists(name):
+        raise FileExistsError(errno.EEXIST, "the name is taken in Redis", name)
+    file = _read_file(name) if kind == "r" else _WrittenFile(name, kind, ttl)
+    return file if binary else _TextFile(file, encoding, errors, newline)
 
 
 def _read_file(name):
@@ -5581,7 +5658,7 @@ def _read_file(name):
 
     def allocate(sizes):               # inside the file itself: no further copy
         nonlocal file
-        file = io.BytesIO(bytes(sum(sizes)))
+        file = _ReadFile(bytes(sum(sizes)))
         content, ends = file.getbuffer(), itertools.accumulate(sizes)
         return [content[end - size:end] for size, end in zip(sizes, ends)]
 
@@ -5593,25 +5670,46 @@ def _read_file(name):
     return file
 
 
+def _unsupported(self, *_):
+    raise io.UnsupportedOperation("a file opened for writing cannot be read, one for reading cannot be written")
+
+
+class _ReadFile(io.BytesIO):
+    """What open(name, "rb") gives."""
+
+    write = writelines = truncate = _unsupported
+
+    def writable(self):
+        return False
+
+
 class _WrittenFile(io.BytesIO):
     """What open(name, "wb") gives.  `failed`: its with-block raised, nothing is to be kept."""
 
-    def __init__(self, name, append):
+    read = read1 = readinto = readinto1 = readline = readlines = __next__ = _unsupported
+
+    def __init__(self, name, kind, ttl):
         super().__init__()
-        self.name, self.append, self.failed = name, append, False
-        self._key = _key(name)
+        self.name, self.kind, self.failed = name, kind, False
+        self._key, self._ttl = _key(name), None if kind == "a" and ttl is None else _ttl(ttl)
+
+    def readable(self):
+        return False
 
     def close(self):
         if self.closed:
             return
         try:
             if not self.failed:
-                if self.append:
-                    _append(self._key, self.name, self.getvalue())
-                else:
-                    _store(self._key, "file", [self.getvalue()], _ttl(None))
+                self._keep()
         finally:
             super().close()
+
+    def _keep(self):
+        if self.kind == "a":
+            _append(self._key, self.name, self.getvalue(), self._ttl)
+        elif not _store(self._key, self.name, "file", [self.getvalue()], self._ttl, b"" if self.kind == "x" else b"*"):
+            raise FileExistsError(errno.EEXIST, "another was first to take the name in Redis", self.name)
 
     def __exit__(self, kind, *_):
         self.failed = kind is not None
@@ -5626,26 +5724,26 @@ class _TextFile(io.TextIOWrapper):
         self.close()
 
 
-# By compare and set: redis-py reports a lost connection of a WATCH as a WatchError, so that it would be added twice.
-_APPEND = """
+_APPEND = _EXPIRE + """
 if (redis.call('hget', KEYS[1], 'h') or '') ~= ARGV[1] then return 0 end
 for i = 3, #ARGV, 2 do redis.call('hset', KEYS[1], ARGV[i], ARGV[i + 1]) end
-if ARGV[2] == '0' then redis.call('persist', KEYS[1]) else redis.call('pexpire', KEYS[1], ARGV[2]) end
+expire(KEYS[1], ARGV[2])
 return 1"""
 
 
-def _append(key, name, content):
-    """Add the content as one more buffer, whatever others add at the same time."""
+def _append(key, name, content, ttl):
+    """Add the content as one more buffer, whatever others add at the same time.  ttl: None: as it was."""
     added = 0
     while not added:                   # another one was first
-        old = _retried(lambda client: client.hget(key, "h"), name) or b""
-        kind, ttl, sizes, _ = pickle.loads(old or _header("file", _ttl(None), []))
+        old = _asked(name, "HGET", key, "h") or b""
+        kind, before, sizes = _parsed(old) if old else ("file", _ttl(None), [])
         if kind != "file":
             raise TypeError(f"{name!r} is the name of a value, not of a file")
-        fields = ["h", _header(kind, ttl, [*sizes, len(content)])]
+        lasts = before if ttl is None else ttl
+        fields = ["h", _header(kind, lasts, [*sizes, len(content)])]
         for number, piece in enumerate(_pieces([content]), sum(-(-size // PIECE) for size in sizes)):
-            fields += [str(number), piece]
-        added = _once(lambda client: client.eval(_APPEND, 1, key, old, ttl, *fields), name)
+            fields += [number, piece]
+        added = _once(name, "EVAL", _APPEND, 1, key, old, lasts, *fields)
 
 
 # ---- Refs
@@ -5660,7 +5758,7 @@ def share(value, ttl=None):
     in_redis = "redis" in _settings().given and bool(_settings().redis)
     ref = Ref(name, in_redis, _ttl(ttl))
     if in_redis:
-        _store(_key(name, "ref"), "ref", buffers, ref.ttl)
+        _store(_key(name, "ref"), ref, "ref", buffers, ref.ttl)
     else:
         _serve(name, [bytes(buffer) for buffer in buffers])
         if _fetch is None:             # else a call's result may name it: the client serves it to its own end
@@ -5905,10 +6003,10 @@ def _mapped(paths):
 
 def _refreshed(ref, path, buffers):
     """The buffers; Redis is told of their use once in a quarter of their time to live: else the original would expire."""
-    with contextlib.suppress(FileNotFoundError):        # it was given up in this moment
+    with contextlib.suppress(FileNotFoundError, Unavailable):        # given up in this moment; what is here is here
         if ref.in_redis and ref.ttl and time.time() - os.stat(path).st_mtime > ref.ttl / 4000:
             os.utime(path)
-            _retried(lambda client: client.pexpire(_key(ref.name, "ref"), ref.ttl))
+            _asked(ref, "PEXPIRE", _key(ref.name, "ref"), ref.ttl)
     return buffers
 
 
@@ -5925,61 +6023,97 @@ def _ref_folders():
                 yield folder
 
 
+# A command and the key's time to live, at one stroke.
+_USE = _EXPIRE + """
+local answer = redis.call(ARGV[2], KEYS[1], unpack(ARGV, 3))
+expire(KEYS[1], ARGV[1])
+return answer"""
+
+
 class _Used:
     """What counters and queues have in common: a key whose time to live begins anew with each use."""
 
     def __init__(self, name, ttl=None):
         self.name, self._key, self._ttl = name, _key(name), _ttl(ttl)
 
-    def _use(self, command, *arguments):
-        """The command as a function of the client: at one stroke with the time to live."""
-        def use(client):
-            with client.pipeline() as pipe:
-                getattr(pipe, command)(self._key, *arguments)
-                _expire(pipe, self._key, self._ttl)
-                return pipe.execute()[0]
-        return use
+    def _use(self, *command):
+        """What follows the name for _once() and _asked(), to use the key by a command."""
+        return "EVAL", _USE, 1, self._key, self._ttl, *command
 
 
 class Counter(_Used):
-    """An integer that many processes count with, 0 if it is new; ttl as for put.  May be passed to calls."""
+    """An integer of 64 bits that many processes count with, 0 if it is new; ttl as for put.  May be passed to calls."""
 
     def __repr__(self):
         return f"clupy.counter({self.name!r})"
 
+    def _checked(self, n):
+        n = operator.index(n)
+        if not -1 << 63 <= n < 1 << 63:
+            raise OverflowError(f"counter {self.name!r} has 64 bits, which {n} does not fit into")
+        return n
+
     def add(self, n=1):
-        """The new value.  Counted at most once: Unavailable says that it is not known whether it was."""
-        return _once(self._use("incrby", operator.index(n)), self.name)
+        """The new value.  Counted at most once: Unavailable says that it is not known whether it was.  OverflowError beyond
+        64 bits: it stays as it was then."""
+        return _once(self.name, *self._use("incrby", self._checked(n)))
 
     @property
     def value(self):
-        return int(_retried(self._use("get"), self.name) or 0)
+        return int(_asked(self.name, *self._use("get")) or 0)
 
     def set(self, n):
         """Set it, whatever others add."""
-        value = operator.index(n)     # get=True makes Redis refuse the name of something else
-        _retried(lambda client: client.set(self._key, value, px=self._ttl or None, get=True), self.name)
+        lives = ("PX", self._ttl) if self._ttl else ()     # GET makes Redis refuse the name of something else
+        _asked(self.name, "SET", self._key, self._checked(n), "GET", *lives)
 
 
 counter = Counter
 
 
+# Append an item where there are fewer than ARGV[2], 0 for any number.
+_ENQUEUE = _EXPIRE + """
+if ARGV[2] ~= '0' and redis.call('llen', KEYS[1]) >= tonumber(ARGV[2]) then return 0 end
+redis.call('rpush', KEYS[1], ARGV[3])
+expire(KEYS[1], ARGV[1])
+return 1"""
+
+
 class Queue(_Used):
-    """First in, first out; each item goes to one taker, at most once.  ttl as for put.  May be passed to calls."""
+    """First in, first out; each item goes to one taker, at most once.  ttl as for put.  May be passed to calls.
+
+    maxsize: items that it holds before those who put with this `maxsize` wait; 0: any number."""
+
+    def __init__(self, name, ttl=None, maxsize=0):
+        super().__init__(name, ttl)
+        self.maxsize = _whole("maxsize", maxsize, 0)
 
     def __repr__(self):
         return f"clupy.queue({self.name!r})"
 
     def __len__(self):
-        return _retried(lambda client: client.llen(self._key), self.name)
+        return _asked(self.name, "LLEN", self._key)
 
     def __bool__(self):
         """An empty queue is still a queue."""
         return True
 
-    def put(self, value):
-        """Append the value.  Unavailable says that it is not known whether it is in the queue."""
-        _once(self._use("rpush", _item(value)), self.name)
+    @_either_spelling
+    def put(self, value, timeout=None):
+        """Append the value, when there is room within `timeout` seconds (None: for ever), else queue.Full.
+
+        Unavailable says that it is not known whether it is in the queue."""
+        item, deadline = _item(value), _deadline(timeout)
+        for attempt in itertools.count():
+            if _once(self.name, "EVAL", _ENQUEUE, 1, self._key, self._ttl, self.maxsize, item):
+                return
+            if (left := deadline - time.monotonic()) <= 0:
+                raise Full
+            time.sleep(min(left, 0.01 * 2 ** min(attempt, 4)))       # nobody tells of room: more is idle, less is traffic
+
+    def put_nowait(self, value):
+        """put() that does not wait for room: queue.Full."""
+        self.put(value, 0)
 
     @_either_spelling
     def get(self, timeout=None):
@@ -5988,14 +6122,22 @@ class Queue(_Used):
         No item is lost or doubled, except that one under way when Redis or this process dies is lost: Unavailable if that
         may be."""
         deadline = _deadline(timeout)
-        item = _once(self._use("lpop"), self.name)
+        item = _once(self.name, *self._use("lpop"))
         while item is None:
             left = deadline - time.monotonic()
             if left <= 0:
                 raise Empty
             wait = min(max(left, 0.01), 1)     # shorter than the socket's time-out; 0 would be for ever
-            item = (_once(lambda client: client.blpop(self._key, wait), self.name) or (None, None))[1]
+            item = (_once(self.name, "BLPOP", self._key, wait) or (None, None))[1]
         return _from_item(item)
+
+    def get_nowait(self):
+        """get() that does not wait for an item: queue.Empty."""
+        return self.get(0)
+
+    def clear(self):
+        """Remove all items."""
+        _once(self.name, "LTRIM", self._key, 1, 0)
 
 
 queue = Queue
@@ -6003,8 +6145,7 @@ queue = Queue
 
 def publish(topic, value):
     """How many subscribers were listening; they get `value`, others never do.  At most once, as with a counter."""
-    item = _item(value)
-    return _once(lambda client: client.publish(_key(topic, "topic"), item), topic)
+    return _once(topic, "PUBLISH", _key(topic, "topic"), _item(value))
 
 
 class Subscription:

@@ -5704,6 +5704,41 @@ def losing_answers(server, requests, once=False):
         listener.shutdown(socket.SHUT_RDWR)
 
 
+class Cut:
+    """A go-between that cuts the connection once, after `left` more bytes of both sides, and lets all later ones through."""
+
+    def __init__(self, server):
+        self.server, self.left = server, math.inf
+
+    def __enter__(self):
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        threading.Thread(target=self.serve, daemon=True).start()
+        return self.listener.getsockname()[1]
+
+    def __exit__(self, *_):
+        clupy.close_services()
+        self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+
+    def serve(self):
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=self.pump, args=(self.listener.accept()[0],), daemon=True).start()
+
+    def pump(self, client):
+        with contextlib.suppress(OSError), client, socket.create_connection(("127.0.0.1", self.server.port)) as upstream:
+            while True:
+                for ready in select.select([client, upstream], [], [])[0]:
+                    content = ready.recv(int(min(self.left, 1 << 16)))
+                    if not content:
+                        return
+                    self.left -= len(content)
+                    (upstream if ready is client else client).sendall(content)
+                    if not self.left:
+                        self.left = math.inf
+                        return
+
+
 def silent_server():
     """Accepts connections and never says a word."""
     return socket.create_server(("127.0.0.1", 0))
@@ -6180,6 +6215,56 @@ def test_of_many_that_change_a_value_at_once_each_is_one_stroke(redis):
     assert clupy.shared.pop("sum") and not clupy.exists("sum") and not list(clupy._redis().scan_iter("*:new:*"))
 
 
+def test_small_values_cost_one_round_trip_and_many_of_them_too(tmp_path, settings):
+    def messages(use):
+        """How often this Redis, which nobody else uses, read something from a connection."""
+        use()                                              # connects
+        before = client.info("stats")["total_reads_processed"]
+        for _ in range(10):
+            use()
+        return client.info("stats")["total_reads_processed"] - before - 1
+    with RedisServer(tmp_path / "redis") as server:
+        settings(redis=server.url)
+        client, count, queue = clupy._redis(), clupy.counter("n"), clupy.queue("q")
+        many = {f"many {n}": n for n in range(500)}
+        for use in (lambda: clupy.put("x", 1), lambda: clupy.get("x"), count.add, lambda: count.value, lambda: count.set(1),
+                    lambda: queue.put(1), lambda: queue.get(0)):
+            assert messages(use) == 10
+        for use in lambda: clupy.put_many(many), lambda: clupy.get_many(many):
+            assert messages(use) < 1000                    # bytes enough for some reads each
+        assert clupy.get_many(many) == many
+        clupy.close_services()
+
+
+def test_many_values_are_put_and_had_at_once_of_any_size(redis, monkeypatch):
+    monkeypatch.setattr(clupy, "BATCH", 3)                 # several
+    values = {"none": None, "empty": b"", "large": os.urandom(3 << 20), "list": [1], "ü\0": {}, "array": bytearray(100_000)}
+    clupy.put_many(values, ttl=30)
+    with clupy.open("file", "w") as file:
+        file.write("text")
+    assert clupy.get_many([*values, "nothing", "file", "list"]) == {**values, "file": b"text"}
+    assert all(0 < clupy._redis().ttl(clupy._key(name)) <= 30 for name in values)
+    assert clupy.get_many([]) == {} and clupy.put_many({}) is None
+    clupy.queue("q").put(1)
+    with pytest.raises(TypeError, match="'q' is the name of a queue"):
+        clupy.get_many(["none", "q"])
+    clupy.put_many({"q": 1})                               # as put does, in the place of whatever is there
+    assert clupy.get("q") == 1
+
+
+def test_a_redis_that_evicts_what_is_being_written_is_told_of(tmp_path, settings):
+    with RedisServer(tmp_path / "redis") as server:
+        settings(redis=server.url)
+        client = clupy._redis()
+        clupy.put("x", 1)
+        client.config_set("maxmemory", client.info("memory")["used_memory"] + (3 << 20))
+        client.config_set("maxmemory-policy", "allkeys-random")
+        with pytest.raises(clupy.Unavailable, match="'large'.*maxmemory-policy|refuses to write"):
+            clupy.put("large", os.urandom(8 << 20))
+        assert not clupy.exists("large") and not list(client.scan_iter("*:new:*"))
+        clupy.close_services()
+
+
 def test_the_wrong_kind_of_name_is_a_type_error_that_says_what_it_is(redis):
     clupy.put("value", 1)
     clupy.queue("queue").put(1)
@@ -6191,6 +6276,9 @@ def test_the_wrong_kind_of_name_is_a_type_error_that_says_what_it_is(redis):
                       (lambda: clupy.get("queue"), "'queue' is the name of a queue"),
                       (lambda: clupy.get("counter"), "'counter' is the name of a counter"),
                       (lambda: len(clupy.queue("counter")), "'counter' is the name of a counter"),
+                      (lambda: clupy.queue("value").clear(), "'value' is the name of a value or file"),
+                      (lambda: clupy.shared.pop("queue"), "'queue' is the name of a queue"),
+                      (lambda: clupy.add("queue", bytes(100_000)), "'queue' is the name of a queue"),
                       (lambda: clupy.open("value"), "'value' is the name of a value"),
                       (lambda: clupy.open("value", "a").close(), "'value' is the name of a value")]:
         with pytest.raises(TypeError, match=says):
@@ -6241,19 +6329,30 @@ def test_what_is_used_lives_and_what_is_not_is_gone_after_its_ttl(redis, copies)
 
 
 def test_reading_a_value_does_not_shorten_the_life_of_what_replaces_it_meanwhile(redis, monkeypatch):
-    def read_and_replaced(key, *rest):
-        found = read(key, *rest)
-        replacements.pop()()
-        return found
+    def replaced_by(replacement):
+        def read_and_replaced(*window):
+            monkeypatch.setattr(clupy, "_window", read)
+            replacement()
+            return read(*window)
+        clupy.put("x", bytes(3 << 20), ttl=30)
+        monkeypatch.setattr(clupy, "_window", read_and_replaced)
 
     def requeue():
         clupy.delete("x")
         clupy.queue("x", ttl=0).put("new")
-    read, replacements = clupy._window, [requeue, lambda: clupy.put("x", "new", ttl=0)]
-    monkeypatch.setattr(clupy, "_window", read_and_replaced)
-    while replacements:
-        clupy.put("x", "old", ttl=30)
-        assert clupy.get("x") == "old" and clupy._redis().ttl(clupy._key("x")) == -1
+    read = clupy._window
+    replaced_by(lambda: clupy.put("x", bytes(2 << 20), ttl=0))
+    assert len(clupy.get("x")) == 2 << 20 and clupy._redis().ttl(clupy._key("x")) == -1
+    replaced_by(requeue)
+    with pytest.raises(TypeError, match="a queue"):
+        clupy.get("x")
+    assert clupy._redis().ttl(clupy._key("x")) == -1
+    clupy.put("x", bytes(3 << 20), ttl=30)                 # in the place of a queue
+    clupy._redis().pexpire(clupy._key("x"), 5000)
+    assert len(clupy.get("x")) == 3 << 20 and clupy._redis().ttl(clupy._key("x")) > 5
+    clupy.put("x", "small", ttl=30)
+    clupy._redis().pexpire(clupy._key("x"), 5000)
+    assert clupy.get("x") == "small" and clupy._redis().ttl(clupy._key("x")) > 5
 
 
 def test_a_thousand_gets_of_a_value_that_is_being_replaced_are_each_of_one_piece(redis, monkeypatch):
@@ -6329,9 +6428,44 @@ def test_a_file_is_seekable_and_appears_whole_when_it_is_closed_or_not_at_all(re
     assert clupy.get("latin") == b"\xfc" and clupy.open("latin", encoding="latin-1").read() == "ü"
     with pytest.raises(FileNotFoundError, match="nothing"):
         clupy.open("nothing")
-    for mode in ("r+", "x", "", "br", "rwb"):
+    for mode in ("r+", "xx", "", "br", "rwb"):
         with pytest.raises(ValueError, match="mode"):
             clupy.open("f", mode)
+
+
+def test_a_file_is_read_or_written_and_a_new_one_is_of_who_was_first(redis):
+    for binary in "", "b":
+        content = b"a\nb\n" if binary else "a\nb\n"
+        with clupy.open("f", "w" + binary) as file:
+            assert file.writable() and not file.readable() and file.seekable()
+            for use in (file.read, file.readline, file.readlines, lambda: list(file),
+                        lambda: file.readinto(bytearray(1)) if binary else file.read(1)):
+                with pytest.raises(io.UnsupportedOperation):
+                    use()
+            file.write(content)
+        with clupy.open("f", "r" + binary) as file:
+            assert file.readable() and not file.writable()
+            for use in (lambda: file.write(content), lambda: file.writelines([content]), file.truncate):
+                with pytest.raises(io.UnsupportedOperation):
+                    use()
+            assert file.read() == content
+        with pytest.raises(FileExistsError, match="taken.*'f'"):
+            clupy.open("f", "x" + binary)
+    first, second = clupy.open("new", "x"), clupy.open("new", "xb")
+    first.write("first")
+    second.write(b"second" * 20_000)
+    first.close()
+    with pytest.raises(FileExistsError, match="another was first.*'new'"):
+        second.close()
+    assert clupy.get("new") == b"first" and not list(clupy._redis().scan_iter("*:new:*"))
+    with clupy.open("bytes", "wb", ttl=30) as file:
+        file.write(b"\xff-")
+    assert clupy.open("bytes", errors="replace").read() == "\ufffd-"
+    with clupy.open("bytes", "a", "ascii", errors="ignore") as file:
+        file.write("\xfcbc")
+    assert clupy.get("bytes") == b"\xff-bc" and clupy._redis().ttl(clupy._key("bytes")) in (29, 30)
+    clupy.open("bytes", "a", ttl=0).close()
+    assert clupy._redis().ttl(clupy._key("bytes")) == -1
 
 
 def test_lines_that_many_processes_append_are_all_there(redis):
@@ -6366,6 +6500,36 @@ def test_a_counter_counts_and_a_queue_gives_each_item_to_one_taker_for_all_proce
     assert clupy.counter("n").value == 5 and clupy.counter("new").value == 0
     with pytest.raises(TypeError):
         count.add(0.5)
+    for use in (lambda: count.add(2**70), lambda: count.set(2**70), lambda: count.set(-2**63 - 1)):
+        with pytest.raises(OverflowError, match="'n' has 64 bits, which -?[0-9]+ does not fit"):
+            use()
+    count.set(2**63 - 1)
+    with pytest.raises(OverflowError, match="'n' has 64 bits, it stays"):
+        count.add()
+    assert count.value == 2**63 - 1
+
+
+def test_a_queue_of_a_size_holds_no_more_and_who_puts_waits_for_room(redis):
+    queue = clupy.queue("q", maxsize=2)
+    queue.put(1)
+    queue.put(2, timeout=0)
+    for use in (lambda: queue.put_nowait(3), lambda: queue.put(3, timeout="50ms"), lambda: queue.put(3, time_out=-1)):
+        with pytest.raises(clupy.Full):
+            use()
+    assert len(queue) == 2
+    with Dialogue("clupy.queue('q', maxsize=2).put(3); print('put')") as waiter:
+        until(lambda: not select.select([waiter.process.stdout], [], [], 0.2)[0])
+        assert queue.get_nowait() == 1 and waiter.hears() == "put"
+    clupy.queue("q").put(4)                                # who gives no size knows none
+    assert [queue.get(0) for _ in range(3)] == [2, 3, 4]
+    with pytest.raises(clupy.Empty):
+        queue.get_nowait()
+    queue.put(5)
+    queue.clear()
+    queue.clear()
+    assert len(queue) == 0 and not clupy.exists("q")
+    with pytest.raises(ValueError, match="maxsize"):
+        clupy.queue("q", maxsize=-1)
 
 
 def test_a_queue_waits_for_an_item_and_a_topic_reaches_those_who_listen(redis):
@@ -6563,15 +6727,106 @@ def test_a_redis_that_refuses_a_change_keeps_what_it_had(tmp_path, settings):
         with pytest.raises(clupy.Unavailable, match="refuses to write"):
             clupy.put("small", 2)
         client.config_set("maxmemory", "0")
-        client.config_set("min-replicas-to-write", 1)
-        with pytest.raises(clupy.Unavailable, match="NOREPLICAS"):
-            clupy.put("small", 3)
         assert len(clupy.get("small")) == 1000 and len(clupy.get("large")) == 6 << 20
         assert sorted(clupy.keys()) == ["large", "small"] and not list(client.scan_iter("*:new:*"))
-        client.config_set("min-replicas-to-write", 0)
         clupy.put("small", 4)
         assert clupy.get("small") == 4
         clupy.close_services()
+
+
+def refuse_to_write(server, client, how):
+    if how == "OOM":
+        client.config_set("maxmemory", 1 << 20)
+    elif how == "READONLY":
+        client.replicaof("127.0.0.1", free_port())
+    elif how == "NOREPLICAS":
+        client.config_set("min-replicas-to-write", 1)
+    else:
+        shutil.rmtree(server.folder)                       # it cannot save any more
+        client.config_set("save", "3600 1")
+        client.bgsave()
+        until(lambda: client.info("persistence")["rdb_last_bgsave_status"] == "err")
+
+
+def written(name, content, mode="wb"):
+    with clupy.open(name, mode) as file:
+        file.write(content)
+
+
+@pytest.mark.parametrize("how, says", [("OOM", "used memory"), ("READONLY", "read only replica"), ("MISCONF", "MISCONF"),
+                                       ("NOREPLICAS", "NOREPLICAS")])
+def test_whatever_redis_refuses_is_clupys_error_and_changes_nothing(tmp_path, settings, how, says):
+    large = os.urandom(5 << 20)
+    with RedisServer(tmp_path / "redis") as server:
+        settings(redis=server.url)
+        client, count, queue = clupy._redis(), clupy.counter("count"), clupy.queue("queue")
+        clupy.put("value", 1, ttl=100)
+        written("file", b"old")
+        count.add(3)
+        queue.put("first")
+        ref = clupy.share(bytes(100_000), ttl=100)
+        before = {key: client.dump(key) for key in client.scan_iter()}
+        refuse_to_write(server, client, how)
+        uses = [lambda name=name, value=value: use(name, value)
+                for value in (2, large) for name in ("value", "new", "file", "queue")
+                for use in (clupy.put, lambda name, value: clupy.put_many({name: value}))]
+        uses += [lambda: clupy.add("new", 1), lambda: clupy.add("new", large), lambda: clupy.update("value", lambda old: large),
+                 lambda: clupy.shared.setdefault("new", 1), lambda: clupy.share(1), lambda: clupy.share(large),
+                 lambda: queue.put(2), lambda: queue.put(large), lambda: count.add(1), lambda: count.set(1),
+                 *(lambda mode=mode, content=content: written("new" if mode == "xb" else "file", content, mode)
+                   for mode in ("wb", "xb", "ab") for content in (b"new", large))]
+        for use in uses:
+            with pytest.raises(clupy.Unavailable, match=f"refuses to write.*{says}"):
+                use()
+        assert clupy.get("value") == 1 and clupy.get("file") == b"old" and count.value == 3 and len(ref.get()) == 100_000
+        assert clupy.get_many(["value", "new", "file"]) == {"value": 1, "file": b"old"}
+        assert {key: client.dump(key) for key in client.scan_iter()} == before
+        clupy.close_services()
+
+
+def test_a_connection_that_is_cut_anywhere_leaves_the_old_value_or_the_new_one(redis, settings, monkeypatch):
+    """What may be repeated succeeds; what may not says that it is not known; nothing is left beside."""
+    monkeypatch.setattr(clupy, "PIECE", 1 << 14)
+    large, count, queue = os.urandom(150_000), clupy.counter("count"), clupy.queue("queue")
+
+    def state():
+        names = [name for name in clupy.keys() if name not in ("count", "queue")]
+        return {name: clupy.get(name) for name in names}, count.value, len(queue)
+    repeated = [lambda: clupy.put("x", 2), lambda: clupy.put("x", large), lambda: clupy.add("new", 2),
+                lambda: clupy.add("new", large), lambda: clupy.put_many({"x": 2, "new": large, "other": 3}),
+                lambda: clupy.update("x", lambda old: [old, large]), lambda: written("file", large),
+                lambda: clupy.share(large), lambda: count.set(7), lambda: written("new", large, "xb")]
+    once = [lambda: count.add(), lambda: queue.put(large), lambda: written("file", large, "ab"),
+            lambda: clupy.shared.pop("x"), queue.clear, lambda: queue.get(0)]
+
+    def anew():
+        clupy.delete(*clupy.keys())
+        clupy.put("x", 1)
+        written("file", b"old")
+        count.set(5)
+        queue.put(1)
+    cut = Cut(redis)
+    with cut as port:
+        settings(redis=f"redis://127.0.0.1:{port}/0", patience=10)
+        for use in (*repeated, *once):
+            anew()
+            before, cut.left = state(), 1e9
+            clupy.close_services()
+            use()
+            after, total = state(), int(1e9 - cut.left)
+            for left in sorted({*range(1, total, total // 12), total - 1, total - 3}):
+                cut.left = math.inf
+                anew()
+                clupy.close_services()                     # so that the first byte is that of a connection
+                cut.left = left
+                if use in repeated:
+                    use()
+                else:
+                    with contextlib.suppress(clupy.Unavailable):
+                        use()
+                cut.left = math.inf
+                assert state() == after or use in once and state() == before
+                assert not list(clupy._redis().scan_iter("*:new:*"))
 
 
 def test_a_redis_that_is_killed_and_comes_back_costs_time_and_no_error(mortal_redis):
