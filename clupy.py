@@ -338,6 +338,12 @@ def _text(value):
     return value
 
 
+def _some_text(value):
+    if not _text(value):
+        raise ValueError("a text that is not empty")
+    return value
+
+
 def _switch(value):
     word = str(value).lower()
     if word not in ("on", "off", "true", "false", "yes", "no", "1", "0"):
@@ -397,7 +403,7 @@ SETTINGS = {   # key: (roles that have it, how it is read, default)
     "patience": ("master server client", _duration, 60.0),
     "redis": ("master client", _text, None),
     "zookeeper": ("master client", _text, None),
-    "prefix": ("master client", _text, "clupy"),
+    "prefix": ("master client", _some_text, "clupy"),
     "ttl": ("master client", _duration, 604800.0),
     "session": ("master client", _duration, 10.0),
 }
@@ -5229,7 +5235,7 @@ def _key(name, kind="data"):
 
 
 def _prefix(kind):
-    return f"{_settings().prefix}:{kind}:".encode()
+    return f"{_settings().prefix}:{kind}:".encode("utf-8", "surrogatepass")
 
 
 def _kind(name):
@@ -5942,22 +5948,33 @@ def _whose_copies():
 
 def _machine_copy(ref):
     """The buffers of a Ref, from this machine's copy of it; where there is no room for one, this process's own."""
-    client, buffers = _whose_copies(), None
+    client = _whose_copies()
     paths = [os.path.join(folder, client, ref.name) for folder in _ref_folders()]
     found = _mapped(paths)
-    for path in () if found else paths:
+    if not found:
+        with contextlib.ExitStack() as stack:
+            # Few files, and enough.  The first folder's that can be had, for all: who finds no room in one folder goes on to
+            # the next while others wait, instead of each fetching anew.
+            for path in paths:
+                with contextlib.suppress(OSError):
+                    stack.enter_context(_locked(os.path.join(os.path.dirname(path), f"{ref.name[:1]}.lock")))
+                    break
+            found = _mapped(paths)
+            if not found:
+                buffers = _fetched(ref)
+                found = _copied(ref, paths, buffers)
+    return _refreshed(ref, *found) if found else buffers
+
+
+def _copied(ref, paths, buffers):
+    """(path, buffers) of a copy made at the first of the paths that has room, or None."""
+    for path in paths:
         try:
-            with _locked(os.path.join(os.path.dirname(path), f"{ref.name[:1]}.lock")):     # few files, and enough
-                if not _mapped(paths):
-                    buffers = buffers or _fetched(ref)
-                    _write_copy(path, buffers)
-            break
-        except ConnectionError:        # no file's, but that of who has the value
-            raise
+            _write_copy(path, buffers)
+            return _mapped([path])
         except OSError as error:       # Docker's /dev/shm has 64 MB: on disk, then
             log.debug("no copy of %r at %s: %s", ref, path, error)
-    found = found or _mapped(paths)
-    return _refreshed(ref, *found) if found else buffers or _fetched(ref)
+    return None
 
 
 @contextlib.contextmanager
@@ -6378,11 +6395,12 @@ class _Place(_Wait):
 
 
 def _path(kind, name):
-    """The node of that name; every name is one component, whatever is in it."""
+    """The node of that name; every name is one component, whatever is in it, and so is the prefix."""
     if not isinstance(name, str) or not name:
         raise ValueError(f"a name must be a str and not empty: {name!r}")
-    quoted = urls.quote(name, safe="", errors="surrogatepass").replace(".", "%2E")
-    return f"/{_settings().prefix}/{kind}/{quoted}"
+    prefix, quoted = (urls.quote(text, safe="", errors="surrogatepass").replace(".", "%2E")
+                      for text in (_settings().prefix, name))
+    return f"/{prefix}/{kind}/{quoted}"
 
 
 class _Holding:

@@ -570,6 +570,9 @@ class Functions:
         except BaseException as error:             # the outcome of the call, whatever the user's code raised
             if isinstance(error, MemoryError) and self.memory_limit:
                 error.add_note(f"memory_limit is {self.memory_limit >> 20} MB for a worker on {self.server}")
+            if type(error) in (ValueError, TypeError) and "read-only" in str(error):       # numpy's words, and Python's
+                error.add_note("arrays of a Ref (clupy.share) are read-only, as all processes of a machine have them from one "
+                               "piece of memory: change a copy, array.copy()")
             return False, clupy.pack_exception(error, 1, f"{self.server} {os.getpid()}")
         try:
             return True, value if type(value) in clupy.PLAIN else clupy.pack_result(value, self._names[id])

@@ -6186,6 +6186,20 @@ def test_names_may_have_any_characters_and_the_mapping_agrees_with_the_functions
     assert clupy.keys() == ["theirs"] and clupy.delete("theirs") == 1
 
 
+@pytest.mark.parametrize("prefix", ["..", ".", "a/b", "/", "a\0b", "\ud800", "ü *"])
+def test_any_prefix_separates_names_but_an_empty_one(redis, zookeeper, monkeypatch, prefix):
+    monkeypatch.setattr(clupy, "_configured", {})
+    clupy.configure(prefix=prefix)
+    clupy.delete("x\0")
+    clupy.put("x\0", 1)
+    with clupy.lock("x\0", timeout=5), clupy.semaphore("x", 2, timeout=5):
+        assert clupy.keys() == ["x\0"] and clupy.counter("n").add() == 1
+        clupy.event("x").set()
+    clupy.delete("x\0", "n")
+    with pytest.raises(clupy.ConfigurationError, match="prefix is '', but must be a text that is not empty"):
+        clupy.configure(prefix="")
+
+
 def test_of_many_that_change_a_value_at_once_each_is_one_stroke(redis):
     """Eight threads: each setdefault gives all the same value, each item is popped once, no update is lost."""
     rounds, start = range(30), threading.Barrier(8)
@@ -6655,6 +6669,40 @@ def test_where_shared_memory_has_no_room_a_copy_is_kept_on_disk_and_where_nothin
     assert len(fetched) == 3
 
 
+def test_while_one_process_looks_for_room_for_a_copy_the_others_wait_for_it_and_fetch_nothing(redis, tmp_path, monkeypatch):
+    folders, fetched, fetch, write = [tmp_path / "full", tmp_path / "disk"], [], clupy._fetched, clupy._write_copy
+
+    def no_room_at_first(path, buffers):
+        if "full" in path:
+            raise OSError(errno.ENOSPC, "no room")
+        time.sleep(0.2)                                    # in which another would begin, if it could
+        write(path, buffers)
+    monkeypatch.setattr(clupy, "_ref_folders", lambda: iter(map(str, folders)))
+    monkeypatch.setattr(clupy, "_fetched", lambda ref: fetched.append(ref) or fetch(ref))
+    monkeypatch.setattr(clupy, "_write_copy", no_room_at_first)
+    for folder in folders:
+        folder.mkdir()
+    ref = clupy.share(bytes(300_000))
+    together(*[lambda: ref.get() == bytes(300_000) or 1 / 0] * 4)
+    assert len(fetched) == 1
+
+
+def test_who_writes_to_a_shared_array_is_told_to_copy_it():
+    numpy = pytest.importorskip("numpy")
+
+    def double(array):
+        array *= 2
+
+    def fill(array):
+        memoryview(array)[0] = 1
+    clupy.connect(slots=1)
+    ref = clupy.share(numpy.zeros(100_000))
+    for function in double, fill:
+        error = clupy.parallel(function)(ref).exception(PATIENCE)
+        assert "read-only" in str(error) and "array.copy()" in error.__notes__[0]
+    assert call(double, numpy.zeros(100_000)) is None      # of one call alone
+
+
 def test_folders_for_copies_that_somebody_else_made_first_are_passed_over(tmp_path, monkeypatch):
     monkeypatch.setattr(clupy.tempfile, "gettempdir", lambda: str(tmp_path))
     *others, mine = clupy._ref_folders()
@@ -6968,7 +7016,7 @@ def test_a_lock_object_serves_one_block_at_a_time_and_any_name_names_a_lock(zook
             raise ZeroDivisionError
     with lock:
         assert lock.held and "held" in repr(lock)
-    for name in (".", "..", "a/b", "ü ", "\ud800", "zookeeper", "%2E"):
+    for name in (".", "..", "a/b", "ü ", "\ud800", "zookeeper", "%2E", "\0", "\x7f", "a\nb"):
         with clupy.lock(name, timeout=5) as lock, clupy.lock(name + "x", timeout=5):
             lock.check()
     for use, says in [(lambda: clupy.lock(""), "empty"), (lambda: clupy.semaphore("", 1), "empty"),
