@@ -78,6 +78,7 @@ import atexit
 import collections
 import concurrent.futures
 import contextlib
+import contextvars
 import copy
 import copyreg
 import enum
@@ -6297,11 +6298,12 @@ def _lost_connection():
 
 
 class _Place(_Wait):
-    """A place in a queue: a node of ours in `path`, gone with our session."""
+    """A place in a queue: a node of ours in `path`, gone with our session.  n: what all in the queue must agree on, or None."""
 
-    def __init__(self, what, path, timeout, kind="place", data=None, crowd=False):
+    def __init__(self, what, path, timeout, kind="place", data=None, crowd=False, n=None):
         super().__init__(what, path, timeout)
-        self.stem = f"{uuid.uuid4().hex}-{kind}-"
+        self.n = n
+        self.stem = f"{uuid.uuid4().hex}-{kind if n is None else n}-"
         self.data = f"{socket.gethostname()}:{os.getpid()}" if data is None else data
         self.crowd = crowd             # whether the whole queue is watched, or only the node that is in our way
         self.pid = os.getpid()
@@ -6310,8 +6312,10 @@ class _Place(_Wait):
         self.token = None              # transaction that made it: larger for every later one, over all of ZooKeeper
         self.session = None            # the session it ends with
 
-    def nodes(self):
-        """All nodes in the order of their numbers, after ours was made; ours is missing if it was lost since."""
+    def nodes(self, watch=None):
+        """All nodes in the order of their numbers, after ours was made; ours is missing if it was lost since.
+
+        Raises ValueError if the first one has another n than ours.  So others with another n are about to leave."""
         while self.node is None:
             try:
                 if self.tried:         # and the answer was lost; the server we have now may lag behind
@@ -6324,7 +6328,13 @@ class _Place(_Wait):
                     self.node = made.rpartition("/")[2]
             except kazoo_errors.NoNodeError:
                 self.ask("ensure_path", self.path)
-        return self.children(self.wake if self.crowd else None)
+        nodes = self.children(self.wake if self.crowd else watch)
+        if self.n is None or self.node not in nodes:
+            return nodes
+        said = [int(node.split("-")[1]) for node in nodes]
+        if said[0] != self.n:
+            raise ValueError(f"{self.what}: n is {self.n} here, but {said[0]} where it is in use already; it must be the same")
+        return [node for node, n in zip(nodes, said) if n == self.n]
 
     def is_ours(self, node):
         """Whether it is our node, also before we know its number."""
@@ -6403,45 +6413,68 @@ def _path(kind, name):
     return f"/{prefix}/{kind}/{quoted}"
 
 
+_holdings = contextvars.ContextVar("clupy's holdings", default=())      # those that were acquired in this context
+
+
 class _Holding:
-    """What lock, semaphore and election give: entered when its turn has come, one with-block at a time."""
+    """What lock, semaphore and election give: acquired when its turn has come, by one with-block at a time, or by hand."""
 
     def __init__(self, what, name, timeout, in_the_way, **options):
         self._what, self._path = f"{what} {name!r}", _path(what, name)
         self._timeout, self._in_the_way, self._options = timeout, in_the_way, options
         self._place = None             # while held, or held by the parent that forked us
+        self._thread = None            # that acquired it
 
     def __repr__(self):
         return f"<clupy.{self._what}{' held' if self.held else ''}>"
 
-    def __enter__(self):
+    def acquire(self):
+        """Wait for it, as entering a with-block does, and return it.  Raises TimeoutError; RuntimeError if it would wait for
+        what this thread itself holds."""
         if self._place is not None and self._place.pid == os.getpid():
             raise RuntimeError(f"{self._what}: this object is in use; make another for another with-block")
+        if self._in_the_way([holding._place.node for holding in _holdings.get() if holding._is_here(self._path)]):
+            raise RuntimeError(f"{self._what} would wait for itself: this thread holds it already, and it is not re-entrant")
         place = _Place(self._what, self._path, self._timeout, **self._options)
         try:
             place.until(lambda: place.is_turn(self._in_the_way))
             place.deadline = math.inf  # that was for the waiting
-            self._place = place
+            self._place, self._thread = place, threading.get_ident()
         except BaseException:
             place.abandon()
             raise
+        _holdings.set((*(holding for holding in _holdings.get() if holding._place), self))
         return self
 
-    def __exit__(self, kind, *_):
-        place, forked = self._place, self._place.pid != os.getpid()
-        self._place = None
-        if forked:                     # inside the block: it is the parent's, and so is the connection
-            return
-        if kind is not None:           # the block's own error is the one to see
-            place.abandon()
-            return
+    def _is_here(self, path):
+        """Whether what has this path is held by this very thread.  The context alone is inherited by others (asyncio), the
+        thread alone is used by others (asyncio.to_thread)."""
+        return self._path == path and self._thread == threading.get_ident() and self.held
+
+    def release(self):
+        """Give it to the next.  Any thread; RuntimeError if it is not held, LockLost if it was lost meanwhile."""
+        place, self._place = self._place, None
+        if place is None or place.pid != os.getpid():
+            raise RuntimeError(f"{self._what} cannot be released: this object does not hold it")
         try:
             kept = place.leave()
         except BaseException:
             place.abandon()
             raise
         if not kept:
-            raise LockLost(f"{self._what} was lost before its block ended: others may have held it meanwhile")
+            raise LockLost(f"{self._what} was lost before it was released: others may have held it meanwhile")
+
+    __enter__ = acquire
+
+    def __exit__(self, kind, *_):
+        place = self._place
+        if place is not None and place.pid != os.getpid():     # forked inside the block: it is the parent's, as the connection
+            self._place = None
+        elif kind is None:
+            self.release()
+        elif place is not None:        # the block's own error is the one to see
+            self._place = None
+            place.abandon()
 
     @property
     def held(self):
@@ -6473,8 +6506,9 @@ def lock(name, timeout=None, shared=False):
     """`with clupy.lock("x") as l:` one holder at a time in the cluster, in the order of asking.
 
     shared: any number of such holders, and no other.  timeout: seconds to wait, then TimeoutError.  l.held, l.token and
-    l.check() tell whether it still is; LockLost at the block's end if it was lost meanwhile.  Not re-entrant.  A holder that
-    is killed holds it for the setting `session` longer."""
+    l.check() tell whether it still is; LockLost at the block's end if it was lost meanwhile.  l.acquire() and l.release() do by
+    hand what the block does.  Not re-entrant: a second one in the same thread that would wait for itself is a RuntimeError.
+    A holder that is killed holds it for the setting `session` longer."""
     def in_the_way(before):
         writers = [node for node in before if "-write-" in node] if shared else before
         return writers[-1] if writers else None
@@ -6483,13 +6517,14 @@ def lock(name, timeout=None, shared=False):
 
 @_either_spelling
 def semaphore(name, n, timeout=None):
-    """As lock, with at most n holders at a time; everybody must say the same n."""
-    if operator.index(n) < 1:
+    """As lock, with at most n holders at a time; ValueError on entering if others say another n."""
+    n = operator.index(n)
+    if n < 1:
         raise ValueError(f"n must be at least 1, not {n}")
 
     def in_the_way(before):
         return before[0] if len(before) >= n else None
-    return _Holding("semaphore", name, timeout, in_the_way, crowd=True)
+    return _Holding("semaphore", name, timeout, in_the_way, crowd=True, n=n)
 
 
 @_either_spelling
@@ -6524,11 +6559,12 @@ class Election(_Holding):
 def barrier(name, n, timeout=None):
     """Return when n callers have come, in all n of them; then the name is free for the next n.
 
-    Callers that died or gave up do not count.  Raises TimeoutError after `timeout` seconds.  Any process, any thread, the
-    same n everywhere."""
-    if not 1 <= operator.index(n) <= 5000:           # more would not fit into one transaction, 1 MB
+    Callers that died or gave up do not count.  Raises TimeoutError after `timeout` seconds, ValueError if those who came before
+    say another n.  Any process, any thread."""
+    n = operator.index(n)
+    if not 1 <= n <= 5000:                           # more would not fit into one transaction, 1 MB
         raise ValueError(f"n must be 1 to 5000, not {n}")
-    place = _Place(f"barrier {name!r}", _path("barrier", name), timeout)
+    place = _Place(f"barrier {name!r}", _path("barrier", name), timeout, n=n)
     try:
         try:
             place.until(lambda: _is_released(place, n))
@@ -6555,7 +6591,7 @@ def _is_released(place, n):
         if index < n - 1:
             return False               # our own node is watched
         if index >= n:                 # a crowd: wait for the next round, which may make us its n-th
-            if nodes == place.children(place.wake):
+            if nodes == place.nodes(place.wake):
                 return False
             continue
         release = place.client.transaction()

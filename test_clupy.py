@@ -5615,6 +5615,12 @@ def together(here, *others):
             future.result(2 * PATIENCE)
 
 
+def elsewhere(function):
+    """What it returns or raises in another thread."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result(2 * PATIENCE)
+
+
 @pytest.fixture(scope="session")
 def redis_server(tmp_path_factory):
     with RedisServer(tmp_path_factory.mktemp("redis")) as server:
@@ -6317,8 +6323,8 @@ def test_services_take_durations_and_whole_numbers_as_calls_do(redis, zookeeper)
                 assert next(values) == 2
         clupy.put("v", 3, ttl=duration)
         assert clupy.get("v") == 3
-    with clupy.lock("x"), pytest.raises(TimeoutError, match="not within 0.05 s"), clupy.lock("x", time_out="50ms"):
-        pass
+    with clupy.lock("x"), pytest.raises(TimeoutError, match="not within 0.05 s"):
+        elsewhere(clupy.lock("x", time_out="50ms").acquire)
     with pytest.raises(TypeError, match=r"get\(\) was given timeout and time_out"):
         clupy.queue("q").get(timeout=1, time_out=1)
 
@@ -6985,12 +6991,12 @@ def test_readers_share_a_lock_writers_do_not_tokens_grow_and_waiters_keep_their_
         assert first.held and second.held
         tokens += [first.token, second.token]
         with pytest.raises(TimeoutError, match="lock 'x': not within 0.3 s"):
-            clupy.lock("x", timeout=0.3).__enter__()
+            elsewhere(clupy.lock("x", timeout=0.3).acquire)
     with clupy.lock("x", timeout=0) as writer:
         tokens.append(writer.token)
         for shared in (False, True):
             with pytest.raises(TimeoutError):
-                clupy.lock("x", timeout=0, shared=shared).__enter__()
+                elsewhere(clupy.lock("x", timeout=0, shared=shared).acquire)
     assert tokens == sorted(set(tokens)) and not writer.held and writer.token is None
     with pytest.raises(clupy.LockLost, match="not held"):
         writer.check()
@@ -7026,6 +7032,83 @@ def test_a_lock_object_serves_one_block_at_a_time_and_any_name_names_a_lock(zook
                       (lambda: clupy.election("e", "x" * 200_000), "short")]:
         with pytest.raises(ValueError, match=says):
             use()
+
+
+def test_who_would_wait_for_itself_is_told_so_at_once(zookeeper):
+    def would_wait(*holdings):
+        for holding in holdings:
+            with pytest.raises(RuntimeError, match=" would wait for itself: this thread holds it"):
+                holding.acquire()
+    with clupy.lock("x"):
+        would_wait(clupy.lock("x"), clupy.lock("x", shared=True), clupy.lock("x", timeout=0))
+        with clupy.lock("y", timeout=5), clupy.semaphore("x", 1, timeout=5), clupy.election("x", timeout=5):
+            would_wait(clupy.semaphore("x", 1), clupy.election("x"))
+    with clupy.lock("x", shared=True), clupy.lock("x", shared=True, timeout=5):
+        would_wait(clupy.lock("x"))
+    with clupy.semaphore("x", 2), clupy.semaphore("x", 2, timeout=5):
+        would_wait(clupy.semaphore("x", 2))
+    assert contenders("lock", "x") == contenders("semaphore", "x") == []
+
+    async def both():
+        """Whichever thread of the pool acquires it, another may release it."""
+        first, second = clupy.lock("x"), clupy.lock("x", timeout=PATIENCE)
+        loop, pool = asyncio.get_running_loop(), concurrent.futures.ThreadPoolExecutor(2)
+        loop.set_default_executor(pool)
+        await asyncio.to_thread(first.acquire)
+        waiting = asyncio.create_task(asyncio.to_thread(second.acquire))
+        while len(contenders("lock", "x")) < 2:
+            await asyncio.sleep(0.01)
+        await asyncio.to_thread(first.release)
+        (await waiting).release()
+    asyncio.run(both())
+
+
+def test_a_lock_is_acquired_and_released_by_hand_too_by_who_holds_it(zookeeper):
+    for holding in clupy.lock("x", timeout=5), clupy.semaphore("x", 1, timeout=5), clupy.election("x", "me", timeout=5):
+        with pytest.raises(RuntimeError, match="does not hold it"):
+            holding.release()
+        assert holding.acquire() is holding and holding.held
+        elsewhere(holding.release)
+        assert not holding.held
+        with pytest.raises(RuntimeError, match="does not hold it"):
+            holding.release()
+    by_hand = clupy.lock("x", timeout=5).acquire()
+    with pytest.raises(TimeoutError):
+        elsewhere(clupy.lock("x", timeout=0).acquire)
+    by_hand.release()
+    with pytest.raises(RuntimeError, match="does not hold it"), holding:
+        holding.release()
+    with pytest.raises(ZeroDivisionError), holding:
+        holding.release()
+        raise ZeroDivisionError
+    with pytest.raises(clupy.LockLost, match="was lost before it was released"):
+        lock = clupy.lock("x").acquire()
+        clupy._zookeeper().delete(f"{lock._path}/{contenders('lock', 'x')[0]}")
+        lock.release()
+
+
+def test_all_must_say_the_same_size_of_a_semaphore_and_of_a_barrier(zookeeper):
+    with clupy.semaphore("s", 2):
+        for n in 1, 3:
+            with pytest.raises(ValueError, match=f"semaphore 's': n is {n} here, but 2 where it is in use"):
+                elsewhere(clupy.semaphore("s", n).acquire)
+        with clupy.semaphore("s", 2, timeout=5):
+            pass
+    with clupy.semaphore("s", 3, timeout=5):               # nobody is left who says otherwise
+        pass
+    with Dialogue("clupy.barrier('b', 3); print('passed')") as first:
+        until(lambda: len(contenders("barrier", "b")) == 1)
+        with pytest.raises(ValueError, match="barrier 'b': n is 2 here, but 3 where"):
+            clupy.barrier("b", 2, timeout=5)
+        stray = clupy._Place("barrier 'b'", clupy._path("barrier", "b"), 5, n=2)       # one that is about to leave
+        with pytest.raises(ValueError, match="n is 2 here"):
+            stray.nodes()
+        with Dialogue("clupy.barrier('b', 3); print('passed')") as second:
+            until(lambda: len(contenders("barrier", "b")) == 3)
+            clupy.barrier("b", 3, timeout=PATIENCE)
+            assert first.hears() == second.hears() == "passed"
+        stray.leave()
+    assert contenders("barrier", "b") == []
 
 
 def test_a_semaphore_has_at_most_n_holders(zookeeper):
@@ -7185,7 +7268,7 @@ def test_an_absence_longer_than_patience_is_unavailable_and_the_next_use_starts_
             use()
     together(kill, *[functools.partial(fails, what, use) for what, use in [
         ("barrier 'b'", lambda: clupy.barrier("b", 2)), ("event 'e'", clupy.event("e").wait),
-        ("lock 'y'", lambda: clupy.lock("y").__enter__() and clupy.lock("y").__enter__())]])
+        ("lock 'y'", lambda: elsewhere(clupy.lock("y").acquire) and clupy.lock("y").acquire())]])
     mortal_zookeeper.start().ready()
     with clupy.lock("x", timeout=PATIENCE):
         pass
@@ -7210,7 +7293,7 @@ def test_a_holder_that_slept_past_its_session_is_told_and_the_next_has_a_larger_
             assert lock.token > token
             sleeper.send(signal.SIGCONT)
             assert sleeper.hears() == "checked" and sleeper.hears() == "False"
-            assert "lock 'x' was lost before its block ended" in sleeper.hears()
+            assert "lock 'x' was lost before it was released" in sleeper.hears()
             lock.check()
     with pytest.raises(clupy.LockLost):
         with clupy.lock("x") as lock:                      # somebody deletes its node
