@@ -13,7 +13,8 @@ Without any set-up the calls run on the cores of this machine; `python -m clupy 
 --master HOST` make a cluster of several.  Trusted networks only: whoever knows the secret can run code.
 
     calls          parallel, map, wait_all, as_completed, Future, Executor; connect, close, configure
-    data           put, get, delete, exists, keys, open; shared, counter, queue; publish, subscribe; share, Ref
+    data           put, get, put_many, get_many, add, update, delete, exists, keys, shared, open; counter, queue; publish,
+                   subscribe; share, Ref
     coordination   lock, semaphore, election, barrier, event
     errors         ClupyError and what is derived from it; an exception of the user's function keeps its type
 
