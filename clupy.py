@@ -5539,6 +5539,8 @@ redis.call('rename', KEYS[1], KEYS[2])
 expire(KEYS[2], ARGV[1])
 return 1"""
 
+_BEGIN = "redis.call('hset', KEYS[1], 'h', ARGV[1]) redis.call('pexpire', KEYS[1], 60000)"
+
 _DROP = """
 if redis.call('hget', KEYS[1], 'h') ~= ARGV[1] then return 0 end
 return redis.call('unlink', KEYS[1])"""
@@ -5560,20 +5562,16 @@ def _store(key, name, kind, buffers, ttl, old=b"*"):
     """Whether the value was written in place of the one with the header `old` (b"": of none; b"*": of whatever is there).
 
     All of it, or nothing if Redis refuses a part: a large one is written beside, and put in place once all of it is there."""
-    command = _placing(key, kind, buffers, ttl, old)
     if _is_small(buffers):
-        return bool(_asked(name, *command))
-    beside, header = command[3], command[6]
-    try:
-        for _ in range(3):
-            _retried(lambda client: _write_beside(client, beside, header, buffers), name)
-            if (placed := _asked(name, *command)) is not None:
-                return bool(placed)
-        raise _unavailable("redis", f"it lost what was written of {name!r}, three times: does it evict (maxmemory-policy)?")
-    except BaseException:                              # no memory left, say: give back what this took
-        with contextlib.suppress(redis.RedisError):    # what a lost connection leaves there is gone in an hour
-            _redis().unlink(beside)
-        raise
+        return bool(_asked(name, *_placing(key, kind, buffers, ttl, old)))
+    header = _header(kind, ttl, [len(buffer) for buffer in buffers])
+    for _ in range(3):
+        beside = _retried(lambda client: _write_beside(client, header, buffers), name)
+        placed = _asked(name, "EVAL", _PLACE, 2, beside, key, ttl, header, old, sum(1 for _ in _pieces(buffers)))
+        if placed is not None:
+            return bool(placed)
+        _asked(name, "UNLINK", beside)                 # what is left of it
+    raise _unavailable("redis", f"it lost what was written of {name!r}, three times: does it evict (maxmemory-policy)?")
 
 
 def _is_small(buffers):
@@ -5581,22 +5579,29 @@ def _is_small(buffers):
 
 
 def _placing(key, kind, buffers, ttl, old=b"*"):
-    """The command that puts a value in place; it has a small one's pieces with it."""
-    header, beside = _header(kind, ttl, [len(buffer) for buffer in buffers]), _key(uuid.uuid4().hex, "new")
-    pieces = enumerate([bytes(piece) for piece in _pieces(buffers)] or [b""]) if _is_small(buffers) else ()
-    count = sum(-(-len(buffer) // PIECE) for buffer in buffers)
-    return "EVAL", _PLACE, 2, beside, key, ttl, header, old, count, *itertools.chain(*pieces)
+    """The command that puts a small value in place."""
+    header = _header(kind, ttl, [len(buffer) for buffer in buffers])
+    fields = itertools.chain(*enumerate([bytes(piece) for piece in _pieces(buffers)] or [b""]))
+    return "EVAL", _PLACE, 2, _key(uuid.uuid4().hex, "new"), key, ttl, header, old, 0, *fields
 
 
-def _write_beside(client, beside, header, buffers):
-    """Write a value under a key that is in nobody's way."""
-    with client.pipeline(transaction=False) as pipe:
-        pipe.unlink(beside)                            # half of it, from a connection that was lost
-        pipe.hset(beside, "h", header)
-        pipe.pexpire(beside, 3_600_000)
-        for number, piece in enumerate(_pieces(buffers)):
-            pipe.hset(beside, number, piece)
-        pipe.execute()
+def _write_beside(client, header, buffers):
+    """The key, in nobody's way, under which a value was written.
+
+    What a lost connection leaves there is gone in a minute: it has another key each time, since the rest of a connection that
+    was lost may arrive when the value is written, and placed, by another one."""
+    beside = _key(uuid.uuid4().hex, "new")
+    try:
+        with client.pipeline(transaction=False) as pipe:
+            pipe.eval(_BEGIN, 1, beside, header)
+            for number, piece in enumerate(_pieces(buffers)):
+                pipe.hset(beside, number, piece)
+                pipe.pexpire(beside, 60_000)
+            pipe.execute()
+    except redis.ResponseError:                        # no memory left, say: give back what this took
+        client.unlink(beside)
+        raise
+    return beside
 
 
 # The header, and the first piece if that is small.
