@@ -230,7 +230,7 @@ class ConfigurationError(ClupyError, ValueError):
 
 
 class SecretError(ClupyError, PermissionError):
-    """There is no secret, others can read it, or the peer has another one, or a certificate that is not accepted."""
+    """There is no secret, others can read it, or the peer has another one, a certificate that is not accepted, or no TLS."""
 
 
 class VersionMismatch(ClupyError):
@@ -406,6 +406,9 @@ SETTINGS = {   # key: (roles that have it, how it is read, default)
 class Settings:
     """One attribute per key of SETTINGS; `given` names the keys that did not come from the defaults."""
 
+    dial_tls = admit_tls = None        # ssl contexts of the two sides of a connection, made by _load_tls; None: without TLS
+    certificate = None                 # the texts of certificate and key, of which a worker makes its own
+
     def __init__(self, values, given):
         self.__dict__.update(values, given=frozenset(given))
 
@@ -472,10 +475,65 @@ def read_settings(role, file=None, **arguments):
         raise ConfigurationError("slots is 0, but must be at least 1")
     if (values.get("memory_limit") or MIN_MEMORY) < MIN_MEMORY:
         raise ConfigurationError(f"memory_limit is {values['memory_limit']} bytes, but a worker needs {MIN_MEMORY >> 20}MB")
-    for key in ("tls_cert", "tls_key", "tls_ca"):
-        if values.get(key) and not os.path.isfile(os.path.expanduser(values[key])):
-            raise ConfigurationError(f"{key} is {values[key]!r}, but there is no such file")
-    return Settings(values, given)
+    settings = Settings(values, given)
+    _load_tls(settings, **{key: values.get(key) for key in ("tls_ca", "tls_cert", "tls_key")})
+    return settings
+
+
+# ---- Certificates and keys are read once, at start: who starts hears what is wrong with them, not everybody who connects.
+
+def _load_tls(settings, tls_ca, tls_cert, tls_key):
+    """Make the settings' ssl contexts of the files that they name.  Raises ConfigurationError."""
+    for name, path in ("tls_ca", tls_ca), ("tls_cert", tls_cert), ("tls_key", tls_key):
+        if path and not os.path.isfile(os.path.expanduser(path)):
+            raise ConfigurationError(f"{name} is {path!r}, but there is no such file")
+    if tls_ca:
+        settings.dial_tls = _trusting("tls_ca", tls_ca)
+    if tls_cert:
+        _trusting("tls_cert", tls_cert)            # or OpenSSL would not say which of the two is none
+        name, path = ("tls_key", tls_key) if tls_key else ("tls_cert", tls_cert)
+        try:
+            settings.certificate = [_pem(tls_cert), _pem(path)]
+            settings.admit_tls = admit_context(*settings.certificate)
+        except ssl.SSLError as error:
+            why = "is not the key of tls_cert" if error.reason == "KEY_VALUES_MISMATCH" else "holds no private key"
+            raise ConfigurationError(f"{name} is {path!r}, but that {why}") from None
+        except OSError as error:
+            raise ConfigurationError(f"{name} is {path!r}, but that cannot be read: {error.strerror}") from None
+    elif tls_key:
+        raise ConfigurationError(f"tls_key is {tls_key!r}, but there is no tls_cert of which it is the key")
+
+
+def _trusting(name, path):
+    """The ssl context that trusts whom the certificates in a file belong to."""
+    try:
+        return ssl.create_default_context(cafile=os.path.expanduser(path))
+    except ssl.SSLError:
+        raise ConfigurationError(f"{name} is {path!r}, but that holds no certificate") from None
+    except OSError as error:
+        raise ConfigurationError(f"{name} is {path!r}, but that cannot be read: {error.strerror}") from None
+
+
+def _pem(path):
+    with io.open(os.path.expanduser(path), encoding="latin-1") as file:
+        return file.read()
+
+
+def admit_context(certificate, key):
+    """The ssl context of who listens. certificate, key: what their files hold, as texts in Latin-1."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    with tempfile.TemporaryFile() as first, tempfile.TemporaryFile() as second:        # without names: OpenSSL reads files only
+        for file, text in (first, certificate), (second, key):
+            file.write(text.encode("latin-1"))
+            file.seek(0)
+        context.load_cert_chain(f"/dev/fd/{first.fileno()}", f"/dev/fd/{second.fileno()}", _ask_nobody)
+    return context
+
+
+def _ask_nobody():
+    """Instead of OpenSSL's question at the terminal, which would block whoever loads the key."""
+    raise ConfigurationError("tls_key has a passphrase, which a master or server cannot ask for; one without: "
+                             "openssl pkey -in KEY -out NEW, readable by its user alone")
 
 
 def read_yaml(path, must_exist=False):
@@ -570,11 +628,11 @@ def find_secret(settings, create=False):
 # Everything two processes of a cluster say to each other.
 #
 # preamble   8 bytes, read exactly and before TLS: "clupy", version, role, Python's minor version, which must be the same
-#            since bytecode travels.  Roles: M to a master, C control, S slot.
+#            since bytecode travels.  Roles: M to a master, C control, S slot; in lower case by who goes on under TLS.
 # handshake  for M and C, raw bytes of fixed size, HANDSHAKE_TIME at most; D dials, A admits:
 #              D -> A  preamble
-#              A -> D  preamble: also in answer to another version or Python, so that both sides can say what is wrong
-#              D -> A  nonce (32), from here on under TLS, if that is configured
+#              A -> D  preamble: also in answer to one that does not fit, so that both sides can say what is wrong
+#              D -> A  nonce (32), from here on under TLS, if that is configured: on both sides, as the preambles said
 #              A -> D  nonce (32), HMAC-SHA256(secret, "admit", D's preamble, both nonces)
 #              D -> A  HMAC-SHA256(secret, "dial", D's preamble, both nonces)
 #            Both proofs are bound to role and nonces, so neither can be reflected or replayed.  The control
@@ -665,15 +723,16 @@ SLOT_HEAD = struct.Struct(f">{SESSION_SIZE}sQ?")                       # session
 FRAME_HEAD = struct.Struct(">QI")                                      # body length, number of buffers
 
 
-def preamble(role):
-    """What a connection begins with, by this process."""
-    return MAGIC + bytes((VERSION,)) + role + bytes((PYTHON,))
+def preamble(role, tls=None):
+    """What a connection begins with, by this process.  tls: whether it goes on under TLS."""
+    return MAGIC + bytes((VERSION,)) + (role.lower() if tls else role) + bytes((PYTHON,))
 
 
-def read_preamble(data):
-    """The role that a peer's preamble names.
+def read_preamble(data, tls=None):
+    """The role that a peer's preamble names.  tls: whether this side goes on under TLS.
 
-    Raises ProtocolError or VersionMismatch, which speak of the peer as "it": who dials or listens says who that is."""
+    Raises ProtocolError, VersionMismatch or SecretError, which speak of the peer as "it": who dials or listens says who
+    that is."""
     if data[:5] != MAGIC:
         raise ProtocolError(f"not CluPy: it began with {bytes(data)!r}")
     if data[5] != VERSION:
@@ -681,9 +740,13 @@ def read_preamble(data):
     if data[7] != PYTHON:
         raise VersionMismatch(f"it runs Python 3.{data[7]}, this process runs Python 3.{PYTHON}; they must be the same, "
                               "since bytecode travels")
-    if data[6:7] not in (TO_MASTER, CONTROL, SLOT):
-        raise ProtocolError(f"unknown role {data[6:7]!r}")
-    return bytes(data[6:7])
+    role = bytes(data[6:7])
+    if role.upper() not in (TO_MASTER, CONTROL, SLOT):
+        raise ProtocolError(f"unknown role {role!r}")
+    if role.islower() != bool(tls):
+        raise SecretError(f"it speaks {'TLS' if role.islower() else 'without TLS'}, this process {'with' if tls else 'without'} "
+                          "it; who listens needs tls_cert and tls_key, who connects tls_ca")
+    return role.upper()
 
 
 def proof(key, *parts):
@@ -861,22 +924,6 @@ def tune(sock, user_timeout=True):
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
-def tls_context(settings, side):
-    """The ssl context of a "dial" or "admit" side, or None where the settings name no certificate."""
-    if side == "dial" and settings.tls_ca:
-        return ssl.create_default_context(cafile=os.path.expanduser(settings.tls_ca))
-    if side == "admit" and settings.tls_cert:
-        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        context.load_cert_chain(*tls_files(settings))
-        return context
-    return None
-
-
-def tls_files(settings):
-    """The absolute paths of certificate and key."""
-    return [os.path.abspath(os.path.expanduser(path)) for path in (settings.tls_cert, settings.tls_key or settings.tls_cert)]
-
-
 class Connection:
     """Frames over a stream whose peer has proved the secret; for the thread of its loop alone."""
 
@@ -980,21 +1027,36 @@ async def dial(address, role, secret, settings):
             undo.callback(sock.close)
             tune(sock)
             async with asyncio.timeout(HANDSHAKE_TIME):
-                await asyncio.get_running_loop().sock_sendall(sock, preamble(role))
-                read_preamble(await read_exactly(sock, PREAMBLE_SIZE))
-                context = tls_context(settings, "dial")
-                reader, writer = await asyncio.open_connection(sock=sock, ssl=context, server_hostname=context and host)
+                mine = preamble(role, settings.dial_tls)
+                await asyncio.get_running_loop().sock_sendall(sock, mine)
+                read_preamble(await read_exactly(sock, PREAMBLE_SIZE), settings.dial_tls)
+                reader, writer = await _open_stream(sock, host, settings.dial_tls)
                 undo.callback(writer.transport.abort)
-                connection = await _prove(reader, writer, f"{host}:{port}", preamble(role), secret)
+                connection = await _prove(reader, writer, f"{host}:{port}", mine, secret)
             undo.pop_all()
             return connection
-    except EOFError:
-        raise ProtocolError("it closed the connection during the handshake; is it CluPy's port, and TLS the same on both "
-                            "sides?") from None
+    except (EOFError, ConnectionResetError):
+        raise ProtocolError("it closed the connection during the handshake; is it CluPy's port?") from None
     except TimeoutError:
         raise TimeoutError(f"it did not finish the handshake within {HANDSHAKE_TIME:g} s; is it CluPy's port?") from None
-    except ssl.SSLCertVerificationError as error:
-        raise SecretError(f"its certificate is not accepted: {error.verify_message}; tls_ca names whose signature is") from None
+
+
+# Why a certificate is refused: OpenSSL's code, the TLS alert by which the other side hears of it, what helps.
+_REFUSALS = {9: (45, "renew it, or set the clock"), 10: (45, "renew it, or set the clock"),
+             62: (42, "name the host as its certificate does"), 64: (42, "name the host as its certificate does")}
+_SIGNED_BY_ANOTHER = 48, "tls_ca must name whose signature is accepted"
+
+
+async def _open_stream(sock, host, context):
+    """asyncio's streams on a socket, under TLS if there is a context."""
+    with sock.dup() as spare:                      # asyncio's own is closed without the alert (python/cpython#98078)
+        try:
+            return await asyncio.open_connection(sock=sock, ssl=context, server_hostname=context and host)
+        except ssl.SSLCertVerificationError as error:
+            alert, advice = _REFUSALS.get(error.verify_code, _SIGNED_BY_ANOTHER)
+            with contextlib.suppress(OSError):
+                spare.send(bytes((21, 3, 3, 0, 2, 2, alert)))          # a record of type alert, TLS 1.2 as all say, 2 bytes: fatal
+            raise SecretError(f"its certificate is not accepted: {error.verify_message.rstrip('.')}; {advice}") from None
 
 
 async def _prove(reader, writer, peer, mine, secret):
@@ -1016,9 +1078,9 @@ def told(said):
 
 
 def hopeless(said):
-    """The error if all gave the same answer, one that no patience mends: another secret, another version.  Else None."""
-    kinds = {type(why) for why in said.values()}
-    return kinds.pop()(told(said)) if kinds in ({SecretError}, {VersionMismatch}) else None
+    """The error if no patience mends what all said: another secret, a refused certificate, another version.  Else None."""
+    kinds = [type(why) for why in said.values()]
+    return kinds[0](told(said)) if {SecretError, VersionMismatch}.issuperset(kinds) else None
 
 
 def stands_by(leader):
@@ -1031,13 +1093,15 @@ class MasterLink:
 
     An address that is of no use is passed over, whatever is wrong with it.  The owner answers messages, and hears by
     master_joined(connection), by master_lost() when that has ended or a round was in vain, and by master_refused(error)
-    when a whole round gave the same answer, one that no patience mends: another secret, another version."""
+    when no patience mends what all of a round said.  The owner says `leads = True` when the master answers its statement:
+    only who leads is a master to it, and those that stand by, however many and often, give no reason to wait longer."""
 
     def __init__(self, addresses, secret, settings):
         self.addresses, self.secret, self.settings = addresses, secret, settings
         self.connection = None         # Connection, while there is one
         self.host = None               # how the master was reached; servers on its machine are there, too
-        self.lost_at = time.monotonic()
+        self.leads = False             # whether who is there leads
+        self.lost_at = time.monotonic()            # when the last one that led was lost
         self.why_lost = "no answer yet"            # every address of the last round, and what it said
         self._onward = None            # [address to which a standby sent us], [] if it knows none; None: it is no standby
         self._looked = time.monotonic()
@@ -1073,12 +1137,13 @@ class MasterLink:
         self.connection, self.host = connection, address[0]
         owner.master_joined(connection)
         await connection.serve(owner)
-        self.connection = None
-        if self._onward is not None:
-            return stands_by(self._onward[0] if self._onward else None)
         why = "it closed the connection"
-        self.lost_at, self.why_lost = time.monotonic(), told({address: why})
-        owner.master_lost()
+        if self._onward is not None:
+            why = stands_by(self._onward[0] if self._onward else None)
+        led, self.leads, self.connection = self.leads, False, None
+        if led:
+            self.lost_at, self.why_lost = time.monotonic(), told({address: why})
+            owner.master_lost()
         return why
 
     def look(self, now):
@@ -4069,9 +4134,9 @@ class Pool:
             try:
                 tune(sock, user_timeout=False)
                 async with asyncio.timeout(HANDSHAKE_TIME):
-                    head = preamble(SLOT) + slot_head(link.key, link.session, slot.number, slot.nested)
+                    head = preamble(SLOT, settings.dial_tls) + slot_head(link.key, link.session, slot.number, slot.nested)
                     await self._engine.loop.sock_sendall(sock, head)
-                context = tls_context(settings, "dial")
+                context = settings.dial_tls
                 tls = {"server_hostname": link.address[0], "ssl_handshake_timeout": NO_LIMIT} if context else {}
                 await self._engine.loop.create_connection(lambda: slot, sock=sock, ssl=context, **tls)
             except BaseException:
@@ -4274,7 +4339,7 @@ class MasterSide:
             self.send_statement()
         if self.link:
             self.link.look(now)
-        answered = self.link and self.link.connection
+        answered = self.link and self.link.leads
         if (self._engine.pool.slots() or not self._engine.backlog.queued
                 or answered and not self.count_wanted()):          # pip resolves our list, say
             self._unserved = None
@@ -4289,7 +4354,7 @@ class MasterSide:
 
     def _say_unserved(self):
         calls = self._engine.backlog.queued
-        if self.link.connection:
+        if self.link.leads:
             log.warning("calls wait (%s): the master at %s has no server with a slot for them; start one with: "
                         "python -m clupy serve", calls, self.link.connection.peer)
         else:
@@ -4302,7 +4367,7 @@ class MasterSide:
 
     def masterless(self, now):
         """Seconds without a master."""
-        return 0.0 if self.link is None or self.link.connection else now - self.link.lost_at
+        return 0.0 if self.link is None or self.link.leads else now - self.link.lost_at
 
     def unreachable(self):
         why = self.link.why_lost if self.link else "none was found yet"
@@ -4313,6 +4378,7 @@ class MasterSide:
 
     def on_share(self, _, share, services, libraries):
         engine = self._engine
+        self.link.leads = True
         engine.libraries.hear(libraries)
         engine.pool.share = {id: ((host or self.link.host, port), slots) for id, ((host, port), slots) in share.items()}
         if services != engine.said:               # else it stays the same object, by which Services sees that nothing changed
@@ -4533,7 +4599,7 @@ class Engine(BaseEngine):
 
     async def embed(self):
         """Start a master and a server in this loop, on loopback, with a secret of their own."""
-        self.secret = os.urandom(32).hex().encode()
+        self.secret, self.settings.dial_tls = os.urandom(32).hex().encode(), None      # on loopback, to ourselves
         services = merged_services(self.settings, {})              # the workers' are this process's
         own = {**vars(self.settings), **{key: getattr(services, key) for key in SERVICE_KEYS}}
         master = clupy_master.Master(default_settings("master", **own, listen=("127.0.0.1", 0)), self.secret)
@@ -4622,7 +4688,7 @@ def _difference(old, new):
     if not (isinstance(old, Settings) and isinstance(new, Settings)):
         return "" if old is new else f"{old!r}, not {new!r}"
     return ", ".join(f"{key}={masked(value)!r}, not {masked(getattr(new, key))!r}"
-                     for key, value in vars(old).items() if key != "given" and getattr(new, key) != value)
+                     for key, value in vars(old).items() if key in SETTINGS and getattr(new, key) != value)
 
 
 def _make_engine(settings):

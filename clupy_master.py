@@ -34,6 +34,7 @@ import shlex
 import shutil
 import signal
 import socket
+import ssl
 import sys
 import tempfile
 import threading
@@ -47,7 +48,7 @@ from pathlib import Path
 import clupy
 from clupy import (HANDSHAKE_TIME, NONCE_SIZE, PORT, PREAMBLE_SIZE, PROOF_SIZE, TO_MASTER, ClupyError, ConfigurationError,
                    Connection, DependencyError, LibraryMismatch, MasterUnreachable, ProtocolError, SecretError,
-                   VersionMismatch, dial, find_secret, masters_of, preamble, proof, read_exactly, read_preamble, tls_context)
+                   VersionMismatch, dial, find_secret, masters_of, preamble, proof, read_exactly, read_preamble)
 
 log = logging.getLogger("clupy.master")
 
@@ -55,6 +56,7 @@ TURN_TIME = 1.0            # a slot that others wait for passes on after so long
 WAKE_TIME = 1.0                # between looks at the own clock: who was stopped judges nobody by the time that passed
 SILENT_CLIENT = 300.0      # a client that stated nothing for so long loses idle slots that others want
 WATCH_TIME = 0.1           # a leader asks itself so often whether it still leads
+LEARN_TIME = 1.0           # a master that stands by asks so often who leads; less is work for ZooKeeper, more sends people astray
 FILE_TIME = 1.0            # the dependency file is looked at so often
 
 
@@ -92,14 +94,25 @@ class Tasks:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
+# Alerts of TLS by which a peer refuses a certificate: the other end of what `dial` sends.
+REFUSALS = {"CERTIFICATE_EXPIRED": "it has expired, or is not valid yet",
+            "BAD_CERTIFICATE": "it is not for the host name or address by which we were reached",
+            "UNKNOWN_CA": "the peer's tls_ca is another than whose signature it bears"}
+
+
 async def admit(sock, peer, theirs, secret, settings):
     """The Connection of an accepted socket whose preamble `theirs` was read: the mirror of `dial`.
 
     Raises SecretError or OSError; the caller closes the socket then."""
     loop, reader = asyncio.get_running_loop(), asyncio.StreamReader()
     await loop.sock_sendall(sock, theirs)          # ours is the same, or it had been refused
-    transport, protocol = await loop.connect_accepted_socket(
-        lambda: asyncio.StreamReaderProtocol(reader), sock, ssl=tls_context(settings, "admit"))
+    try:
+        transport, protocol = await loop.connect_accepted_socket(
+            lambda: asyncio.StreamReaderProtocol(reader), sock, ssl=settings.admit_tls)
+    except ssl.SSLError as error:
+        alert = error.reason.partition("ALERT_")[2]
+        raise SecretError(f"it does not accept our certificate: {REFUSALS.get(alert, alert)}" if alert else
+                          f"TLS fails: {error.reason}") from None
     writer = asyncio.StreamWriter(transport, protocol, reader, loop)
     try:
         bound = theirs, await reader.readexactly(NONCE_SIZE), os.urandom(NONCE_SIZE)
@@ -119,11 +132,11 @@ async def admit(sock, peer, theirs, secret, settings):
 class Listener:
     """A listening socket whose every connection is read up to the end of its preamble, and then given away.
 
-    greet(sock, peer, role, preamble) is a coroutine that has HANDSHAKE_TIME; what it raises of ClupyError or OSError closes
+    tls: whether they go on under TLS.  greet(sock, peer, role, preamble) is a coroutine that has HANDSHAKE_TIME; what it raises of ClupyError or OSError closes
     the socket with one log line, as does a preamble that is none.  It returns a coroutine, which serves the connection
     for as long as that takes, or None."""
 
-    def __init__(self, address, greet):
+    def __init__(self, address, greet, tls=None):
         host, port = address
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
@@ -133,7 +146,7 @@ class Listener:
                                      "is another one running there? --listen takes another address") from None
         self._socket.setblocking(False)
         self.address = self._socket.getsockname()[:2]
-        self._greet = greet
+        self._greet, self._tls = greet, tls
         self._tasks = Tasks("the listener at %s:%s" % self.address)
         self._tasks.spawn(self._accept())
 
@@ -157,9 +170,9 @@ class Listener:
             async with asyncio.timeout(HANDSHAKE_TIME):
                 data = await read_exactly(sock, PREAMBLE_SIZE)
                 try:
-                    role = read_preamble(data)
-                except VersionMismatch:            # by ours it learns that, too
-                    await asyncio.get_running_loop().sock_sendall(sock, preamble(data[6:7]))
+                    role = read_preamble(data, self._tls)
+                except (VersionMismatch, SecretError):             # by ours it learns that, too
+                    await asyncio.get_running_loop().sock_sendall(sock, preamble(data[6:7].upper(), self._tls))
                     raise
                 life = await self._greet(sock, peer, role, data)
         except (ClupyError, OSError, EOFError) as error:
@@ -1093,7 +1106,7 @@ class Leadership:
 
     def _stand(self):
         while not self._stopped.is_set():
-            election = clupy.election("clupy master", data=self.name, timeout=max(1.0, self._session / 2))
+            election = clupy.election("clupy master", data=self.name, timeout=LEARN_TIME)
             try:
                 with election:
                     self._lead(election)
@@ -1146,7 +1159,7 @@ class Master:
         self._woke = time.monotonic()  # when this process ran last
         self._names = {}               # {Connection: ("server" or "client", id), or None until it has said that}
         self._tasks = Tasks("the master")
-        self._listener = Listener(settings.listen or ("", PORT), self._greet)
+        self._listener = Listener(settings.listen or ("", PORT), self._greet, settings.admit_tls)
         self.address = self._listener.address
         self._tasks.repeat(WAKE_TIME, self._now)
         log.info("master listens on %s:%s", *self.address)

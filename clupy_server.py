@@ -874,11 +874,9 @@ class TlsSocket:
     """A socket under TLS, the server's side, for one reading and one writing thread: OpenSSL's state must not see two
     threads at once, so the socket never blocks in it."""
 
-    def __init__(self, sock, cert, key):
-        context = clupy.ssl.create_default_context(clupy.ssl.Purpose.CLIENT_AUTH)
-        context.load_cert_chain(cert, key)
+    def __init__(self, sock, certificate, key):
         sock.settimeout(clupy.HANDSHAKE_TIME)
-        self._sock = context.wrap_socket(sock, server_side=True)
+        self._sock = clupy.admit_context(certificate, key).wrap_socket(sock, server_side=True)
         self._sock.setblocking(False)
         self._lock = threading.Lock()
 
@@ -2089,7 +2087,6 @@ class Server:
         self.draining = False
         self.over = asyncio.get_running_loop().create_future()       # None, or an error: it makes no sense to go on
         self.versions = {"python": clupy.PYTHON_VERSION, "cloudpickle": clupy_master.installed("cloudpickle")}
-        self.tls = settings.tls_cert and clupy.tls_files(settings)            # what a worker needs of it
         self.link = clupy.MasterLink(clupy.masters_of(settings), secret, settings)
         self.libraries = NodeLibraries(self)
         self.workers = Workers(self, settings.slots)
@@ -2097,7 +2094,7 @@ class Server:
         self._stating = None                       # TimerHandle, while a statement is due
         self._closing = False
         self._said = ""                            # why there is no master, as the log says; None: there is one
-        self._listener = clupy_master.Listener(settings.listen or ("", 0), self._greet)
+        self._listener = clupy_master.Listener(settings.listen or ("", 0), self._greet, settings.admit_tls)
         self.address = self._listener.address
 
     def __repr__(self):
@@ -2159,7 +2156,7 @@ class Server:
     def said_to_worker(self, slot):
         """What a worker is told with the socket of its slot."""
         return {"key": slot_key(slot.session.connection.key, slot.number).hex(), "server": self.name,
-                "client": slot.session.client, "services": self.services, "tls": self.tls}
+                "client": slot.session.client, "services": self.services, "tls": self.settings.certificate}
 
     def tell(self, *notice):
         """Send a notice to every client."""
@@ -2197,6 +2194,7 @@ class Server:
             **self.versions, **self.libraries.state()})
 
     def on_cluster(self, connection, services, silent, libraries):
+        self.link.leads = True
         if self._said is not None:
             log.info("connected to the master at %s", connection.peer)
             self._said = None

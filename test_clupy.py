@@ -1301,14 +1301,29 @@ def test_another_python_or_protocol_is_refused_on_both_sides(cluster, monkeypatc
     until(lambda: words.format(99, usual) in cluster.master.log)
 
 
-def test_everything_travels_under_tls_where_a_certificate_is_configured(tmp_path):
-    subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=clupy",
-                    "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", "key.pem", "-out", "cert.pem"],
-                   check=True, capture_output=True, cwd=tmp_path)
-    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
-    paths = {"CLUPY_TLS_CERT": cert, "CLUPY_TLS_KEY": key, "CLUPY_TLS_CA": str(cert)}
+@pytest.fixture
+def certificates(tmp_path, monkeypatch):
+    """In the working directory: good.pem and good.key; expired.pem, elsewhere.pem and another.pem of the same key, the first two
+    by and for who they are, the last by another; another.key, locked.key with a passphrase, and rubbish.pem."""
+    folder = tmp_path / "certificates"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    new = "req -x509 -days 2 -subj /CN={0} -addext subjectAltName={1} -out {0}.pem"
+    for command in ("ecparam -genkey -name prime256v1 -noout -out good.key", "ecparam -genkey -name prime256v1 -noout -out another.key",
+                    new.format("good", "IP:127.0.0.1") + " -key good.key", new.format("elsewhere", "DNS:elsewhere") + " -key good.key",
+                    new.format("another", "IP:127.0.0.1") + " -key another.key",
+                    "x509 -in good.pem -signkey good.key -days -1 -out expired.pem",
+                    "pkey -in good.key -aes256 -passout pass:secret -out locked.key"):
+        subprocess.run(["openssl", *command.split()], check=True, capture_output=True)
+    (folder / "rubbish.pem").write_text("no certificate")
+    return folder
+
+
+def test_everything_travels_under_tls_where_a_certificate_is_configured(tmp_path, certificates):
+    paths = {f"CLUPY_TLS_{key}": str(certificates / name) for key, name in (("CERT", "good.pem"), ("KEY", "good.key"), ("CA", "good.pem"))}
     with Cluster(tmp_path, CLUPY_MAX_NESTED=1, **paths) as cluster:
-        clupy.connect(cluster.address, tls_ca=str(tmp_path / "cert.pem"))
+        (certificates / "good.key").unlink()                    # it was read, for workers, too
+        clupy.connect(cluster.address, tls_ca="good.pem")
         neighbour = clupy.parallel(sleepy, retries=0)(2, "undisturbed")
         until(neighbour.running)
         with pytest.raises(clupy.ClupyError, match="max_nested is 1"):     # slots are turned away before TLS has begun
@@ -1318,13 +1333,44 @@ def test_everything_travels_under_tls_where_a_certificate_is_configured(tmp_path
         assert clupy.wait_all(results, PATIENCE) and [r.value for r in results] == [n * n for n in range(500)]
         data = os.urandom(5_000_000)
         assert clupy.parallel(lambda data: data[::-1])(data).result(PATIENCE) == data[::-1]
-        clupy.close()
-        with pytest.raises(clupy.MasterUnreachable):
-            clupy.connect(cluster.address, patience=1)          # without TLS
-        subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=other", "-keyout", os.devnull,
-                        "-out", "other.pem"], check=True, capture_output=True, cwd=tmp_path)
-        with pytest.raises(clupy.SecretError, match=f"{cluster.address}: its certificate is not accepted: self-signed"):
-            clupy.connect(cluster.address, tls_ca=str(tmp_path / "other.pem"))
+
+
+@pytest.mark.parametrize("cert, ca, words, log", [
+    ("good", "another", "its certificate is not accepted: self-signed.*tls_ca must", "not accept our certificate: the peer's tls_ca is"),
+    ("elsewhere", "elsewhere", "not accepted: IP address mismatch.*name the host as", "accept our certificate: it is not for the host"),
+    ("expired", "expired", "not accepted: certificate has expired; renew it", "does not accept our certificate: it has expired"),
+    ("good", None, "it speaks TLS, this process without it.*who connects tls_ca", "it speaks without TLS, this process with it"),
+    (None, "good", "it speaks without TLS, this process with it", "it speaks TLS, this process without it; who listens needs tls_cert")])
+def test_tls_that_cannot_be_is_an_error_at_once_and_told_on_both_sides(tmp_path, certificates, cert, ca, words, log):
+    address, ca = f"127.0.0.1:{free_port()}", ca and str(certificates / f"{ca}.pem")
+    given = {"CLUPY_TLS_CERT": certificates / f"{cert}.pem", "CLUPY_TLS_KEY": certificates / "good.key"} if cert else {}
+    with Program(tmp_path / "master", "-m", "clupy", "master", "--listen", address, **given) as master:
+        until(lambda: answers(address))
+        with pytest.raises(clupy.SecretError, match=words):
+            clupy.connect(address, tls_ca=ca)
+        with Program(tmp_path / "server", "-m", "clupy", "serve", "--master", address, **({"CLUPY_TLS_CA": ca} if ca else {})) as server:
+            assert server.process.wait(PATIENCE) == 1 and re.search(f"clupy serve: {address}: .*{words}", server.log)
+        until(lambda: len(re.findall(f"refused 127.0.0.1:[0-9]+: .*{log}", master.log)) == 2)
+
+
+@pytest.mark.parametrize("settings, words", [
+    ({"tls_cert": "good.pem", "tls_key": "another.key"}, "tls_key is 'another.key', but that is not the key of tls_cert"),
+    ({"tls_cert": "good.pem", "tls_key": "rubbish.pem"}, "tls_key is 'rubbish.pem', but that holds no private key"),
+    ({"tls_cert": "rubbish.pem", "tls_key": "good.key"}, "tls_cert is 'rubbish.pem', but that holds no certificate"),
+    ({"tls_cert": "good.pem", "tls_key": "locked.key"}, "tls_key has a passphrase, which a master or server cannot ask for"),
+    ({"tls_cert": "good.pem"}, "tls_cert is 'good.pem', but that holds no private key"),
+    ({"tls_key": "good.key"}, "tls_key is 'good.key', but there is no tls_cert"),
+    ({"tls_ca": "good.key"}, "tls_ca is 'good.key', but that holds no certificate"),
+    ({"tls_ca": "nowhere"}, "tls_ca is 'nowhere', but there is no such file")])
+def test_certificates_and_keys_that_are_of_no_use_are_told_at_the_start(certificates, settings, words):
+    for role in "master", "server":
+        with pytest.raises(clupy.ConfigurationError, match=words):
+            clupy.read_settings(role, **settings)
+
+
+def test_the_embedded_cluster_needs_no_certificate(certificates):
+    clupy.connect(tls_ca="good.pem")
+    assert call(square, 3) == 9
 
 
 def test_importing_clupy_is_light_and_the_command_does_not_load_it_twice(tmp_path):
@@ -7264,6 +7310,78 @@ def test_two_masters_that_stand_by_and_name_each_other_are_asked_once_between_tw
     link, pauses = None, []
     monkeypatch.setattr(clupy.random, "uniform", lambda *_: pauses.append(0) or 1.0)
     asyncio.run(story())
+
+
+def test_patience_begins_when_the_last_master_that_led_is_lost(monkeypatch):
+    """Not with every connection to one that does not lead, nor with the first one, an hour before it stands down."""
+    class Leadership:
+        leader, name, leads = None, "itself", True
+
+        def sure(self, now):
+            return self.leads
+
+        def close(self):
+            pass
+
+    class Client:
+        def master_joined(self, connection):
+            connection.send("client", "c", 1, [], None)
+
+        def master_lost(self):
+            pass
+
+        def on_share(self, *_):
+            link.leads = True
+
+        def on_leader(self, _, address):
+            link.follow(address)
+
+    async def meets(condition):
+        async with asyncio.timeout(PATIENCE):
+            while not condition():
+                await asyncio.sleep(0.01)
+
+    async def story():
+        nonlocal link
+        hung_up = []
+
+        async def greet(sock, peer, role, preamble):
+            connection = await clupy_master.admit(sock, peer, preamble, SECRET.encode(), clupy.default_settings("master"))
+            await connection.receive()
+            hung_up.append(peer)
+            connection.close()
+        closing = clupy_master.Listener(("127.0.0.1", 0), greet)
+        master = clupy_master.Master(clupy.default_settings("master", listen=("127.0.0.1", 0)), SECRET.encode())
+        master.stand(Leadership())
+        link = clupy.MasterLink([closing.address, master.address], SECRET.encode(), clupy.default_settings("client"))
+        task, born = asyncio.create_task(link.run(Client())), link.lost_at
+        await meets(lambda: link.leads)
+        assert link.lost_at == born
+        deposed, master.leadership.leads = time.monotonic(), False
+        await meets(lambda: len(hung_up) == 3)                     # three rounds later
+        assert deposed <= link.lost_at < deposed + 5 and not link.leads
+        lost = link.lost_at
+        await meets(lambda: len(hung_up) == 5)
+        assert link.lost_at == lost
+        assert re.fullmatch(r"127.0.0.1:\d+: it closed the connection; 127.0.0.1:\d+: it stands by; no master leads yet", link.why_lost)
+        task.cancel()
+        for part in closing, master:
+            await part.close()
+    link = None
+    asyncio.run(story())
+
+
+def test_where_masters_stand_by_and_none_leads_patience_ends_and_all_are_named(tmp_path):
+    addresses = [f"127.0.0.1:{free_port()}" for _ in range(2)]
+    with contextlib.ExitStack() as stack:
+        for number, address in enumerate(addresses):
+            stack.enter_context(Program(tmp_path / str(number), "-m", "clupy", "master", "--listen", address,
+                                        CLUPY_ZOOKEEPER=f"127.0.0.1:{free_port()}"))
+            until(lambda address=address: answers(address))
+        done = run_script(tmp_path / "client", "import clupy\nprint(clupy.parallel(abs)(-1).exception(60))",
+                          CLUPY_MASTER=",".join(addresses), CLUPY_PATIENCE=3)
+        said = "; ".join(f"{address}: it stands by; no master leads yet" for address in addresses)
+        assert re.fullmatch(rf"no master for [3-9]\.. s \({said}\); is .* running there\?\n", done.stdout)
 
 
 def test_these_two_thirds_begin_with_the_question_not_with_the_answer():
