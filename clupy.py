@@ -196,6 +196,8 @@ MAX_FAILURES = 3                  # in a row, before what fails is given up; mor
 FREE_DESCRIPTORS = 16             # left to the program and to what must be opened later; less starves it, more wastes slots
 STALL_TIME = 0.02                 # without a result, before a slot gives back what it has not begun; less recalls in vain
 LINGER_TIME = 1.0                 # an idle slot for nested calls stays open so long; less starts more workers, more holds them
+DEAD_TIME = 8.5                   # a machine that answers nothing for so long is gone; less loses it with a network's hiccup
+LOOK_TIME = 1.0                   # between looks for that: it is noticed in 10 s at most
 MASTER_SILENCE = 6.0              # unanswered, before the next of several masters is tried; less leaves one that is busy
 RETRY_TIME = 10.0                 # before an unreachable server is tried again; less is noise in the log, more leaves it idle
 UNSERVED_TIME = 3.0               # without any slot, before the log tells of waiting calls; less cries at each start
@@ -912,16 +914,26 @@ def descriptors_left():
         return 0 if os.path.exists("/dev/fd") else math.inf
 
 
-def tune(sock, user_timeout=True):
-    """A peer is alive while its kernel answers: keepalive finds a dead one in 10 s, also under unanswered data.
+def tune(sock):
+    """A peer is alive while its kernel answers: by keepalive that of an idle one is asked every 4 s, and given up after 10.
 
-    user_timeout: not on slots, where a full window would look like death."""
+    Not by TCP_USER_TIMEOUT: to that a window that stays full looks like death, and with data under way it starts anew."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (("TCP_KEEPIDLE", 4), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3),
-                        ("TCP_USER_TIMEOUT", 10000 if user_timeout else 0)):
+    for name, value in ("TCP_KEEPIDLE", 4), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3):
         with contextlib.suppress(AttributeError, OSError):         # each for itself: not every system has them all
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def silence(sock):
+    """Seconds since the peer's kernel answered anything, which it does every 4 s (`tune`) as long as it can.
+
+    While data is under way, keepalive waits for that; so this is how a dead peer is found then.  By Linux's tcp_info, of which
+    two fields are the milliseconds since the last data and the last acknowledgement; 0.0 where it cannot be had."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):         # refused, or closed meanwhile
+            return min(struct.unpack_from("II", sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 60), 52)) / 1000
+    return 0.0
 
 
 class Connection:
@@ -932,6 +944,7 @@ class Connection:
         self.heard = time.monotonic()  # when the last message arrived
         self.peer = peer               # "10.0.0.5:41234"
         self.key = key                 # known to both ends, and to nobody else
+        self.why = "it was closed here"            # why it ended, once it has
 
     def __repr__(self):
         return f"<Connection {self.peer}{' closing' if self._writer.is_closing() else ''}>"
@@ -954,18 +967,31 @@ class Connection:
         return decode(await self._reader.readexactly(size))
 
     async def serve(self, owner):
-        """Hand every message to the owner until the connection ends; if that is the peer's fault, the log says why."""
+        """Hand every message to the owner until the connection ends: `why` says of what, the log if it is the peer's fault."""
+        watch = asyncio.create_task(self._watch())
         try:
             while True:
                 message = await self.receive()
                 self.heard = time.monotonic()
                 dispatch(owner, self, message)
         except ProtocolError as error:
+            self.why = str(error)
             log.warning("closing the connection to %s: %s", self.peer, error)
-        except (asyncio.IncompleteReadError, OSError):
-            pass                                   # it ended; the owner decides what that means
+        except asyncio.IncompleteReadError:        # the owner decides what that means
+            if not self._writer.is_closing():
+                self.why = "it closed the connection"
+        except OSError as error:
+            self.why = str(error)
         finally:
+            watch.cancel()
             self.close()
+
+    async def _watch(self):
+        """End the connection when the peer's machine is gone; one that only sleeps, with a full window too, is not."""
+        while (silent := silence(self._writer.get_extra_info("socket"))) < DEAD_TIME:
+            await asyncio.sleep(LOOK_TIME)
+        self.why = f"its machine has not answered for {silent:.0f} s"
+        self.abort()
 
     def close(self):
         """Send what is under way, then end."""
@@ -1055,7 +1081,7 @@ async def _open_stream(sock, host, context):
         except ssl.SSLCertVerificationError as error:
             alert, advice = _REFUSALS.get(error.verify_code, _SIGNED_BY_ANOTHER)
             with contextlib.suppress(OSError):
-                spare.send(bytes((21, 3, 3, 0, 2, 2, alert)))          # a record of type alert, TLS 1.2 as all say, 2 bytes: fatal
+                spare.send(bytes((21, 3, 3, 0, 2, 2, alert)))          # a record: alert, TLS 1.2 as all say, 2 bytes: fatal
             raise SecretError(f"its certificate is not accepted: {error.verify_message.rstrip('.')}; {advice}") from None
 
 
@@ -1137,9 +1163,7 @@ class MasterLink:
         self.connection, self.host = connection, address[0]
         owner.master_joined(connection)
         await connection.serve(owner)
-        why = "it closed the connection"
-        if self._onward is not None:
-            why = stands_by(self._onward[0] if self._onward else None)
+        why = connection.why if self._onward is None else stands_by(self._onward[0] if self._onward else None)
         led, self.leads, self.connection = self.leads, False, None
         if led:
             self.lost_at, self.why_lost = time.monotonic(), told({address: why})
@@ -4132,7 +4156,7 @@ class Pool:
         try:
             sock = await connect_socket(*link.address)
             try:
-                tune(sock, user_timeout=False)
+                tune(sock)
                 async with asyncio.timeout(HANDSHAKE_TIME):
                     head = preamble(SLOT, settings.dial_tls) + slot_head(link.key, link.session, slot.number, slot.nested)
                     await self._engine.loop.sock_sendall(sock, head)

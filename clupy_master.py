@@ -132,9 +132,9 @@ async def admit(sock, peer, theirs, secret, settings):
 class Listener:
     """A listening socket whose every connection is read up to the end of its preamble, and then given away.
 
-    tls: whether they go on under TLS.  greet(sock, peer, role, preamble) is a coroutine that has HANDSHAKE_TIME; what it raises of ClupyError or OSError closes
+    greet(sock, peer, role, preamble) is a coroutine that has HANDSHAKE_TIME; what it raises of ClupyError or OSError closes
     the socket with one log line, as does a preamble that is none.  It returns a coroutine, which serves the connection
-    for as long as that takes, or None."""
+    for as long as that takes, or None.  tls: whether they go on under TLS."""
 
     def __init__(self, address, greet, tls=None):
         host, port = address
@@ -1203,7 +1203,7 @@ class Master:
             self.lists.forget(connection)
             name = self._names.pop(connection)
             if name and self.tables.drop(name[1], connection):
-                log.info("%s %s is gone", name[0], name[1][:6])
+                log.info("%s %s is gone: %s", name[0], name[1][:6], connection.why)
                 self._change()
 
     # -- leading

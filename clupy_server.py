@@ -2131,6 +2131,7 @@ class Server:
             await connection.serve(session)
         finally:
             del self.sessions[session.id]
+            log.info("client %s at %s is gone: %s", session.client[:6], connection.peer, connection.why)
             for slot in list(session.slots.values()):
                 slot.end(Why.CLIENT_GONE)
             if session.copies:
@@ -2148,7 +2149,7 @@ class Server:
             sock.close()
             return None
         session.numbers.add(number)
-        tune(sock, user_timeout=False)
+        tune(sock)
         slot = session.slots[number] = SlotRow(session, number, nested, sock)
         self.workers.serve(slot)
         return None
