@@ -364,6 +364,11 @@ def parse_address(value, port=0):
     return match[1] or match[2] or "", int(match[3]) if match[3] else port
 
 
+def address_text(host, port):
+    """An address as messages show it, and as parse_address reads it."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def _addresses(value):
     """[(host, port), ...] of a text with commas or a list; a port that is not named is None."""
     parts = str(value).split(",") if isinstance(value, (str, int)) and str(value).strip() else value
@@ -936,6 +941,11 @@ def silence(sock):
     return 0.0
 
 
+def plain_host(host):
+    """A numeric address without the prefix that an IPv4 one has at a socket of both families."""
+    return host.removeprefix("::ffff:")
+
+
 class Connection:
     """Frames over a stream whose peer has proved the secret; for the thread of its loop alone."""
 
@@ -952,7 +962,7 @@ class Connection:
     @property
     def hosts(self):
         """The peer's numeric address, and this end's."""
-        return self._writer.get_extra_info("peername")[0], self._writer.get_extra_info("sockname")[0]
+        return [plain_host(self._writer.get_extra_info(name)[0]) for name in ("peername", "sockname")]
 
     def send(self, *message):
         """Send a message, in order and without waiting; nothing, once the connection is about to end."""
@@ -1046,8 +1056,7 @@ async def dial(address, role, secret, settings):
 
     Raises OSError if nobody answers there, SecretError, VersionMismatch or ProtocolError if who answers is not one of
     ours.  Each has words, which do not name the address: the caller tries several."""
-    host, port = address
-    sock = await connect_socket(host, port)
+    sock = await connect_socket(*address)
     try:
         with contextlib.ExitStack() as undo:
             undo.callback(sock.close)
@@ -1056,9 +1065,9 @@ async def dial(address, role, secret, settings):
                 mine = preamble(role, settings.dial_tls)
                 await asyncio.get_running_loop().sock_sendall(sock, mine)
                 read_preamble(await read_exactly(sock, PREAMBLE_SIZE), settings.dial_tls)
-                reader, writer = await _open_stream(sock, host, settings.dial_tls)
+                reader, writer = await _open_stream(sock, address[0], settings.dial_tls)
                 undo.callback(writer.transport.abort)
-                connection = await _prove(reader, writer, f"{host}:{port}", mine, secret)
+                connection = await _prove(reader, writer, address_text(*address), mine, secret)
             undo.pop_all()
             return connection
     except (EOFError, ConnectionResetError):
@@ -1100,7 +1109,7 @@ async def _prove(reader, writer, peer, mine, secret):
 
 def told(said):
     """What each address said, as one text."""
-    return "; ".join(f"{host}:{port}: {why}" for (host, port), why in said.items())
+    return "; ".join(f"{address_text(*address)}: {why}" for address, why in said.items())
 
 
 def hopeless(said):
@@ -1111,7 +1120,7 @@ def hopeless(said):
 
 def stands_by(leader):
     """What a standby says with its `leader`, in words."""
-    return "it stands by; " + ("{}:{} leads".format(*leader) if leader else "no master leads yet")
+    return "it stands by; " + (f"{address_text(*leader)} leads" if leader else "no master leads yet")
 
 
 class MasterLink:
@@ -3627,7 +3636,7 @@ class ServerLink:
 
     def __init__(self, engine, id, address):
         self.engine, self.id, self.address = engine, id, address
-        self.name = f"{address[0]}:{address[1]}"
+        self.name = address_text(*address)
         self.connection = self.key = self.session = None
         self.slots = {}                           # {number: Slot}, until they are over
         self.max_nested = 0                       # slots there beyond the share at most

@@ -48,7 +48,8 @@ from pathlib import Path
 import clupy
 from clupy import (HANDSHAKE_TIME, NONCE_SIZE, PORT, PREAMBLE_SIZE, PROOF_SIZE, TO_MASTER, ClupyError, ConfigurationError,
                    Connection, DependencyError, LibraryMismatch, MasterUnreachable, ProtocolError, SecretError,
-                   VersionMismatch, dial, find_secret, masters_of, preamble, proof, read_exactly, read_preamble)
+                   VersionMismatch, address_text, dial, find_secret, masters_of, plain_host, preamble, proof, read_exactly,
+                   read_preamble)
 
 log = logging.getLogger("clupy.master")
 
@@ -138,16 +139,18 @@ class Listener:
 
     def __init__(self, address, greet, tls=None):
         host, port = address
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        both = not host and socket.has_dualstack_ipv6()            # every address, of IPv4 and IPv6
         try:
-            self._socket = socket.create_server((host, port), family=family, backlog=1024)
+            self._socket = socket.create_server(address, family=socket.AF_INET6 if both or ":" in host else socket.AF_INET,
+                                                dualstack_ipv6=both, backlog=1024)
         except OSError as error:
-            raise ConfigurationError(f"cannot listen on {host or '*'}:{port}: {error.strerror}; "
+            raise ConfigurationError(f"cannot listen on {address_text(host or '*', port)}: {error.strerror}; "
                                      "is another one running there? --listen takes another address") from None
         self._socket.setblocking(False)
         self.address = self._socket.getsockname()[:2]
+        self.where = address_text(*self.address) if host else f"every address, port {self.address[1]}"         # for the log
         self._greet, self._tls = greet, tls
-        self._tasks = Tasks("the listener at %s:%s" % self.address)
+        self._tasks = Tasks(f"the listener at {self.where}")
         self._tasks.spawn(self._accept())
 
     async def _accept(self):
@@ -157,12 +160,12 @@ class Listener:
                 sock, address = await asyncio.get_running_loop().sock_accept(self._socket)
             except OSError as error:               # no descriptors left, or a peer that is gone already
                 if not failing:
-                    log.error("cannot accept connections on %s:%s: %s; trying again every second", *self.address, error)
+                    log.error("cannot accept connections on %s: %s; trying again every second", self.where, error)
                 failing = True
                 await asyncio.sleep(1)
                 continue
             failing = False
-            self._tasks.spawn(self._welcome(sock, f"{address[0]}:{address[1]}"))
+            self._tasks.spawn(self._welcome(sock, address_text(plain_host(address[0]), address[1])))
 
     async def _welcome(self, sock, peer):
         """Serve one connection, from its preamble on."""
@@ -377,7 +380,7 @@ class Tables:
     def status(self, now):
         """Their part of what `python -m clupy status` shows."""
         return {
-            "servers": {id: {"address": f"{row.address[0] or socket.gethostname()}:{row.address[1]}", "slots": row.slots,
+            "servers": {id: {"address": address_text(row.address[0] or socket.gethostname(), row.address[1]), "slots": row.slots,
                              "used": sum(row.held.values()), **row.facts} for id, row in self.servers.items()},
             "clients": {id: {"address": row.connection.peer, "wanted": row.wanted, "share": sum(row.share.values()),
                              "silent": now - row.heard} for id, row in self.clients.items()}}
@@ -1162,7 +1165,9 @@ class Master:
         self._listener = Listener(settings.listen or ("", PORT), self._greet, settings.admit_tls)
         self.address = self._listener.address
         self._tasks.repeat(WAKE_TIME, self._now)
-        log.info("master listens on %s:%s", *self.address)
+        host, port = self.address
+        self.name = address_text(socket.gethostname() if host in ("0.0.0.0", "::") else host, port)
+        log.info("master listens on %s", self._listener.where)
 
     def __repr__(self):
         return f"<Master {self.address[1]} {len(self.tables.servers)} servers, {len(self.tables.clients)} clients>"
@@ -1266,7 +1271,7 @@ class Master:
         if self._leads(connection):
             environments = {hash for row in self.tables.servers.values() for hash in row.facts["environments"]}
             connection.send("tables", {
-                "master": {"address": "%s:%s" % self.address, "python": clupy.PYTHON_VERSION,
+                "master": {"address": self.name, "python": clupy.PYTHON_VERSION,
                            "version": clupy.__version__, "uptime": time.time() - self.started},
                 **self.lists.status(environments), **self.tables.status(time.monotonic())})
 
@@ -1325,9 +1330,7 @@ async def run(settings, secret):
     master = Master(settings, secret, os.path.abspath("clupy.master.dependency.yaml"))
     if settings.zookeeper:
         clupy.use_services({key: getattr(settings, key) for key in clupy.SERVICE_KEYS} | {"given": ["zookeeper"]})
-        host, port = master.address
-        name = f"{socket.gethostname() if host in ('0.0.0.0', '::') else host}:{port}"
-        master.stand(Leadership(name, settings.session))
+        master.stand(Leadership(master.name, settings.session))
     try:
         await ended
     except asyncio.CancelledError:

@@ -2095,7 +2095,7 @@ class Server:
         self._closing = False
         self._said = ""                            # why there is no master, as the log says; None: there is one
         self._listener = clupy_master.Listener(settings.listen or ("", 0), self._greet, settings.admit_tls)
-        self.address = self._listener.address
+        self.address, self.where = self._listener.address, self._listener.where
 
     def __repr__(self):
         return f"<Server {self.address[1]} {len(self.sessions)} sessions, {self.workers}>"
@@ -2255,7 +2255,7 @@ class Server:
 async def run(settings, secret):
     """Be a server until cancelled or refused by the master; SIGTERM drains, a second one ends at once."""
     server = Server(settings, secret)
-    log.info("server listens on %s:%s, %s slots", *server.address, server.workers.slots)
+    log.info("server listens on %s, with %s slots", server.where, server.workers.slots)
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, server.terminate)
     try:
         await server.start()

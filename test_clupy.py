@@ -1378,6 +1378,26 @@ def test_the_embedded_cluster_needs_no_certificate(certificates):
     assert call(square, 3) == 9
 
 
+def test_every_address_is_one_of_ipv4_or_ipv6(tmp_path):
+    if not socket.has_dualstack_ipv6():
+        pytest.skip("no IPv6 here")
+    port = free_port()
+    with contextlib.ExitStack() as stack:
+        master = stack.enter_context(Program(tmp_path / "master", "-m", "clupy", "master", "--listen", port))
+        until(lambda: answers(f"127.0.0.1:{port}"))
+        for host in "127.0.0.1", "[::1]":                # each where the other looks for it
+            server = stack.enter_context(Program(tmp_path / host, "-m", "clupy", "serve", "--master", f"{host}:{port}",
+                                                 "--slots", 1))
+            until(lambda host=host, server=server: f"connected to the master at {host}:{port}" in server.log)
+            assert "server listens on every address, port " in server.log
+        assert f"master listens on every address, port {port}\n" in master.log
+        for host in "127.0.0.1", "[::1]":
+            clupy.connect(f"{host}:{port}")
+            assert call(square, 3) == 9
+            assert any(row["address"].startswith(f"{host}:") for row in tables_of(f"{host}:{port}")["clients"].values())
+            clupy.close()
+
+
 def test_importing_clupy_is_light_and_the_command_does_not_load_it_twice(tmp_path):
     done = run_script(tmp_path, """
         import sys, clupy
