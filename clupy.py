@@ -5121,17 +5121,18 @@ def unpack_arguments(arguments, unpack=unpack):
 # ==== Services ================================================================
 # This process's connections to Redis and ZooKeeper: made on first use, by any thread, forgotten in a forked child, closed
 # at the end.  Two rules for a server that is away:
-# - One that never answered this process is a mistake in the configuration, and told within FIRST_CONTACT seconds; one that
-#   did answer is waited for as long as the setting `patience` says.  Then: Unavailable.
+# - One that never answered this process nor its master is a mistake in the configuration, and told within FIRST_CONTACT
+#   seconds; one that did answer is waited for as long as the setting `patience` says.  Then: Unavailable.
 # - What may be done twice is repeated (_retried), what may not is sent once and reported (_once).  redis-py's own retries
 #   make no such difference: an `incr` that lost three answers counted four (redis/redis-py#261).
 
 FIRST_CONTACT = 5.0               # seconds; less would refuse a server that is starting, more hides a typing error
 
 _clients_lock = threading.RLock()      # for the next two, and for _own
+_keeper_lock = threading.RLock()       # held while a ZooKeeper client connects, which may take as long as patience
 _redis_clients = {}                    # {address: redis.Redis}
 _zookeeper_clients = {}                # {addresses: KazooClient}
-_reached = set()                       # addresses that answered this process at least once
+_reached = set()                       # addresses that answered this process or its master at least once
 _note_session = None                   # a worker's: told (id, password) of its ZooKeeper session, None when that has ended
 _told = None                           # Settings that a worker's server, or a master's own file, says: nothing is looked for then
 _known = None                          # (engine, what its master says, _configured, the Settings made of them)
@@ -5141,6 +5142,12 @@ def use_services(services):
     """In a worker and a master: the cluster's services, once for all."""
     global _told
     _told = Settings({**{key: SETTINGS[key][2] for key in SERVICE_KEYS}, **services}, services["given"])
+    _note_reached(services)
+
+
+def _note_reached(services):
+    """Some of these have answered the master: they are right, and waited for."""
+    _reached.update(services[key] for key in services.get("reached", ()))
 
 
 def _settings():
@@ -5161,6 +5168,7 @@ def _find_services():
         engine = _current_engine()
     if engine is not None:
         theirs = engine.services(own.patience)
+        _note_reached(theirs)
     return engine, engine and engine.said, configured, merged_services(own, theirs)
 
 
@@ -5193,8 +5201,8 @@ def _close_zookeeper(client):
 
 def _forget_clients():
     """In a forked child: the connections are the parent's, and kazoo would hang (python-zk/kazoo#519)."""
-    global _clients_lock
-    _clients_lock = threading.RLock()
+    global _clients_lock, _keeper_lock
+    _clients_lock, _keeper_lock = threading.RLock(), threading.RLock()
     _redis_clients.clear()
     _zookeeper_clients.clear()
 
@@ -5320,21 +5328,31 @@ def _kind(name):
     return kinds.get(_retried(lambda client: client.type(_key(name))), "something else")
 
 
-def _zookeeper():
-    """This process's ZooKeeper client, connected; a new one if the last was given up."""
+def _zookeeper(deadline=math.inf):
+    """This process's ZooKeeper client, connected, by then if it can; a new one if the last was given up."""
     hosts = _settings().zookeeper
     if not hosts:
         raise _unavailable("zookeeper", "locks and the like need one")
-    with _clients_lock:
+    patience = FIRST_CONTACT
+    if hosts in _reached:
+        patience = max(FIRST_CONTACT, min(_settings().patience, deadline - time.monotonic()))
+    if not _keeper_lock.acquire(timeout=bounded(patience)):
+        raise _unavailable("zookeeper", f"no answer within {patience:g} s")
+    try:
         client = _zookeeper_clients.get(hosts)
         if client is None or _is_over(client):
             if client is not None:
                 _close_zookeeper(client)
-            client = _zookeeper_clients[hosts] = _zookeeper_client(hosts)
+            client = _zookeeper_client(hosts, patience)
+            with _clients_lock:
+                _zookeeper_clients[hosts] = client
+            _reached.add(hosts)
         return client
+    finally:
+        _keeper_lock.release()
 
 
-def _zookeeper_client(hosts):
+def _zookeeper_client(hosts, patience):
     settings, quiet = _settings(), logging.getLogger("clupy.zookeeper")
     quiet.setLevel(logging.ERROR)          # kazoo warns of each lost connection, which is what patience is for
     # Without a deadline every request to a server that is away blocks for ever, whatever its own time-out.
@@ -5348,8 +5366,8 @@ def _zookeeper_client(hosts):
     if _note_session:
         client.add_listener(lambda state: _note_session(client.client_id) if client.client_id else None)
     try:
-        if not client.start_async().wait(FIRST_CONTACT):
-            raise _unavailable("zookeeper", f"no answer within {FIRST_CONTACT:g} s")
+        if not client.start_async().wait(bounded(patience)):
+            raise _unavailable("zookeeper", f"no answer within {patience:g} s")
     except BaseException:                  # closed in a thread, as it waits for a connect() under way
         threading.Thread(target=_close_zookeeper, args=(client,), daemon=True).start()
         raise
@@ -6182,7 +6200,7 @@ class _Wait:
     def __init__(self, what, path, timeout):
         self.what, self.path, self.timeout = what, path, timeout
         self.deadline = _deadline(timeout)
-        self.client = _zookeeper()
+        self.client = _zookeeper(self.deadline)
         self.changed = threading.Event()
 
     def ask(self, request, *arguments, **options):

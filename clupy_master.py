@@ -1278,7 +1278,8 @@ class Master:
     # -- statements to servers and clients
 
     def _services(self):
-        return {**{key: getattr(self.settings, key) for key in clupy.SERVICE_KEYS}, "given": self.given}
+        services = {key: getattr(self.settings, key) for key in clupy.SERVICE_KEYS}
+        return {**services, "given": self.given, "reached": [key for key, value in services.items() if value in clupy._reached]}
 
     def _send_cluster(self, row):
         row.connection.send("cluster", self._services(), self.tables.silent(self._now()),
@@ -1322,20 +1323,39 @@ class Master:
             self._send_share(id, before.get(id, ()))
 
 
+def _reach_redis(ended):
+    """Ask Redis until it has answered once, or `ended`: then its address is right, and clients and workers wait for it with
+    patience; a typing error is told here first.  ZooKeeper has answered whoever leads."""
+    said = False
+    while not ended.is_set():
+        try:
+            clupy._retried(lambda client: client.ping())
+            return
+        except Exception as error:                 # the thread's edge: no module, no answer, no password
+            if not said:
+                log.warning("of the services that this master names, one has not answered it: %s", error)
+            said = True
+        ended.wait(clupy.FIRST_CONTACT)
+
+
 async def run(settings, secret):
     """Be a master until SIGTERM; with `zookeeper` configured, one of several."""
     clupy.raise_descriptor_limit()                 # each server and client is one
     ended = asyncio.get_running_loop().create_future()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ended.cancel)
     master = Master(settings, secret, os.path.abspath("clupy.master.dependency.yaml"))
+    clupy.use_services({key: getattr(settings, key) for key in clupy.SERVICE_KEYS} | {"given": master.given})
+    over = threading.Event()
+    if settings.redis:
+        threading.Thread(target=_reach_redis, args=(over,), name="clupy-redis", daemon=True).start()
     if settings.zookeeper:
-        clupy.use_services({key: getattr(settings, key) for key in clupy.SERVICE_KEYS} | {"given": ["zookeeper"]})
         master.stand(Leadership(master.name, settings.session))
     try:
         await ended
     except asyncio.CancelledError:
         log.info("ending")
     finally:
+        over.set()
         await master.close()
 
 

@@ -5859,6 +5859,36 @@ def test_the_master_alone_says_where_the_services_are_and_no_password_shows(tmp_
             assert not [text for text in [*shown, str(caught.value)] if SERVICES_PASSWORD in text]
 
 
+def test_a_fresh_worker_waits_with_patience_for_services_that_answered_the_master(
+        tmp_path, mortal_redis, mortal_zookeeper, monkeypatch):
+    def both():
+        clupy.put("x", 1)
+        with clupy.lock("x", timeout=PATIENCE):
+            return clupy.get("x")
+
+    def told():                                    # a new client has a fresh worker
+        clupy.close()
+        clupy.connect(cluster.address)
+        return call(lambda: len(clupy._reached)) == 2
+    monkeypatch.delenv("CLUPY_REDIS")
+    monkeypatch.delenv("CLUPY_ZOOKEEPER")
+    with ServiceCluster(tmp_path, redis=mortal_redis.url, zookeeper=mortal_zookeeper.hosts) as cluster:
+        until(told)
+        for service in mortal_redis, mortal_zookeeper:
+            service.kill()
+        future = clupy.parallel(both)()
+        assert not future.wait(7)                  # longer than a first contact
+        for service in mortal_redis, mortal_zookeeper:
+            service.start().ready()
+        assert future.result(2 * PATIENCE) == 1
+
+
+def test_a_typing_error_in_an_address_is_told_by_the_master_first(tmp_path):
+    url = f"redis://127.0.0.1:{free_port()}"
+    with ServiceCluster(tmp_path, redis=url) as cluster:
+        until(lambda: f"Redis at {url}: Error 111 connecting" in cluster.master.log)
+
+
 def test_what_the_master_does_not_configure_is_told_to_calls_and_clients_within_seconds(cluster, monkeypatch):
     monkeypatch.setenv("CLUPY_MASTER", cluster.address)
     for use, says in [(lambda: clupy.put("x", 1), "no Redis is configured.*setting `redis`"),
@@ -7177,6 +7207,18 @@ def test_no_call_fails_or_runs_twice_when_the_leading_master_ends(tmp_path, zook
             assert clupy.wait_all(results, PATIENCE) and [r.value for r in results] == list(range(1000))
             assert {(tmp_path / str(turn) / str(n)).stat().st_size for n in range(1000)} == {1}
             cluster.masters[leader] = cluster.start(leader)
+
+
+def test_a_new_client_is_served_soon_after_the_leading_master_was_killed(tmp_path, zookeeper_server):
+    with Masters(tmp_path, zookeeper_server) as cluster:
+        leader = cluster.leader()
+        until(lambda: cluster.leader_by(1 - leader) == cluster.leader_by(leader))      # its servers are connected
+        cluster.masters[leader].process.kill()
+        cluster.masters[leader].process.wait()
+        killed = time.monotonic()
+        done = run_script(tmp_path / "client", "import clupy\nprint(clupy.parallel(pow)(2, 5).result(60))",
+                          CLUPY_MASTER=cluster.address)
+        assert done.stdout == "32\n" and time.monotonic() - killed < SESSION + 8     # 1.2 at the worst of 20 on a quiet machine
 
 
 def test_one_master_leads_again_after_zookeeper_was_away(tmp_path):
