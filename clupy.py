@@ -998,10 +998,12 @@ class Connection:
 
     async def _watch(self):
         """End the connection when the peer's machine is gone; one that only sleeps, with a full window too, is not."""
-        while (silent := silence(self._writer.get_extra_info("socket"))) < DEAD_TIME:
+        sock = self._writer.get_extra_info("socket")           # None: it has ended already, under TLS
+        while sock:                                # closing, too, takes a peer that takes what is left
+            if (silent := silence(sock)) > DEAD_TIME:
+                self.why = f"its machine has not answered for {silent:.0f} s"
+                return self.abort()
             await asyncio.sleep(LOOK_TIME)
-        self.why = f"its machine has not answered for {silent:.0f} s"
-        self.abort()
 
     def close(self):
         """Send what is under way, then end."""
@@ -1186,6 +1188,7 @@ class MasterLink:
         late = now - self._looked > STATEMENT_TIME + 1           # it was us who slept
         self._looked = now
         if self.connection and len(self.addresses) > 1 and not late and now - self.connection.heard > MASTER_SILENCE:
+            self.connection.why = f"it has been silent for {MASTER_SILENCE:g} s"
             log.warning("master %s has been silent for %g s; trying the next one", self.connection.peer, MASTER_SILENCE)
             self.connection.close()
 
