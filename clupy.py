@@ -198,6 +198,8 @@ MAX_FAILURES = 3                  # in a row, before what fails is given up; mor
 FREE_DESCRIPTORS = 16             # left to the program and to what must be opened later; less starves it, more wastes slots
 STALL_TIME = 0.02                 # without a result, before a slot gives back what it has not begun; less recalls in vain
 LINGER_TIME = 1.0                 # an idle slot for nested calls stays open so long; less starts more workers, more holds them
+DEAD_TIME = 8.5                   # a machine that answers nothing for so long is gone; less loses it with a network's hiccup
+LOOK_TIME = 1.0                   # between looks for that: it is noticed in 10 s at most
 MASTER_SILENCE = 6.0              # unanswered, before the next of several masters is tried; less leaves one that is busy
 RETRY_TIME = 10.0                 # before an unreachable server is tried again; less is noise in the log, more leaves it idle
 UNSERVED_TIME = 3.0               # without any slot, before the log tells of waiting calls; less cries at each start
@@ -232,7 +234,7 @@ class ConfigurationError(ClupyError, ValueError):
 
 
 class SecretError(ClupyError, PermissionError):
-    """There is no secret, others can read it, or the peer has another one, or a certificate that is not accepted."""
+    """There is no secret, others can read it, or the peer has another one, a certificate that is not accepted, or no TLS."""
 
 
 class VersionMismatch(ClupyError):
@@ -370,6 +372,11 @@ def parse_address(value, port=0):
     return match[1] or match[2] or "", int(match[3]) if match[3] else port
 
 
+def address_text(host, port):
+    """An address as messages show it, and as parse_address reads it."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def _addresses(value):
     """[(host, port), ...] of a text with commas or a list; a port that is not named is None."""
     parts = str(value).split(",") if isinstance(value, (str, int)) and str(value).strip() else value
@@ -413,6 +420,9 @@ SETTINGS = {   # key: (roles that have it, how it is read, default)
 
 class Settings:
     """One attribute per key of SETTINGS; `given` names the keys that did not come from the defaults."""
+
+    dial_tls = admit_tls = None        # ssl contexts of the two sides of a connection, made by _load_tls; None: without TLS
+    certificate = None                 # the texts of certificate and key, of which a worker makes its own
 
     def __init__(self, values, given):
         self.__dict__.update(values, given=frozenset(given))
@@ -480,10 +490,65 @@ def read_settings(role, file=None, **arguments):
         raise ConfigurationError("slots is 0, but must be at least 1")
     if (values.get("memory_limit") or MIN_MEMORY) < MIN_MEMORY:
         raise ConfigurationError(f"memory_limit is {values['memory_limit']} bytes, but a worker needs {MIN_MEMORY >> 20}MB")
-    for key in ("tls_cert", "tls_key", "tls_ca"):
-        if values.get(key) and not os.path.isfile(os.path.expanduser(values[key])):
-            raise ConfigurationError(f"{key} is {values[key]!r}, but there is no such file")
-    return Settings(values, given)
+    settings = Settings(values, given)
+    _load_tls(settings, **{key: values.get(key) for key in ("tls_ca", "tls_cert", "tls_key")})
+    return settings
+
+
+# ---- Certificates and keys are read once, at start: who starts hears what is wrong with them, not everybody who connects.
+
+def _load_tls(settings, tls_ca, tls_cert, tls_key):
+    """Make the settings' ssl contexts of the files that they name.  Raises ConfigurationError."""
+    for name, path in ("tls_ca", tls_ca), ("tls_cert", tls_cert), ("tls_key", tls_key):
+        if path and not os.path.isfile(os.path.expanduser(path)):
+            raise ConfigurationError(f"{name} is {path!r}, but there is no such file")
+    if tls_ca:
+        settings.dial_tls = _trusting("tls_ca", tls_ca)
+    if tls_cert:
+        _trusting("tls_cert", tls_cert)            # or OpenSSL would not say which of the two is none
+        name, path = ("tls_key", tls_key) if tls_key else ("tls_cert", tls_cert)
+        try:
+            settings.certificate = [_pem(tls_cert), _pem(path)]
+            settings.admit_tls = admit_context(*settings.certificate)
+        except ssl.SSLError as error:
+            why = "is not the key of tls_cert" if error.reason == "KEY_VALUES_MISMATCH" else "holds no private key"
+            raise ConfigurationError(f"{name} is {path!r}, but that {why}") from None
+        except OSError as error:
+            raise ConfigurationError(f"{name} is {path!r}, but that cannot be read: {error.strerror}") from None
+    elif tls_key:
+        raise ConfigurationError(f"tls_key is {tls_key!r}, but there is no tls_cert of which it is the key")
+
+
+def _trusting(name, path):
+    """The ssl context that trusts whom the certificates in a file belong to."""
+    try:
+        return ssl.create_default_context(cafile=os.path.expanduser(path))
+    except ssl.SSLError:
+        raise ConfigurationError(f"{name} is {path!r}, but that holds no certificate") from None
+    except OSError as error:
+        raise ConfigurationError(f"{name} is {path!r}, but that cannot be read: {error.strerror}") from None
+
+
+def _pem(path):
+    with io.open(os.path.expanduser(path), encoding="latin-1") as file:
+        return file.read()
+
+
+def admit_context(certificate, key):
+    """The ssl context of who listens. certificate, key: what their files hold, as texts in Latin-1."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    with tempfile.TemporaryFile() as first, tempfile.TemporaryFile() as second:        # without names: OpenSSL reads files only
+        for file, text in (first, certificate), (second, key):
+            file.write(text.encode("latin-1"))
+            file.seek(0)
+        context.load_cert_chain(f"/dev/fd/{first.fileno()}", f"/dev/fd/{second.fileno()}", _ask_nobody)
+    return context
+
+
+def _ask_nobody():
+    """Instead of OpenSSL's question at the terminal, which would block whoever loads the key."""
+    raise ConfigurationError("tls_key has a passphrase, which a master or server cannot ask for; one without: "
+                             "openssl pkey -in KEY -out NEW, readable by its user alone")
 
 
 def read_yaml(path, must_exist=False):
@@ -578,11 +643,11 @@ def find_secret(settings, create=False):
 # Everything two processes of a cluster say to each other.
 #
 # preamble   8 bytes, read exactly and before TLS: "clupy", version, role, Python's minor version, which must be the same
-#            since bytecode travels.  Roles: M to a master, C control, S slot.
+#            since bytecode travels.  Roles: M to a master, C control, S slot; in lower case by who goes on under TLS.
 # handshake  for M and C, raw bytes of fixed size, HANDSHAKE_TIME at most; D dials, A admits:
 #              D -> A  preamble
-#              A -> D  preamble: also in answer to another version or Python, so that both sides can say what is wrong
-#              D -> A  nonce (32), from here on under TLS, if that is configured
+#              A -> D  preamble: also in answer to one that does not fit, so that both sides can say what is wrong
+#              D -> A  nonce (32), from here on under TLS, if that is configured: on both sides, as the preambles said
 #              A -> D  nonce (32), HMAC-SHA256(secret, "admit", D's preamble, both nonces)
 #              D -> A  HMAC-SHA256(secret, "dial", D's preamble, both nonces)
 #            Both proofs are bound to role and nonces, so neither can be reflected or replayed.  The control
@@ -673,15 +738,16 @@ SLOT_HEAD = struct.Struct(f">{SESSION_SIZE}sQ?")                       # session
 FRAME_HEAD = struct.Struct(">QI")                                      # body length, number of buffers
 
 
-def preamble(role):
-    """What a connection begins with, by this process."""
-    return MAGIC + bytes((VERSION,)) + role + bytes((PYTHON,))
+def preamble(role, tls=None):
+    """What a connection begins with, by this process.  tls: whether it goes on under TLS."""
+    return MAGIC + bytes((VERSION,)) + (role.lower() if tls else role) + bytes((PYTHON,))
 
 
-def read_preamble(data):
-    """The role that a peer's preamble names.
+def read_preamble(data, tls=None):
+    """The role that a peer's preamble names.  tls: whether this side goes on under TLS.
 
-    Raises ProtocolError or VersionMismatch, which speak of the peer as "it": who dials or listens says who that is."""
+    Raises ProtocolError, VersionMismatch or SecretError, which speak of the peer as "it": who dials or listens says who
+    that is."""
     if data[:5] != MAGIC:
         raise ProtocolError(f"not CluPy: it began with {bytes(data)!r}")
     if data[5] != VERSION:
@@ -689,9 +755,13 @@ def read_preamble(data):
     if data[7] != PYTHON:
         raise VersionMismatch(f"it runs Python 3.{data[7]}, this process runs Python 3.{PYTHON}; they must be the same, "
                               "since bytecode travels")
-    if data[6:7] not in (TO_MASTER, CONTROL, SLOT):
-        raise ProtocolError(f"unknown role {data[6:7]!r}")
-    return bytes(data[6:7])
+    role = bytes(data[6:7])
+    if role.upper() not in (TO_MASTER, CONTROL, SLOT):
+        raise ProtocolError(f"unknown role {role!r}")
+    if role.islower() != bool(tls):
+        raise SecretError(f"it speaks {'TLS' if role.islower() else 'without TLS'}, this process {'with' if tls else 'without'} "
+                          "it; who listens needs tls_cert and tls_key, who connects tls_ca")
+    return role.upper()
 
 
 def proof(key, *parts):
@@ -857,32 +927,31 @@ def descriptors_left():
         return 0 if os.path.exists("/dev/fd") else math.inf
 
 
-def tune(sock, user_timeout=True):
-    """A peer is alive while its kernel answers: keepalive finds a dead one in 10 s, also under unanswered data.
+def tune(sock):
+    """A peer is alive while its kernel answers: by keepalive that of an idle one is asked every 4 s, and given up after 10.
 
-    user_timeout: not on slots, where a full window would look like death."""
+    Not by TCP_USER_TIMEOUT: to that a window that stays full looks like death, and with data under way it starts anew."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (("TCP_KEEPIDLE", 4), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3),
-                        ("TCP_USER_TIMEOUT", 10000 if user_timeout else 0)):
+    for name, value in ("TCP_KEEPIDLE", 4), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3):
         with contextlib.suppress(AttributeError, OSError):         # each for itself: not every system has them all
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
-def tls_context(settings, side):
-    """The ssl context of a "dial" or "admit" side, or None where the settings name no certificate."""
-    if side == "dial" and settings.tls_ca:
-        return ssl.create_default_context(cafile=os.path.expanduser(settings.tls_ca))
-    if side == "admit" and settings.tls_cert:
-        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        context.load_cert_chain(*tls_files(settings))
-        return context
-    return None
+def silence(sock):
+    """Seconds since the peer's kernel answered anything, which it does every 4 s (`tune`) as long as it can.
+
+    While data is under way, keepalive waits for that; so this is how a dead peer is found then.  By Linux's tcp_info, of which
+    two fields are the milliseconds since the last data and the last acknowledgement; 0.0 where it cannot be had."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):         # refused, or closed meanwhile
+            return min(struct.unpack_from("II", sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 60), 52)) / 1000
+    return 0.0
 
 
-def tls_files(settings):
-    """The absolute paths of certificate and key."""
-    return [os.path.abspath(os.path.expanduser(path)) for path in (settings.tls_cert, settings.tls_key or settings.tls_cert)]
+def plain_host(host):
+    """A numeric address without the prefix that an IPv4 one has at a socket of both families."""
+    return host.removeprefix("::ffff:")
 
 
 class Connection:
@@ -893,6 +962,7 @@ class Connection:
         self.heard = time.monotonic()  # when the last message arrived
         self.peer = peer               # "10.0.0.5:41234"
         self.key = key                 # known to both ends, and to nobody else
+        self.why = "it was closed here"            # why it ended, once it has
 
     def __repr__(self):
         return f"<Connection {self.peer}{' closing' if self._writer.is_closing() else ''}>"
@@ -900,7 +970,7 @@ class Connection:
     @property
     def hosts(self):
         """The peer's numeric address, and this end's."""
-        return self._writer.get_extra_info("peername")[0], self._writer.get_extra_info("sockname")[0]
+        return [plain_host(self._writer.get_extra_info(name)[0]) for name in ("peername", "sockname")]
 
     def send(self, *message):
         """Send a message, in order and without waiting; nothing, once the connection is about to end."""
@@ -915,18 +985,33 @@ class Connection:
         return decode(await self._reader.readexactly(size))
 
     async def serve(self, owner):
-        """Hand every message to the owner until the connection ends; if that is the peer's fault, the log says why."""
+        """Hand every message to the owner until the connection ends: `why` says of what, the log if it is the peer's fault."""
+        watch = asyncio.create_task(self._watch())
         try:
             while True:
                 message = await self.receive()
                 self.heard = time.monotonic()
                 dispatch(owner, self, message)
         except ProtocolError as error:
+            self.why = str(error)
             log.warning("closing the connection to %s: %s", self.peer, error)
-        except (asyncio.IncompleteReadError, OSError):
-            pass                                   # it ended; the owner decides what that means
+        except asyncio.IncompleteReadError:        # the owner decides what that means
+            if not self._writer.is_closing():
+                self.why = "it closed the connection"
+        except OSError as error:
+            self.why = str(error)
         finally:
+            watch.cancel()
             self.close()
+
+    async def _watch(self):
+        """End the connection when the peer's machine is gone; one that only sleeps, with a full window too, is not."""
+        sock = self._writer.get_extra_info("socket")           # None: it has ended already, under TLS
+        while sock:                                # closing, too, takes a peer that takes what is left
+            if (silent := silence(sock)) > DEAD_TIME:
+                self.why = f"its machine has not answered for {silent:.0f} s"
+                return self.abort()
+            await asyncio.sleep(LOOK_TIME)
 
     def close(self):
         """Send what is under way, then end."""
@@ -981,28 +1066,42 @@ async def dial(address, role, secret, settings):
 
     Raises OSError if nobody answers there, SecretError, VersionMismatch or ProtocolError if who answers is not one of
     ours.  Each has words, which do not name the address: the caller tries several."""
-    host, port = address
-    sock = await connect_socket(host, port)
+    sock = await connect_socket(*address)
     try:
         with contextlib.ExitStack() as undo:
             undo.callback(sock.close)
             tune(sock)
             async with asyncio.timeout(HANDSHAKE_TIME):
-                await asyncio.get_running_loop().sock_sendall(sock, preamble(role))
-                read_preamble(await read_exactly(sock, PREAMBLE_SIZE))
-                context = tls_context(settings, "dial")
-                reader, writer = await asyncio.open_connection(sock=sock, ssl=context, server_hostname=context and host)
+                mine = preamble(role, settings.dial_tls)
+                await asyncio.get_running_loop().sock_sendall(sock, mine)
+                read_preamble(await read_exactly(sock, PREAMBLE_SIZE), settings.dial_tls)
+                reader, writer = await _open_stream(sock, address[0], settings.dial_tls)
                 undo.callback(writer.transport.abort)
-                connection = await _prove(reader, writer, f"{host}:{port}", preamble(role), secret)
+                connection = await _prove(reader, writer, address_text(*address), mine, secret)
             undo.pop_all()
             return connection
-    except EOFError:
-        raise ProtocolError("it closed the connection during the handshake; is it CluPy's port, and TLS the same on both "
-                            "sides?") from None
+    except (EOFError, ConnectionResetError):
+        raise ProtocolError("it closed the connection during the handshake; is it CluPy's port?") from None
     except TimeoutError:
         raise TimeoutError(f"it did not finish the handshake within {HANDSHAKE_TIME:g} s; is it CluPy's port?") from None
-    except ssl.SSLCertVerificationError as error:
-        raise SecretError(f"its certificate is not accepted: {error.verify_message}; tls_ca names whose signature is") from None
+
+
+# Why a certificate is refused: OpenSSL's code, the TLS alert by which the other side hears of it, what helps.
+_REFUSALS = {9: (45, "renew it, or set the clock"), 10: (45, "renew it, or set the clock"),
+             62: (42, "name the host as its certificate does"), 64: (42, "name the host as its certificate does")}
+_SIGNED_BY_ANOTHER = 48, "tls_ca must name whose signature is accepted"
+
+
+async def _open_stream(sock, host, context):
+    """asyncio's streams on a socket, under TLS if there is a context."""
+    with sock.dup() as spare:                      # asyncio's own is closed without the alert (python/cpython#98078)
+        try:
+            return await asyncio.open_connection(sock=sock, ssl=context, server_hostname=context and host)
+        except ssl.SSLCertVerificationError as error:
+            alert, advice = _REFUSALS.get(error.verify_code, _SIGNED_BY_ANOTHER)
+            with contextlib.suppress(OSError):
+                spare.send(bytes((21, 3, 3, 0, 2, 2, alert)))          # a record: alert, TLS 1.2 as all say, 2 bytes: fatal
+            raise SecretError(f"its certificate is not accepted: {error.verify_message.rstrip('.')}; {advice}") from None
 
 
 async def _prove(reader, writer, peer, mine, secret):
@@ -1020,18 +1119,18 @@ async def _prove(reader, writer, peer, mine, secret):
 
 def told(said):
     """What each address said, as one text."""
-    return "; ".join(f"{host}:{port}: {why}" for (host, port), why in said.items())
+    return "; ".join(f"{address_text(*address)}: {why}" for address, why in said.items())
 
 
 def hopeless(said):
-    """The error if all gave the same answer, one that no patience mends: another secret, another version.  Else None."""
-    kinds = {type(why) for why in said.values()}
-    return kinds.pop()(told(said)) if kinds in ({SecretError}, {VersionMismatch}) else None
+    """The error if no patience mends what all said: another secret, a refused certificate, another version.  Else None."""
+    kinds = [type(why) for why in said.values()]
+    return kinds[0](told(said)) if {SecretError, VersionMismatch}.issuperset(kinds) else None
 
 
 def stands_by(leader):
     """What a standby says with its `leader`, in words."""
-    return "it stands by; " + ("{}:{} leads".format(*leader) if leader else "no master leads yet")
+    return "it stands by; " + (f"{address_text(*leader)} leads" if leader else "no master leads yet")
 
 
 class MasterLink:
@@ -1039,13 +1138,15 @@ class MasterLink:
 
     An address that is of no use is passed over, whatever is wrong with it.  The owner answers messages, and hears by
     master_joined(connection), by master_lost() when that has ended or a round was in vain, and by master_refused(error)
-    when a whole round gave the same answer, one that no patience mends: another secret, another version."""
+    when no patience mends what all of a round said.  The owner says `leads = True` when the master answers its statement:
+    only who leads is a master to it, and those that stand by, however many and often, give no reason to wait longer."""
 
     def __init__(self, addresses, secret, settings):
         self.addresses, self.secret, self.settings = addresses, secret, settings
         self.connection = None         # Connection, while there is one
         self.host = None               # how the master was reached; servers on its machine are there, too
-        self.lost_at = time.monotonic()
+        self.leads = False             # whether who is there leads
+        self.lost_at = time.monotonic()            # when the last one that led was lost
         self.why_lost = "no answer yet"            # every address of the last round, and what it said
         self._onward = None            # [address to which a standby sent us], [] if it knows none; None: it is no standby
         self._looked = time.monotonic()
@@ -1081,12 +1182,11 @@ class MasterLink:
         self.connection, self.host = connection, address[0]
         owner.master_joined(connection)
         await connection.serve(owner)
-        self.connection = None
-        if self._onward is not None:
-            return stands_by(self._onward[0] if self._onward else None)
-        why = "it closed the connection"
-        self.lost_at, self.why_lost = time.monotonic(), told({address: why})
-        owner.master_lost()
+        why = connection.why if self._onward is None else stands_by(self._onward[0] if self._onward else None)
+        led, self.leads, self.connection = self.leads, False, None
+        if led:
+            self.lost_at, self.why_lost = time.monotonic(), told({address: why})
+            owner.master_lost()
         return why
 
     def look(self, now):
@@ -1096,6 +1196,7 @@ class MasterLink:
         late = now - self._looked > STATEMENT_TIME + 1           # it was us who slept
         self._looked = now
         if self.connection and len(self.addresses) > 1 and not late and now - self.connection.heard > MASTER_SILENCE:
+            self.connection.why = f"it has been silent for {MASTER_SILENCE:g} s"
             log.warning("master %s has been silent for %g s; trying the next one", self.connection.peer, MASTER_SILENCE)
             self.connection.close()
 
@@ -3546,7 +3647,7 @@ class ServerLink:
 
     def __init__(self, engine, id, address):
         self.engine, self.id, self.address = engine, id, address
-        self.name = f"{address[0]}:{address[1]}"
+        self.name = address_text(*address)
         self.connection = self.key = self.session = None
         self.slots = {}                           # {number: Slot}, until they are over
         self.max_nested = 0                       # slots there beyond the share at most
@@ -4075,11 +4176,11 @@ class Pool:
         try:
             sock = await connect_socket(*link.address)
             try:
-                tune(sock, user_timeout=False)
+                tune(sock)
                 async with asyncio.timeout(HANDSHAKE_TIME):
-                    head = preamble(SLOT) + slot_head(link.key, link.session, slot.number, slot.nested)
+                    head = preamble(SLOT, settings.dial_tls) + slot_head(link.key, link.session, slot.number, slot.nested)
                     await self._engine.loop.sock_sendall(sock, head)
-                context = tls_context(settings, "dial")
+                context = settings.dial_tls
                 tls = {"server_hostname": link.address[0], "ssl_handshake_timeout": NO_LIMIT} if context else {}
                 await self._engine.loop.create_connection(lambda: slot, sock=sock, ssl=context, **tls)
             except BaseException:
@@ -4282,7 +4383,7 @@ class MasterSide:
             self.send_statement()
         if self.link:
             self.link.look(now)
-        answered = self.link and self.link.connection
+        answered = self.link and self.link.leads
         if (self._engine.pool.slots() or not self._engine.backlog.queued
                 or answered and not self.count_wanted()):          # pip resolves our list, say
             self._unserved = None
@@ -4297,7 +4398,7 @@ class MasterSide:
 
     def _say_unserved(self):
         calls = self._engine.backlog.queued
-        if self.link.connection:
+        if self.link.leads:
             log.warning("calls wait (%s): the master at %s has no server with a slot for them; start one with: "
                         "python -m clupy serve", calls, self.link.connection.peer)
         else:
@@ -4310,7 +4411,7 @@ class MasterSide:
 
     def masterless(self, now):
         """Seconds without a master."""
-        return 0.0 if self.link is None or self.link.connection else now - self.link.lost_at
+        return 0.0 if self.link is None or self.link.leads else now - self.link.lost_at
 
     def unreachable(self):
         why = self.link.why_lost if self.link else "none was found yet"
@@ -4321,6 +4422,7 @@ class MasterSide:
 
     def on_share(self, _, share, services, libraries):
         engine = self._engine
+        self.link.leads = True
         engine.libraries.hear(libraries)
         engine.pool.share = {id: ((host or self.link.host, port), slots) for id, ((host, port), slots) in share.items()}
         if services != engine.said:               # else it stays the same object, by which Services sees that nothing changed
@@ -4541,7 +4643,7 @@ class Engine(BaseEngine):
 
     async def embed(self):
         """Start a master and a server in this loop, on loopback, with a secret of their own."""
-        self.secret = os.urandom(32).hex().encode()
+        self.secret, self.settings.dial_tls = os.urandom(32).hex().encode(), None      # on loopback, to ourselves
         services = merged_services(self.settings, {})              # the workers' are this process's
         own = {**vars(self.settings), **{key: getattr(services, key) for key in SERVICE_KEYS}}
         master = clupy_master.Master(default_settings("master", **own, listen=("127.0.0.1", 0)), self.secret)
@@ -4630,7 +4732,7 @@ def _difference(old, new):
     if not (isinstance(old, Settings) and isinstance(new, Settings)):
         return "" if old is new else f"{old!r}, not {new!r}"
     return ", ".join(f"{key}={masked(value)!r}, not {masked(getattr(new, key))!r}"
-                     for key, value in vars(old).items() if key != "given" and getattr(new, key) != value)
+                     for key, value in vars(old).items() if key in SETTINGS and getattr(new, key) != value)
 
 
 def _make_engine(settings):
@@ -5030,17 +5132,18 @@ def unpack_arguments(arguments, unpack=unpack):
 # ==== Services ================================================================
 # This process's connections to Redis and ZooKeeper: made on first use, by any thread, forgotten in a forked child, closed
 # at the end.  Two rules for a server that is away:
-# - One that never answered this process is a mistake in the configuration, and told within FIRST_CONTACT seconds; one that
-#   did answer is waited for as long as the setting `patience` says.  Then: Unavailable.
+# - One that never answered this process nor its master is a mistake in the configuration, and told within FIRST_CONTACT
+#   seconds; one that did answer is waited for as long as the setting `patience` says.  Then: Unavailable.
 # - What may be done twice is repeated (_retried), what may not is sent once and reported (_once).  redis-py's own retries
 #   make no such difference: an `incr` that lost three answers counted four (redis/redis-py#261).
 
 FIRST_CONTACT = 5.0               # seconds; less would refuse a server that is starting, more hides a typing error
 
 _clients_lock = threading.RLock()      # for the next two, and for _own
+_keeper_lock = threading.RLock()       # held while a ZooKeeper client connects, which may take as long as patience
 _redis_clients = {}                    # {address: redis.Redis}
 _zookeeper_clients = {}                # {addresses: KazooClient}
-_reached = set()                       # addresses that answered this process at least once
+_reached = set()                       # addresses that answered this process or its master at least once
 _note_session = None                   # a worker's: told (id, password) of its ZooKeeper session, None when that has ended
 _told = None                           # Settings that a worker's server, or a master's own file, says: nothing is looked for then
 _known = None                          # (engine, what its master says, _configured, the Settings made of them)
@@ -5050,6 +5153,12 @@ def use_services(services):
     """In a worker and a master: the cluster's services, once for all."""
     global _told
     _told = Settings({**{key: SETTINGS[key][2] for key in SERVICE_KEYS}, **services}, services["given"])
+    _note_reached(services)
+
+
+def _note_reached(services):
+    """Some of these have answered the master: they are right, and waited for."""
+    _reached.update(services[key] for key in services.get("reached", ()))
 
 
 def _settings():
@@ -5070,6 +5179,7 @@ def _find_services():
         engine = _current_engine()
     if engine is not None:
         theirs = engine.services(own.patience)
+        _note_reached(theirs)
     return engine, engine and engine.said, configured, merged_services(own, theirs)
 
 
@@ -5102,8 +5212,8 @@ def _close_zookeeper(client):
 
 def _forget_clients():
     """In a forked child: the connections are the parent's, and kazoo would hang (python-zk/kazoo#519)."""
-    global _clients_lock
-    _clients_lock = threading.RLock()
+    global _clients_lock, _keeper_lock
+    _clients_lock, _keeper_lock = threading.RLock(), threading.RLock()
     _redis_clients.clear()
     _zookeeper_clients.clear()
 
@@ -5248,21 +5358,31 @@ def _kind(name):
     return kinds.get(_retried(lambda client: client.type(_key(name))), "something else")
 
 
-def _zookeeper():
-    """This process's ZooKeeper client, connected; a new one if the last was given up."""
+def _zookeeper(deadline=math.inf):
+    """This process's ZooKeeper client, connected, by then if it can; a new one if the last was given up."""
     hosts = _settings().zookeeper
     if not hosts:
         raise _unavailable("zookeeper", "locks and the like need one")
-    with _clients_lock:
+    patience = FIRST_CONTACT
+    if hosts in _reached:
+        patience = max(FIRST_CONTACT, min(_settings().patience, deadline - time.monotonic()))
+    if not _keeper_lock.acquire(timeout=bounded(patience)):
+        raise _unavailable("zookeeper", f"no answer within {patience:g} s")
+    try:
         client = _zookeeper_clients.get(hosts)
         if client is None or _is_over(client):
             if client is not None:
                 _close_zookeeper(client)
-            client = _zookeeper_clients[hosts] = _zookeeper_client(hosts)
+            client = _zookeeper_client(hosts, patience)
+            with _clients_lock:
+                _zookeeper_clients[hosts] = client
+            _reached.add(hosts)
         return client
+    finally:
+        _keeper_lock.release()
 
 
-def _zookeeper_client(hosts):
+def _zookeeper_client(hosts, patience):
     settings, quiet = _settings(), logging.getLogger("clupy.zookeeper")
     quiet.setLevel(logging.ERROR)          # kazoo warns of each lost connection, which is what patience is for
     # Without a deadline every request to a server that is away blocks for ever, whatever its own time-out.
@@ -5276,8 +5396,8 @@ def _zookeeper_client(hosts):
     if _note_session:
         client.add_listener(lambda state: _note_session(client.client_id) if client.client_id else None)
     try:
-        if not client.start_async().wait(FIRST_CONTACT):
-            raise _unavailable("zookeeper", f"no answer within {FIRST_CONTACT:g} s")
+        if not client.start_async().wait(bounded(patience)):
+            raise _unavailable("zookeeper", f"no answer within {patience:g} s")
     except BaseException:                  # closed in a thread, as it waits for a connect() under way
         threading.Thread(target=_close_zookeeper, args=(client,), daemon=True).start()
         raise
@@ -6251,7 +6371,7 @@ class _Wait:
     def __init__(self, what, path, timeout):
         self.what, self.path, self.timeout = what, path, timeout
         self.deadline = _deadline(timeout)
-        self.client = _zookeeper()
+        self.client = _zookeeper(self.deadline)
         self.changed = threading.Event()
 
     def ask(self, request, *arguments, **options):

@@ -951,7 +951,8 @@ REFUSALS = {
     "faulthandler.register": lambda: refuse(faulthandler, "register", error=RuntimeError),
     "setrlimit": lambda: refuse(resource, "setrlimit"),
     "MADV_HUGEPAGE": lambda: setattr(mmap, "mmap", Map),
-    "TCP_USER_TIMEOUT": lambda: refuse(socket.socket, "setsockopt", lambda s, _, key, *__: key == socket.TCP_USER_TIMEOUT)}
+    "TCP_KEEPIDLE": lambda: refuse(socket.socket, "setsockopt", lambda s, _, key, *__: key == socket.TCP_KEEPIDLE),
+    "TCP_INFO": lambda: refuse(socket.socket, "getsockopt", lambda s, _, key, *__: key == socket.TCP_INFO)}
 for name in os.environ.get("REFUSED", "").split():
     REFUSALS[name]()
 """
@@ -959,8 +960,8 @@ for name in os.environ.get("REFUSED", "").split():
 
 @pytest.mark.parametrize("refused", [
     "pidfd_open", "memfd_create", "F_SETOWN", "F_SETSIG", "faulthandler.register", "setrlimit", "MADV_HUGEPAGE",
-    "TCP_USER_TIMEOUT",
-    "pidfd_open memfd_create F_SETOWN F_SETSIG faulthandler.register setrlimit MADV_HUGEPAGE TCP_USER_TIMEOUT"])
+    "TCP_KEEPIDLE", "TCP_INFO",
+    "pidfd_open memfd_create F_SETOWN F_SETSIG faulthandler.register setrlimit MADV_HUGEPAGE TCP_KEEPIDLE TCP_INFO"])
 def test_a_system_call_that_is_refused_costs_no_more_than_what_it_is_for(tmp_path, refused):
     (tmp_path / "sitecustomize.py").write_text(REFUSALS)
     env = {"PYTHONPATH": f"{tmp_path}:{HERE}", "REFUSED": refused, "CLUPY_MEMORY_LIMIT": "2GB"}
@@ -1301,14 +1302,32 @@ def test_another_python_or_protocol_is_refused_on_both_sides(cluster, monkeypatc
     until(lambda: words.format(99, usual) in cluster.master.log)
 
 
-def test_everything_travels_under_tls_where_a_certificate_is_configured(tmp_path):
-    subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=clupy",
-                    "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", "key.pem", "-out", "cert.pem"],
-                   check=True, capture_output=True, cwd=tmp_path)
-    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
-    paths = {"CLUPY_TLS_CERT": cert, "CLUPY_TLS_KEY": key, "CLUPY_TLS_CA": str(cert)}
+@pytest.fixture
+def certificates(tmp_path, monkeypatch):
+    """In the working directory: good.pem and good.key; expired.pem, elsewhere.pem and another.pem of the same key, the first two
+    by and for who they are, the last by another; another.key, locked.key with a passphrase, and rubbish.pem."""
+    folder = tmp_path / "certificates"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    new = "req -x509 -days 2 -subj /CN={0} -addext subjectAltName={1} -out {0}.pem"
+    for command in ("ecparam -genkey -name prime256v1 -noout -out good.key",
+                    "ecparam -genkey -name prime256v1 -noout -out another.key",
+                    new.format("good", "IP:127.0.0.1") + " -key good.key",
+                    new.format("elsewhere", "DNS:elsewhere") + " -key good.key",
+                    new.format("another", "IP:127.0.0.1") + " -key another.key",
+                    "x509 -in good.pem -signkey good.key -days -1 -out expired.pem",
+                    "pkey -in good.key -aes256 -passout pass:secret -out locked.key"):
+        subprocess.run(["openssl", *command.split()], check=True, capture_output=True)
+    (folder / "rubbish.pem").write_text("no certificate")
+    return folder
+
+
+def test_everything_travels_under_tls_where_a_certificate_is_configured(tmp_path, certificates):
+    paths = {f"CLUPY_TLS_{key}": str(certificates / name)
+             for key, name in (("CERT", "good.pem"), ("KEY", "good.key"), ("CA", "good.pem"))}
     with Cluster(tmp_path, CLUPY_MAX_NESTED=1, **paths) as cluster:
-        clupy.connect(cluster.address, tls_ca=str(tmp_path / "cert.pem"))
+        (certificates / "good.key").unlink()                    # it was read, for workers, too
+        clupy.connect(cluster.address, tls_ca="good.pem")
         neighbour = clupy.parallel(sleepy, retries=0)(2, "undisturbed")
         until(neighbour.running)
         with pytest.raises(clupy.ClupyError, match="max_nested is 1"):     # slots are turned away before TLS has begun
@@ -1318,13 +1337,65 @@ def test_everything_travels_under_tls_where_a_certificate_is_configured(tmp_path
         assert clupy.wait_all(results, PATIENCE) and [r.value for r in results] == [n * n for n in range(500)]
         data = os.urandom(5_000_000)
         assert clupy.parallel(lambda data: data[::-1])(data).result(PATIENCE) == data[::-1]
-        clupy.close()
-        with pytest.raises(clupy.MasterUnreachable):
-            clupy.connect(cluster.address, patience=1)          # without TLS
-        subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=other", "-keyout", os.devnull,
-                        "-out", "other.pem"], check=True, capture_output=True, cwd=tmp_path)
-        with pytest.raises(clupy.SecretError, match=f"{cluster.address}: its certificate is not accepted: self-signed"):
-            clupy.connect(cluster.address, tls_ca=str(tmp_path / "other.pem"))
+
+
+@pytest.mark.parametrize("cert, ca, words, log", [
+    ("good", "another", "its certificate is not accepted: self-signed.*tls_ca must", "our certificate: the peer's tls_ca is"),
+    ("elsewhere", "elsewhere", "not accepted: IP address mismatch.*name the host as", "our certificate: it is not for the host"),
+    ("expired", "expired", "not accepted: certificate has expired; renew it", "does not accept our certificate: it has expired"),
+    ("good", None, "it speaks TLS, this process without it.*who connects tls_ca", "it speaks without TLS, this process with it"),
+    (None, "good", "it speaks without TLS, this process with it", "it speaks TLS, this process without it; who listens needs")])
+def test_tls_that_cannot_be_is_an_error_at_once_and_told_on_both_sides(tmp_path, certificates, cert, ca, words, log):
+    address, ca = f"127.0.0.1:{free_port()}", ca and str(certificates / f"{ca}.pem")
+    given = {"CLUPY_TLS_CERT": certificates / f"{cert}.pem", "CLUPY_TLS_KEY": certificates / "good.key"} if cert else {}
+    with Program(tmp_path / "master", "-m", "clupy", "master", "--listen", address, **given) as master:
+        until(lambda: answers(address))
+        with pytest.raises(clupy.SecretError, match=words):
+            clupy.connect(address, tls_ca=ca)
+        given = {"CLUPY_TLS_CA": ca} if ca else {}
+        with Program(tmp_path / "server", "-m", "clupy", "serve", "--master", address, **given) as server:
+            assert server.process.wait(PATIENCE) == 1 and re.search(f"clupy serve: {address}: .*{words}", server.log)
+        until(lambda: len(re.findall(f"refused 127.0.0.1:[0-9]+: .*{log}", master.log)) == 2)
+
+
+@pytest.mark.parametrize("settings, words", [
+    ({"tls_cert": "good.pem", "tls_key": "another.key"}, "tls_key is 'another.key', but that is not the key of tls_cert"),
+    ({"tls_cert": "good.pem", "tls_key": "rubbish.pem"}, "tls_key is 'rubbish.pem', but that holds no private key"),
+    ({"tls_cert": "rubbish.pem", "tls_key": "good.key"}, "tls_cert is 'rubbish.pem', but that holds no certificate"),
+    ({"tls_cert": "good.pem", "tls_key": "locked.key"}, "tls_key has a passphrase, which a master or server cannot ask for"),
+    ({"tls_cert": "good.pem"}, "tls_cert is 'good.pem', but that holds no private key"),
+    ({"tls_key": "good.key"}, "tls_key is 'good.key', but there is no tls_cert"),
+    ({"tls_ca": "good.key"}, "tls_ca is 'good.key', but that holds no certificate"),
+    ({"tls_ca": "nowhere"}, "tls_ca is 'nowhere', but there is no such file")])
+def test_certificates_and_keys_that_are_of_no_use_are_told_at_the_start(certificates, settings, words):
+    for role in "master", "server":
+        with pytest.raises(clupy.ConfigurationError, match=words):
+            clupy.read_settings(role, **settings)
+
+
+def test_the_embedded_cluster_needs_no_certificate(certificates):
+    clupy.connect(tls_ca="good.pem")
+    assert call(square, 3) == 9
+
+
+def test_every_address_is_one_of_ipv4_or_ipv6(tmp_path):
+    if not socket.has_dualstack_ipv6():
+        pytest.skip("no IPv6 here")
+    port = free_port()
+    with contextlib.ExitStack() as stack:
+        master = stack.enter_context(Program(tmp_path / "master", "-m", "clupy", "master", "--listen", port))
+        until(lambda: answers(f"127.0.0.1:{port}"))
+        for host in "127.0.0.1", "[::1]":                # each where the other looks for it
+            server = stack.enter_context(Program(tmp_path / host, "-m", "clupy", "serve", "--master", f"{host}:{port}",
+                                                 "--slots", 1))
+            until(lambda host=host, server=server: f"connected to the master at {host}:{port}" in server.log)
+            assert "server listens on every address, port " in server.log
+        assert f"master listens on every address, port {port}\n" in master.log
+        for host in "127.0.0.1", "[::1]":
+            clupy.connect(f"{host}:{port}")
+            assert call(square, 3) == 9
+            assert any(row["address"].startswith(f"{host}:") for row in tables_of(f"{host}:{port}")["clients"].values())
+            clupy.close()
 
 
 def test_importing_clupy_is_light_and_the_command_does_not_load_it_twice(tmp_path):
@@ -3179,23 +3250,25 @@ def test_many_threads_may_make_calls_at_once():
 def test_a_stopped_client_master_or_server_is_not_dead(tmp_path):
     script = """
         import clupy, ctypes, os, sys, time
-        def work(path, seconds):
+        def work(path, seconds, line):
             with open(path, "a") as file:
                 file.write("x")
             end = time.monotonic() + seconds
             while time.monotonic() < end:
-                print("yes")                            # a short line is most of its way
+                print(line)
                 time.sleep(0.002)
             return "done"
-        calls = [clupy.parallel(work, retries=0)(os.path.abspath(f"{sys.argv[1]}{n}"), n) for n in (1, 23)]
-        while not calls[1].running():
+        lines = "yes", "x" * 200, "\u6c49\u5b57" * 30     # a short line is most of its way, one is more bytes than letters
+        calls = [clupy.parallel(work, retries=0)(os.path.abspath(f"{sys.argv[1]}{n}3"), 23 if n else 1, lines[n - 1])
+                 for n in range(4)]
+        while not all(call.running() for call in calls):
             time.sleep(0.01)
         print("ready", flush=True)
         if sys.argv[1] == "busy":
             ctypes.PyDLL(None).sleep(22)                # holds the GIL all the time
         print(*[call.result(60) for call in calls], clupy.parallel(pow)(2, 5).result(30), flush=True)
         """
-    with Cluster(tmp_path, servers=2) as cluster, contextlib.ExitStack() as stack:
+    with Cluster(tmp_path, servers=2, slots=4) as cluster, contextlib.ExitStack() as stack:
         busy, stopped = [stack.enter_context(Program(tmp_path / "client", "-c", textwrap.dedent(script), name,
                                                      CLUPY_MASTER=cluster.address)) for name in ("busy", "stopped")]
         until(lambda: busy.out.read_text().count("ready") == 2)            # both write there
@@ -3208,8 +3281,8 @@ def test_a_stopped_client_master_or_server_is_not_dead(tmp_path):
         stopped.process.send_signal(signal.SIGCONT)
         for program in (busy, stopped):
             assert program.process.wait(PATIENCE) == 0, program.log
-        assert busy.out.read_text().count("done done 32") == 2
-        assert {path.read_text() for path in (tmp_path / "client").glob("*[13]")} == {"x"}
+        assert busy.out.read_text().count("done done done done 32") == 2
+        assert [path.read_text() for path in (tmp_path / "client").glob("*3")] == ["x"] * 8
         assert len(cluster.status()["servers"]) == 2
 
 
@@ -3250,7 +3323,7 @@ def test_a_client_starts_its_clocks_anew_when_it_was_stopped(tmp_path):
         assert program.process.wait(PATIENCE) == 0 and program.out.read_text() == "ready\nNone\n", program.log
 
 
-def test_every_connection_has_its_keepalive_and_all_but_slots_a_user_timeout(cluster):
+def test_every_connection_has_its_keepalive_and_none_a_time_out_to_which_a_full_window_looks_like_death(cluster):
     clupy.connect(cluster.address)
     call(square, 3)
 
@@ -3263,7 +3336,18 @@ def test_every_connection_has_its_keepalive_and_all_but_slots_a_user_timeout(clu
     slots = [of(slot.transport) for slot in engine.pool.slots()]
     assert slots and slots == [[1, 4, 2, 3, 0]] * len(slots)
     links = [engine.master_side.link, *engine.pool.links.values()]
-    assert [of(link.connection._writer) for link in links] == [[1, 4, 2, 3, 10000]] * 2
+    assert [of(link.connection._writer) for link in links] == [[1, 4, 2, 3, 0]] * 2
+
+
+def test_a_peer_that_is_stopped_is_heard_of_and_one_whose_window_is_full_too():
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as sock:
+        clupy.tune(sock)                                # nobody accepts, nobody reads: the kernel alone answers
+        sock.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                sock.send(bytes(1 << 20))
+        until(lambda: clupy.silence(sock) > 0.5)
+        until(lambda: clupy.silence(sock) < 0.5)        # it was asked whether there is room again
 
 
 class Network:
@@ -3309,12 +3393,10 @@ def test_a_server_that_is_cut_off_runs_no_call_twice_that_may_start_once(tmp_pat
     with contextlib.ExitStack() as stack:
         network = stack.enter_context(Network(random.randrange(250)))
         port = free_port()
-        for name, command in (("master", ("-m", "clupy", "master", "--listen", f"{network.here}:{port}")),
-                              ("far", network.command("serve", "--master", network.here, "--port", port, "--slots", 2,
-                                                      "--listen", f"{network.there}:0"))):
-            stack.enter_context(Program(tmp_path / name, *command))
-            if name == "master":
-                until(lambda: answers(f"{network.here}:{port}"))
+        master = stack.enter_context(Program(tmp_path / "master", "-m", "clupy", "master", "--listen", f"{network.here}:{port}"))
+        until(lambda: answers(f"{network.here}:{port}"))
+        far = stack.enter_context(Program(tmp_path / "far", *network.command(
+            "serve", "--master", network.here, "--port", port, "--slots", 2, "--listen", f"{network.there}:0")))
         clupy.connect(f"{network.here}:{port}")
         once, again = clupy.parallel(until_told, retries=0)("once"), clupy.parallel(until_told)("again")
         until(lambda: (tmp_path / "once").exists() and (tmp_path / "again").exists())
@@ -3325,6 +3407,9 @@ def test_a_server_that_is_cut_off_runs_no_call_twice_that_may_start_once(tmp_pat
             once.result(PATIENCE)
         assert not again.completed
         until(lambda: (tmp_path / "again").read_text() == "xx")            # on the other server
+        gone = r"is gone: its machine has not answered for \d+ s"           # on either side
+        until(lambda: re.search(f"server .* {gone}", master.log) and re.search(f"client .* {gone}", far.log))
+        until(lambda: re.search(r"no master: .*: its machine has not answered for \d+ s", far.log))
         network.plug("up")
         (tmp_path / "go").touch()
         assert again.result(PATIENCE) == 2 and (tmp_path / "once").read_text() == "x"
@@ -5821,6 +5906,36 @@ def test_the_master_alone_says_where_the_services_are_and_no_password_shows(tmp_
             assert not [text for text in [*shown, str(caught.value)] if SERVICES_PASSWORD in text]
 
 
+def test_a_fresh_worker_waits_with_patience_for_services_that_answered_the_master(
+        tmp_path, mortal_redis, mortal_zookeeper, monkeypatch):
+    def both():
+        clupy.put("x", 1)
+        with clupy.lock("x", timeout=PATIENCE):
+            return clupy.get("x")
+
+    def told():                                    # a new client has a fresh worker
+        clupy.close()
+        clupy.connect(cluster.address)
+        return call(lambda: len(clupy._reached)) == 2
+    monkeypatch.delenv("CLUPY_REDIS")
+    monkeypatch.delenv("CLUPY_ZOOKEEPER")
+    with ServiceCluster(tmp_path, redis=mortal_redis.url, zookeeper=mortal_zookeeper.hosts) as cluster:
+        until(told)
+        for service in mortal_redis, mortal_zookeeper:
+            service.kill()
+        future = clupy.parallel(both)()
+        assert not future.wait(7)                  # longer than a first contact
+        for service in mortal_redis, mortal_zookeeper:
+            service.start().ready()
+        assert future.result(2 * PATIENCE) == 1
+
+
+def test_a_typing_error_in_an_address_is_told_by_the_master_first(tmp_path):
+    url = f"redis://127.0.0.1:{free_port()}"
+    with ServiceCluster(tmp_path, redis=url) as cluster:
+        until(lambda: f"Redis at {url}: Error 111 connecting" in cluster.master.log)
+
+
 def test_what_the_master_does_not_configure_is_told_to_calls_and_clients_within_seconds(cluster, monkeypatch):
     monkeypatch.setenv("CLUPY_MASTER", cluster.address)
     for use, says in [(lambda: clupy.put("x", 1), "no Redis is configured.*setting `redis`"),
@@ -7487,6 +7602,18 @@ def test_no_call_fails_or_runs_twice_when_the_leading_master_ends(tmp_path, zook
             cluster.masters[leader] = cluster.start(leader)
 
 
+def test_a_new_client_is_served_soon_after_the_leading_master_was_killed(tmp_path, zookeeper_server):
+    with Masters(tmp_path, zookeeper_server) as cluster:
+        leader = cluster.leader()
+        until(lambda: cluster.leader_by(1 - leader) == cluster.leader_by(leader))      # its servers are connected
+        cluster.masters[leader].process.kill()
+        cluster.masters[leader].process.wait()
+        killed = time.monotonic()
+        done = run_script(tmp_path / "client", "import clupy\nprint(clupy.parallel(pow)(2, 5).result(60))",
+                          CLUPY_MASTER=cluster.address)
+        assert done.stdout == "32\n" and time.monotonic() - killed < SESSION + 8     # 1.2 at the worst of 20 on a quiet machine
+
+
 def test_one_master_leads_again_after_zookeeper_was_away(tmp_path):
     with ZooKeeperServer(tmp_path / "zookeeper") as zookeeper, Masters(tmp_path, zookeeper) as cluster:
         for _ in range(2):
@@ -7657,6 +7784,78 @@ def test_two_masters_that_stand_by_and_name_each_other_are_asked_once_between_tw
     link, pauses = None, []
     monkeypatch.setattr(clupy.random, "uniform", lambda *_: pauses.append(0) or 1.0)
     asyncio.run(story())
+
+
+def test_patience_begins_when_the_last_master_that_led_is_lost(monkeypatch):
+    """Not with every connection to one that does not lead, nor with the first one, an hour before it stands down."""
+    class Leadership:
+        leader, name, leads = None, "itself", True
+
+        def sure(self, now):
+            return self.leads
+
+        def close(self):
+            pass
+
+    class Client:
+        def master_joined(self, connection):
+            connection.send("client", "c", 1, [], None)
+
+        def master_lost(self):
+            pass
+
+        def on_share(self, *_):
+            link.leads = True
+
+        def on_leader(self, _, address):
+            link.follow(address)
+
+    async def meets(condition):
+        async with asyncio.timeout(PATIENCE):
+            while not condition():
+                await asyncio.sleep(0.01)
+
+    async def story():
+        nonlocal link
+        hung_up = []
+
+        async def greet(sock, peer, role, preamble):
+            connection = await clupy_master.admit(sock, peer, preamble, SECRET.encode(), clupy.default_settings("master"))
+            await connection.receive()
+            hung_up.append(peer)
+            connection.close()
+        closing = clupy_master.Listener(("127.0.0.1", 0), greet)
+        master = clupy_master.Master(clupy.default_settings("master", listen=("127.0.0.1", 0)), SECRET.encode())
+        master.stand(Leadership())
+        link = clupy.MasterLink([closing.address, master.address], SECRET.encode(), clupy.default_settings("client"))
+        task, born = asyncio.create_task(link.run(Client())), link.lost_at
+        await meets(lambda: link.leads)
+        assert link.lost_at == born
+        deposed, master.leadership.leads = time.monotonic(), False
+        await meets(lambda: len(hung_up) == 3)                     # three rounds later
+        assert deposed <= link.lost_at < deposed + 5 and not link.leads
+        lost = link.lost_at
+        await meets(lambda: len(hung_up) == 5)
+        assert link.lost_at == lost
+        assert re.fullmatch(r"[\d.:]+: it closed the connection; [\d.:]+: it stands by; no master leads yet", link.why_lost)
+        task.cancel()
+        for part in closing, master:
+            await part.close()
+    link = None
+    asyncio.run(story())
+
+
+def test_where_masters_stand_by_and_none_leads_patience_ends_and_all_are_named(tmp_path):
+    addresses = [f"127.0.0.1:{free_port()}" for _ in range(2)]
+    with contextlib.ExitStack() as stack:
+        for number, address in enumerate(addresses):
+            stack.enter_context(Program(tmp_path / str(number), "-m", "clupy", "master", "--listen", address,
+                                        CLUPY_ZOOKEEPER=f"127.0.0.1:{free_port()}"))
+            until(lambda address=address: answers(address))
+        done = run_script(tmp_path / "client", "import clupy\nprint(clupy.parallel(abs)(-1).exception(60))",
+                          CLUPY_MASTER=",".join(addresses), CLUPY_PATIENCE=3)
+        said = "; ".join(f"{address}: it stands by; no master leads yet" for address in addresses)
+        assert re.fullmatch(rf"no master for [3-9]\.. s \({said}\); is .* running there\?\n", done.stdout)
 
 
 def test_these_two_thirds_begin_with_the_question_not_with_the_answer():
