@@ -13,7 +13,8 @@ Without any set-up the calls run on the cores of this machine; `python -m clupy 
 --master HOST` make a cluster of several.  Trusted networks only: whoever knows the secret can run code.
 
     calls          parallel, map, wait_all, as_completed, everywhere, Future, Executor; connect, close, configure, slots
-    data           put, get, delete, exists, keys, open; shared, counter, queue; publish, subscribe; share, Ref
+    data           put, get, put_many, get_many, add, update, delete, exists, keys, shared, open; counter, queue; publish,
+                   subscribe; share, Ref
     coordination   lock, semaphore, election, barrier, event
     errors         ClupyError and what is derived from it; an exception of the user's function keeps its type
 
@@ -78,6 +79,7 @@ import atexit
 import collections
 import concurrent.futures
 import contextlib
+import contextvars
 import copy
 import copyreg
 import enum
@@ -111,7 +113,7 @@ import warnings
 import weakref
 from collections.abc import MutableMapping
 from concurrent.futures import BrokenExecutor, CancelledError
-from queue import Empty, SimpleQueue
+from queue import Empty, Full, SimpleQueue
 
 
 class _Lazy:
@@ -173,13 +175,14 @@ __version__ = "0.1.0"
 # opens a file here says io.open.  Others without an underscore are the rooms and what the three files share; those with one
 # are details, of which a worker (clupy_server.py) uses some and sets _engine, _sender and _note_session.
 __all__ = [
-    "connect", "close", "parallel", "wait_all", "as_completed", "everywhere", "slots", "Future", "Executor", "Cluster",   # calls
-    "register_joblib",
-    "configure", "put", "get", "add", "update", "delete", "exists", "keys", "shared", "share", "Ref",             # data
-    "counter", "Counter", "queue", "Queue", "publish", "subscribe", "Subscription",
+    "connect", "close", "slots", "parallel", "wait_all", "as_completed", "everywhere", "Future", "Executor",      # calls
+    "Cluster", "register_joblib",
+    "configure", "put", "get", "put_many", "get_many", "add", "update", "delete", "exists", "keys", "shared",   # data
+    "share", "Ref", "counter", "Counter", "queue", "Queue", "publish", "subscribe", "Subscription",
     "lock", "semaphore", "election", "Election", "barrier", "event", "Event", "LockLost",                       # coordination
     "ClupyError", "ConfigurationError", "SecretError", "VersionMismatch", "ProtocolError", "MasterUnreachable",   # errors
-    "WorkerDied", "CallTimeout", "ArgumentFailed", "Closed", "DependencyError", "LibraryMismatch", "Unavailable", "RemoteError", "main"]
+    "WorkerDied", "CallTimeout", "ArgumentFailed", "Closed", "DependencyError", "LibraryMismatch", "Unavailable",
+    "RemoteError", "main"]
 
 log = logging.getLogger("clupy")
 
@@ -197,6 +200,8 @@ MAX_FAILURES = 3                  # in a row, before what fails is given up; mor
 FREE_DESCRIPTORS = 16             # left to the program and to what must be opened later; less starves it, more wastes slots
 STALL_TIME = 0.02                 # without a result, before a slot gives back what it has not begun; less recalls in vain
 LINGER_TIME = 1.0                 # an idle slot for nested calls stays open so long; less starts more workers, more holds them
+DEAD_TIME = 8.5                   # a machine that answers nothing for so long is gone; less loses it with a network's hiccup
+LOOK_TIME = 1.0                   # between looks for that: it is noticed in 10 s at most
 MASTER_SILENCE = 6.0              # unanswered, before the next of several masters is tried; less leaves one that is busy
 RETRY_TIME = 10.0                 # before an unreachable server is tried again; less is noise in the log, more leaves it idle
 UNSERVED_TIME = 3.0               # without any slot, before the log tells of waiting calls; less cries at each start
@@ -236,7 +241,7 @@ class ConfigurationError(ClupyError, ValueError):
 
 
 class SecretError(ClupyError, PermissionError):
-    """There is no secret, others can read it, or the peer has another one, or a certificate that is not accepted."""
+    """There is no secret, others can read it, or the peer has another one, a certificate that is not accepted, or no TLS."""
 
 
 class VersionMismatch(ClupyError):
@@ -348,6 +353,12 @@ def _text(value):
     return value
 
 
+def _some_text(value):
+    if not _text(value):
+        raise ValueError("a text that is not empty")
+    return value
+
+
 def _switch(value):
     word = str(value).lower()
     if word not in ("on", "off", "true", "false", "yes", "no", "1", "0"):
@@ -370,6 +381,11 @@ def parse_address(value, port=0):
     if not match or match[3] and int(match[3]) > 65535:
         raise ValueError("an address: HOST, HOST:PORT or PORT")
     return match[1] or match[2] or "", int(match[3]) if match[3] else port
+
+
+def address_text(host, port):
+    """An address as messages show it, and as parse_address reads it."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _addresses(value):
@@ -407,7 +423,7 @@ SETTINGS = {   # key: (roles that have it, how it is read, default)
     "patience": ("master server client", _duration, 60.0),
     "redis": ("master client", _text, None),
     "zookeeper": ("master client", _text, None),
-    "prefix": ("master client", _text, "clupy"),
+    "prefix": ("master client", _some_text, "clupy"),
     "ttl": ("master client", _duration, 604800.0),
     "session": ("master client", _duration, 10.0),
 }
@@ -415,6 +431,9 @@ SETTINGS = {   # key: (roles that have it, how it is read, default)
 
 class Settings:
     """One attribute per key of SETTINGS; `given` names the keys that did not come from the defaults."""
+
+    dial_tls = admit_tls = None        # ssl contexts of the two sides of a connection, made by _load_tls; None: without TLS
+    certificate = None                 # the texts of certificate and key, of which a worker makes its own
 
     def __init__(self, values, given):
         self.__dict__.update(values, given=frozenset(given))
@@ -482,10 +501,65 @@ def read_settings(role, file=None, **arguments):
         raise ConfigurationError("slots is 0, but must be at least 1")
     if (values.get("memory_limit") or MIN_MEMORY) < MIN_MEMORY:
         raise ConfigurationError(f"memory_limit is {values['memory_limit']} bytes, but a worker needs {MIN_MEMORY >> 20}MB")
-    for key in ("tls_cert", "tls_key", "tls_ca"):
-        if values.get(key) and not os.path.isfile(os.path.expanduser(values[key])):
-            raise ConfigurationError(f"{key} is {values[key]!r}, but there is no such file")
-    return Settings(values, given)
+    settings = Settings(values, given)
+    _load_tls(settings, **{key: values.get(key) for key in ("tls_ca", "tls_cert", "tls_key")})
+    return settings
+
+
+# ---- Certificates and keys are read once, at start: who starts hears what is wrong with them, not everybody who connects.
+
+def _load_tls(settings, tls_ca, tls_cert, tls_key):
+    """Make the settings' ssl contexts of the files that they name.  Raises ConfigurationError."""
+    for name, path in ("tls_ca", tls_ca), ("tls_cert", tls_cert), ("tls_key", tls_key):
+        if path and not os.path.isfile(os.path.expanduser(path)):
+            raise ConfigurationError(f"{name} is {path!r}, but there is no such file")
+    if tls_ca:
+        settings.dial_tls = _trusting("tls_ca", tls_ca)
+    if tls_cert:
+        _trusting("tls_cert", tls_cert)            # or OpenSSL would not say which of the two is none
+        name, path = ("tls_key", tls_key) if tls_key else ("tls_cert", tls_cert)
+        try:
+            settings.certificate = [_pem(tls_cert), _pem(path)]
+            settings.admit_tls = admit_context(*settings.certificate)
+        except ssl.SSLError as error:
+            why = "is not the key of tls_cert" if error.reason == "KEY_VALUES_MISMATCH" else "holds no private key"
+            raise ConfigurationError(f"{name} is {path!r}, but that {why}") from None
+        except OSError as error:
+            raise ConfigurationError(f"{name} is {path!r}, but that cannot be read: {error.strerror}") from None
+    elif tls_key:
+        raise ConfigurationError(f"tls_key is {tls_key!r}, but there is no tls_cert of which it is the key")
+
+
+def _trusting(name, path):
+    """The ssl context that trusts whom the certificates in a file belong to."""
+    try:
+        return ssl.create_default_context(cafile=os.path.expanduser(path))
+    except ssl.SSLError:
+        raise ConfigurationError(f"{name} is {path!r}, but that holds no certificate") from None
+    except OSError as error:
+        raise ConfigurationError(f"{name} is {path!r}, but that cannot be read: {error.strerror}") from None
+
+
+def _pem(path):
+    with io.open(os.path.expanduser(path), encoding="latin-1") as file:
+        return file.read()
+
+
+def admit_context(certificate, key):
+    """The ssl context of who listens. certificate, key: what their files hold, as texts in Latin-1."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    with tempfile.TemporaryFile() as first, tempfile.TemporaryFile() as second:        # without names: OpenSSL reads files only
+        for file, text in (first, certificate), (second, key):
+            file.write(text.encode("latin-1"))
+            file.seek(0)
+        context.load_cert_chain(f"/dev/fd/{first.fileno()}", f"/dev/fd/{second.fileno()}", _ask_nobody)
+    return context
+
+
+def _ask_nobody():
+    """Instead of OpenSSL's question at the terminal, which would block whoever loads the key."""
+    raise ConfigurationError("tls_key has a passphrase, which a master or server cannot ask for; one without: "
+                             "openssl pkey -in KEY -out NEW, readable by its user alone")
 
 
 def read_yaml(path, must_exist=False):
@@ -580,11 +654,11 @@ def find_secret(settings, create=False):
 # Everything two processes of a cluster say to each other.
 #
 # preamble   8 bytes, read exactly and before TLS: "clupy", version, role, Python's minor version, which must be the same
-#            since bytecode travels.  Roles: M to a master, C control, S slot.
+#            since bytecode travels.  Roles: M to a master, C control, S slot; in lower case by who goes on under TLS.
 # handshake  for M and C, raw bytes of fixed size, HANDSHAKE_TIME at most; D dials, A admits:
 #              D -> A  preamble
-#              A -> D  preamble: also in answer to another version or Python, so that both sides can say what is wrong
-#              D -> A  nonce (32), from here on under TLS, if that is configured
+#              A -> D  preamble: also in answer to one that does not fit, so that both sides can say what is wrong
+#              D -> A  nonce (32), from here on under TLS, if that is configured: on both sides, as the preambles said
 #              A -> D  nonce (32), HMAC-SHA256(secret, "admit", D's preamble, both nonces)
 #              D -> A  HMAC-SHA256(secret, "dial", D's preamble, both nonces)
 #            Both proofs are bound to role and nonces, so neither can be reflected or replayed.  The control
@@ -678,15 +752,16 @@ SLOT_HEAD = struct.Struct(f">{SESSION_SIZE}sQ?")                       # session
 FRAME_HEAD = struct.Struct(">QI")                                      # body length, number of buffers
 
 
-def preamble(role):
-    """What a connection begins with, by this process."""
-    return MAGIC + bytes((VERSION,)) + role + bytes((PYTHON,))
+def preamble(role, tls=None):
+    """What a connection begins with, by this process.  tls: whether it goes on under TLS."""
+    return MAGIC + bytes((VERSION,)) + (role.lower() if tls else role) + bytes((PYTHON,))
 
 
-def read_preamble(data):
-    """The role that a peer's preamble names.
+def read_preamble(data, tls=None):
+    """The role that a peer's preamble names.  tls: whether this side goes on under TLS.
 
-    Raises ProtocolError or VersionMismatch, which speak of the peer as "it": who dials or listens says who that is."""
+    Raises ProtocolError, VersionMismatch or SecretError, which speak of the peer as "it": who dials or listens says who
+    that is."""
     if data[:5] != MAGIC:
         raise ProtocolError(f"not CluPy: it began with {bytes(data)!r}")
     if data[5] != VERSION:
@@ -694,9 +769,13 @@ def read_preamble(data):
     if data[7] != PYTHON:
         raise VersionMismatch(f"it runs Python 3.{data[7]}, this process runs Python 3.{PYTHON}; they must be the same, "
                               "since bytecode travels")
-    if data[6:7] not in (TO_MASTER, CONTROL, SLOT):
-        raise ProtocolError(f"unknown role {data[6:7]!r}")
-    return bytes(data[6:7])
+    role = bytes(data[6:7])
+    if role.upper() not in (TO_MASTER, CONTROL, SLOT):
+        raise ProtocolError(f"unknown role {role!r}")
+    if role.islower() != bool(tls):
+        raise SecretError(f"it speaks {'TLS' if role.islower() else 'without TLS'}, this process {'with' if tls else 'without'} "
+                          "it; who listens needs tls_cert and tls_key, who connects tls_ca")
+    return role.upper()
 
 
 def proof(key, *parts):
@@ -862,32 +941,31 @@ def descriptors_left():
         return 0 if os.path.exists("/dev/fd") else math.inf
 
 
-def tune(sock, user_timeout=True):
-    """A peer is alive while its kernel answers: keepalive finds a dead one in 10 s, also under unanswered data.
+def tune(sock):
+    """A peer is alive while its kernel answers: by keepalive that of an idle one is asked every 4 s, and given up after 10.
 
-    user_timeout: not on slots, where a full window would look like death."""
+    Not by TCP_USER_TIMEOUT: to that a window that stays full looks like death, and with data under way it starts anew."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (("TCP_KEEPIDLE", 4), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3),
-                        ("TCP_USER_TIMEOUT", 10000 if user_timeout else 0)):
+    for name, value in ("TCP_KEEPIDLE", 4), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3):
         with contextlib.suppress(AttributeError, OSError):         # each for itself: not every system has them all
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
-def tls_context(settings, side):
-    """The ssl context of a "dial" or "admit" side, or None where the settings name no certificate."""
-    if side == "dial" and settings.tls_ca:
-        return ssl.create_default_context(cafile=os.path.expanduser(settings.tls_ca))
-    if side == "admit" and settings.tls_cert:
-        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        context.load_cert_chain(*tls_files(settings))
-        return context
-    return None
+def silence(sock):
+    """Seconds since the peer's kernel answered anything, which it does every 4 s (`tune`) as long as it can.
+
+    While data is under way, keepalive waits for that; so this is how a dead peer is found then.  By Linux's tcp_info, of which
+    two fields are the milliseconds since the last data and the last acknowledgement; 0.0 where it cannot be had."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):         # refused, or closed meanwhile
+            return min(struct.unpack_from("II", sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 60), 52)) / 1000
+    return 0.0
 
 
-def tls_files(settings):
-    """The absolute paths of certificate and key."""
-    return [os.path.abspath(os.path.expanduser(path)) for path in (settings.tls_cert, settings.tls_key or settings.tls_cert)]
+def plain_host(host):
+    """A numeric address without the prefix that an IPv4 one has at a socket of both families."""
+    return host.removeprefix("::ffff:")
 
 
 class Connection:
@@ -898,6 +976,7 @@ class Connection:
         self.heard = time.monotonic()  # when the last message arrived
         self.peer = peer               # "10.0.0.5:41234"
         self.key = key                 # known to both ends, and to nobody else
+        self.why = "it was closed here"            # why it ended, once it has
 
     def __repr__(self):
         return f"<Connection {self.peer}{' closing' if self._writer.is_closing() else ''}>"
@@ -905,7 +984,7 @@ class Connection:
     @property
     def hosts(self):
         """The peer's numeric address, and this end's."""
-        return self._writer.get_extra_info("peername")[0], self._writer.get_extra_info("sockname")[0]
+        return [plain_host(self._writer.get_extra_info(name)[0]) for name in ("peername", "sockname")]
 
     def send(self, *message):
         """Send a message, in order and without waiting; nothing, once the connection is about to end."""
@@ -920,18 +999,33 @@ class Connection:
         return decode(await self._reader.readexactly(size))
 
     async def serve(self, owner):
-        """Hand every message to the owner until the connection ends; if that is the peer's fault, the log says why."""
+        """Hand every message to the owner until the connection ends: `why` says of what, the log if it is the peer's fault."""
+        watch = asyncio.create_task(self._watch())
         try:
             while True:
                 message = await self.receive()
                 self.heard = time.monotonic()
                 dispatch(owner, self, message)
         except ProtocolError as error:
+            self.why = str(error)
             log.warning("closing the connection to %s: %s", self.peer, error)
-        except (asyncio.IncompleteReadError, OSError):
-            pass                                   # it ended; the owner decides what that means
+        except asyncio.IncompleteReadError:        # the owner decides what that means
+            if not self._writer.is_closing():
+                self.why = "it closed the connection"
+        except OSError as error:
+            self.why = str(error)
         finally:
+            watch.cancel()
             self.close()
+
+    async def _watch(self):
+        """End the connection when the peer's machine is gone; one that only sleeps, with a full window too, is not."""
+        sock = self._writer.get_extra_info("socket")           # None: it has ended already, under TLS
+        while sock:                                # closing, too, takes a peer that takes what is left
+            if (silent := silence(sock)) > DEAD_TIME:
+                self.why = f"its machine has not answered for {silent:.0f} s"
+                return self.abort()
+            await asyncio.sleep(LOOK_TIME)
 
     def close(self):
         """Send what is under way, then end."""
@@ -986,28 +1080,42 @@ async def dial(address, role, secret, settings):
 
     Raises OSError if nobody answers there, SecretError, VersionMismatch or ProtocolError if who answers is not one of
     ours.  Each has words, which do not name the address: the caller tries several."""
-    host, port = address
-    sock = await connect_socket(host, port)
+    sock = await connect_socket(*address)
     try:
         with contextlib.ExitStack() as undo:
             undo.callback(sock.close)
             tune(sock)
             async with asyncio.timeout(HANDSHAKE_TIME):
-                await asyncio.get_running_loop().sock_sendall(sock, preamble(role))
-                read_preamble(await read_exactly(sock, PREAMBLE_SIZE))
-                context = tls_context(settings, "dial")
-                reader, writer = await asyncio.open_connection(sock=sock, ssl=context, server_hostname=context and host)
+                mine = preamble(role, settings.dial_tls)
+                await asyncio.get_running_loop().sock_sendall(sock, mine)
+                read_preamble(await read_exactly(sock, PREAMBLE_SIZE), settings.dial_tls)
+                reader, writer = await _open_stream(sock, address[0], settings.dial_tls)
                 undo.callback(writer.transport.abort)
-                connection = await _prove(reader, writer, f"{host}:{port}", preamble(role), secret)
+                connection = await _prove(reader, writer, address_text(*address), mine, secret)
             undo.pop_all()
             return connection
-    except EOFError:
-        raise ProtocolError("it closed the connection during the handshake; is it CluPy's port, and TLS the same on both "
-                            "sides?") from None
+    except (EOFError, ConnectionResetError):
+        raise ProtocolError("it closed the connection during the handshake; is it CluPy's port?") from None
     except TimeoutError:
         raise TimeoutError(f"it did not finish the handshake within {HANDSHAKE_TIME:g} s; is it CluPy's port?") from None
-    except ssl.SSLCertVerificationError as error:
-        raise SecretError(f"its certificate is not accepted: {error.verify_message}; tls_ca names whose signature is") from None
+
+
+# Why a certificate is refused: OpenSSL's code, the TLS alert by which the other side hears of it, what helps.
+_REFUSALS = {9: (45, "renew it, or set the clock"), 10: (45, "renew it, or set the clock"),
+             62: (42, "name the host as its certificate does"), 64: (42, "name the host as its certificate does")}
+_SIGNED_BY_ANOTHER = 48, "tls_ca must name whose signature is accepted"
+
+
+async def _open_stream(sock, host, context):
+    """asyncio's streams on a socket, under TLS if there is a context."""
+    with sock.dup() as spare:                      # asyncio's own is closed without the alert (python/cpython#98078)
+        try:
+            return await asyncio.open_connection(sock=sock, ssl=context, server_hostname=context and host)
+        except ssl.SSLCertVerificationError as error:
+            alert, advice = _REFUSALS.get(error.verify_code, _SIGNED_BY_ANOTHER)
+            with contextlib.suppress(OSError):
+                spare.send(bytes((21, 3, 3, 0, 2, 2, alert)))          # a record: alert, TLS 1.2 as all say, 2 bytes: fatal
+            raise SecretError(f"its certificate is not accepted: {error.verify_message.rstrip('.')}; {advice}") from None
 
 
 async def _prove(reader, writer, peer, mine, secret):
@@ -1025,18 +1133,18 @@ async def _prove(reader, writer, peer, mine, secret):
 
 def told(said):
     """What each address said, as one text."""
-    return "; ".join(f"{host}:{port}: {why}" for (host, port), why in said.items())
+    return "; ".join(f"{address_text(*address)}: {why}" for address, why in said.items())
 
 
 def hopeless(said):
-    """The error if all gave the same answer, one that no patience mends: another secret, another version.  Else None."""
-    kinds = {type(why) for why in said.values()}
-    return kinds.pop()(told(said)) if kinds in ({SecretError}, {VersionMismatch}) else None
+    """The error if no patience mends what all said: another secret, a refused certificate, another version.  Else None."""
+    kinds = [type(why) for why in said.values()]
+    return kinds[0](told(said)) if {SecretError, VersionMismatch}.issuperset(kinds) else None
 
 
 def stands_by(leader):
     """What a standby says with its `leader`, in words."""
-    return "it stands by; " + ("{}:{} leads".format(*leader) if leader else "no master leads yet")
+    return "it stands by; " + (f"{address_text(*leader)} leads" if leader else "no master leads yet")
 
 
 class MasterLink:
@@ -1044,13 +1152,15 @@ class MasterLink:
 
     An address that is of no use is passed over, whatever is wrong with it.  The owner answers messages, and hears by
     master_joined(connection), by master_lost() when that has ended or a round was in vain, and by master_refused(error)
-    when a whole round gave the same answer, one that no patience mends: another secret, another version."""
+    when no patience mends what all of a round said.  The owner says `leads = True` when the master answers its statement:
+    only who leads is a master to it, and those that stand by, however many and often, give no reason to wait longer."""
 
     def __init__(self, addresses, secret, settings):
         self.addresses, self.secret, self.settings = addresses, secret, settings
         self.connection = None         # Connection, while there is one
         self.host = None               # how the master was reached; servers on its machine are there, too
-        self.lost_at = time.monotonic()
+        self.leads = False             # whether who is there leads
+        self.lost_at = time.monotonic()            # when the last one that led was lost
         self.why_lost = "no answer yet"            # every address of the last round, and what it said
         self._onward = None            # [address to which a standby sent us], [] if it knows none; None: it is no standby
         self._looked = time.monotonic()
@@ -1086,12 +1196,11 @@ class MasterLink:
         self.connection, self.host = connection, address[0]
         owner.master_joined(connection)
         await connection.serve(owner)
-        self.connection = None
-        if self._onward is not None:
-            return stands_by(self._onward[0] if self._onward else None)
-        why = "it closed the connection"
-        self.lost_at, self.why_lost = time.monotonic(), told({address: why})
-        owner.master_lost()
+        why = connection.why if self._onward is None else stands_by(self._onward[0] if self._onward else None)
+        led, self.leads, self.connection = self.leads, False, None
+        if led:
+            self.lost_at, self.why_lost = time.monotonic(), told({address: why})
+            owner.master_lost()
         return why
 
     def look(self, now):
@@ -1101,6 +1210,7 @@ class MasterLink:
         late = now - self._looked > STATEMENT_TIME + 1           # it was us who slept
         self._looked = now
         if self.connection and len(self.addresses) > 1 and not late and now - self.connection.heard > MASTER_SILENCE:
+            self.connection.why = f"it has been silent for {MASTER_SILENCE:g} s"
             log.warning("master %s has been silent for %g s; trying the next one", self.connection.peer, MASTER_SILENCE)
             self.connection.close()
 
@@ -3630,7 +3740,7 @@ class ServerLink:
 
     def __init__(self, engine, id, address):
         self.engine, self.id, self.address = engine, id, address
-        self.name = f"{address[0]}:{address[1]}"
+        self.name = address_text(*address)
         self.connection = self.key = self.session = None
         self.slots = {}                           # {number: Slot}, until they are over
         self.placed = collections.deque()         # calls that this server alone may run
@@ -4181,11 +4291,11 @@ class Pool:
         try:
             sock = await connect_socket(*link.address)
             try:
-                tune(sock, user_timeout=False)
+                tune(sock)
                 async with asyncio.timeout(HANDSHAKE_TIME):
-                    head = preamble(SLOT) + slot_head(link.key, link.session, slot.number, slot.nested)
+                    head = preamble(SLOT, settings.dial_tls) + slot_head(link.key, link.session, slot.number, slot.nested)
                     await self._engine.loop.sock_sendall(sock, head)
-                context = tls_context(settings, "dial")
+                context = settings.dial_tls
                 tls = {"server_hostname": link.address[0], "ssl_handshake_timeout": NO_LIMIT} if context else {}
                 await self._engine.loop.create_connection(lambda: slot, sock=sock, ssl=context, **tls)
             except BaseException:
@@ -4405,7 +4515,7 @@ class MasterSide:
             self.send_statement()
         if self.link:
             self.link.look(now)
-        answered = self.link and self.link.connection
+        answered = self.link and self.link.leads
         if (self._engine.pool.slots() or not self._engine.backlog.queued
                 or answered and not self.count_wanted()):          # pip resolves our list, say
             self._unserved = None
@@ -4420,7 +4530,7 @@ class MasterSide:
 
     def _say_unserved(self):
         calls = self._engine.backlog.queued
-        if self.link.connection:
+        if self.link.leads:
             log.warning("calls wait (%s): the master at %s has no server with a slot for them; start one with: "
                         "python -m clupy serve", calls, self.link.connection.peer)
         else:
@@ -4433,7 +4543,7 @@ class MasterSide:
 
     def masterless(self, now):
         """Seconds without a master."""
-        return 0.0 if self.link is None or self.link.connection else now - self.link.lost_at
+        return 0.0 if self.link is None or self.link.leads else now - self.link.lost_at
 
     def unreachable(self):
         why = self.link.why_lost if self.link else "none was found yet"
@@ -4461,7 +4571,7 @@ class MasterSide:
             self._surveys -= 1
 
     def on_share(self, _, share, services, libraries, size):
-        engine, self.size = self._engine, size
+        engine, self.size, self.link.leads = self._engine, size, True
         if not engine.joined.is_set():
             log.info("connected to %r", self.cluster())
         engine.libraries.hear(libraries)
@@ -4710,7 +4820,7 @@ class Engine(BaseEngine):
 
     async def embed(self):
         """Start a master and a server in this loop, on loopback, with a secret of their own."""
-        self.secret = os.urandom(32).hex().encode()
+        self.secret, self.settings.dial_tls = os.urandom(32).hex().encode(), None      # on loopback, to ourselves
         services = merged_services(self.settings, {})              # the workers' are this process's
         own = {**vars(self.settings), **{key: getattr(services, key) for key in SERVICE_KEYS}}
         master = clupy_master.Master(default_settings("master", **own, listen=("127.0.0.1", 0)), self.secret)
@@ -4796,7 +4906,7 @@ def _difference(old, new):
     if not (isinstance(old, Settings) and isinstance(new, Settings)):
         return "" if old is new else f"{old!r}, not {new!r}"
     return ", ".join(f"{key}={masked(value)!r}, not {masked(getattr(new, key))!r}"
-                     for key, value in vars(old).items() if key != "given" and getattr(new, key) != value)
+                     for key, value in vars(old).items() if key in SETTINGS and getattr(new, key) != value)
 
 
 def _make_engine(settings):
@@ -5732,17 +5842,18 @@ def unpack_arguments(arguments, unpack=unpack):
 # ==== Services ================================================================
 # This process's connections to Redis and ZooKeeper: made on first use, by any thread, forgotten in a forked child, closed
 # at the end.  Two rules for a server that is away:
-# - One that never answered this process is a mistake in the configuration, and told within FIRST_CONTACT seconds; one that
-#   did answer is waited for as long as the setting `patience` says.  Then: Unavailable.
+# - One that never answered this process nor its master is a mistake in the configuration, and told within FIRST_CONTACT
+#   seconds; one that did answer is waited for as long as the setting `patience` says.  Then: Unavailable.
 # - What may be done twice is repeated (_retried), what may not is sent once and reported (_once).  redis-py's own retries
 #   make no such difference: an `incr` that lost three answers counted four (redis/redis-py#261).
 
 FIRST_CONTACT = 5.0               # seconds; less would refuse a server that is starting, more hides a typing error
 
 _clients_lock = threading.RLock()      # for the next two, and for _own
+_keeper_lock = threading.RLock()       # held while a ZooKeeper client connects, which may take as long as patience
 _redis_clients = {}                    # {address: redis.Redis}
 _zookeeper_clients = {}                # {addresses: KazooClient}
-_reached = set()                       # addresses that answered this process at least once
+_reached = set()                       # addresses that answered this process or its master at least once
 _note_session = None                   # a worker's: told (id, password) of its ZooKeeper session, None when that has ended
 _told = None                           # Settings that a worker's server, or a master's own file, says: nothing is looked for then
 _known = None                          # (engine, what its master says, _configured, the Settings made of them)
@@ -5752,6 +5863,12 @@ def use_services(services):
     """In a worker and a master: the cluster's services, once for all."""
     global _told
     _told = Settings({**{key: SETTINGS[key][2] for key in SERVICE_KEYS}, **services}, services["given"])
+    _note_reached(services)
+
+
+def _note_reached(services):
+    """Some of these have answered the master: they are right, and waited for."""
+    _reached.update(services[key] for key in services.get("reached", ()))
 
 
 def _settings():
@@ -5772,6 +5889,7 @@ def _find_services():
         engine = _current_engine()
     if engine is not None:
         theirs = engine.services(own.patience)
+        _note_reached(theirs)
     return engine, engine and engine.said, configured, merged_services(own, theirs)
 
 
@@ -5804,8 +5922,8 @@ def _close_zookeeper(client):
 
 def _forget_clients():
     """In a forked child: the connections are the parent's, and kazoo would hang (python-zk/kazoo#519)."""
-    global _clients_lock
-    _clients_lock = threading.RLock()
+    global _clients_lock, _keeper_lock
+    _clients_lock, _keeper_lock = threading.RLock(), threading.RLock()
     _redis_clients.clear()
     _zookeeper_clients.clear()
 
@@ -5877,18 +5995,34 @@ def _retried(command, name=None):
         time.sleep(min(0.01 * 2 ** attempt, 0.5))
 
 
-def _once(command, name):
-    """The result of command(client), sent at most once: a lost answer is an Unavailable that says so."""
-    def connect(client):
-        client.connection_pool.release(client.connection_pool.get_connection())
-
-    _retried(connect)                      # a live one in the pool: a restart in between costs nobody an error
+def _once(name, *command):
+    """The answer to one command, sent at most once: a lost answer is an Unavailable that says so."""
+    pool = _redis().connection_pool
+    connection = _retried(lambda _: pool.get_connection())       # a live one: a restart in between costs nobody an error
     try:
-        return command(_redis())
+        return _answer(pool, connection, command)
     except redis.RedisError as error:
         why = _why_lost(error, name)
         raise _unavailable("redis", f"the answer to a change of {name!r} was lost ({why}); it may have been made or not, "
                                     "look before you repeat it") from error
+
+
+def _asked(name, *command):
+    """The answer to one command, which is sent until there is one."""
+    def send(client):
+        pool = client.connection_pool
+        return _answer(pool, pool.get_connection(), command)
+
+    return _retried(send, name)
+
+
+def _answer(pool, connection, command):
+    """As Redis sends it, of a connection that goes back to its pool; at half the price of redis-py's own way."""
+    try:
+        connection.send_command(*command)
+        return connection.read_response()
+    finally:
+        pool.release(connection)
 
 
 class _Refused(Unavailable):
@@ -5902,10 +6036,13 @@ def _why_lost(error, name):
                                     "redis://:password@host:6379/0 or redis://user:password@...") from error
     if "WRONGTYPE" in str(error):
         raise TypeError(f"{name!r} is the name of {_kind(name)}, which does not know this operation") from error
-    if (isinstance(error, (redis.exceptions.OutOfMemoryError, redis.exceptions.ReadOnlyError))
-            or "MISCONF" in str(error) or "NOREPLICAS" in str(error)):
-        what = str(error).rpartition(" caused error: ")[2]             # without the command, which holds the data
+    what = str(error).rpartition(" caused error: ")[2].partition(". script: ")[0]     # without the command: it holds the data
+    if isinstance(error, redis.ResponseError) and (
+            isinstance(error, (redis.exceptions.OutOfMemoryError, redis.exceptions.ReadOnlyError))
+            or re.search(r"\b(OOM|READONLY|MISCONF|NOREPLICAS)\b", what)):       # a script's error, of older servers, among them
         raise _Refused(str(_unavailable("redis", f"it refuses to write, so nothing has changed ({what})"))) from None
+    if "would overflow" in what:
+        raise OverflowError(f"counter {name!r} has 64 bits, it stays as it was")
     if not isinstance(error, (redis.ConnectionError, redis.TimeoutError)):
         raise error
     return str(error).rstrip(".")
@@ -5921,7 +6058,7 @@ def _key(name, kind="data"):
 
 
 def _prefix(kind):
-    return f"{_settings().prefix}:{kind}:".encode()
+    return f"{_settings().prefix}:{kind}:".encode("utf-8", "surrogatepass")
 
 
 def _kind(name):
@@ -5931,21 +6068,31 @@ def _kind(name):
     return kinds.get(_retried(lambda client: client.type(_key(name))), "something else")
 
 
-def _zookeeper():
-    """This process's ZooKeeper client, connected; a new one if the last was given up."""
+def _zookeeper(deadline=math.inf):
+    """This process's ZooKeeper client, connected, by then if it can; a new one if the last was given up."""
     hosts = _settings().zookeeper
     if not hosts:
         raise _unavailable("zookeeper", "locks and the like need one")
-    with _clients_lock:
+    patience = FIRST_CONTACT
+    if hosts in _reached:
+        patience = max(FIRST_CONTACT, min(_settings().patience, deadline - time.monotonic()))
+    if not _keeper_lock.acquire(timeout=bounded(patience)):
+        raise _unavailable("zookeeper", f"no answer within {patience:g} s")
+    try:
         client = _zookeeper_clients.get(hosts)
         if client is None or _is_over(client):
             if client is not None:
                 _close_zookeeper(client)
-            client = _zookeeper_clients[hosts] = _zookeeper_client(hosts)
+            client = _zookeeper_client(hosts, patience)
+            with _clients_lock:
+                _zookeeper_clients[hosts] = client
+            _reached.add(hosts)
         return client
+    finally:
+        _keeper_lock.release()
 
 
-def _zookeeper_client(hosts):
+def _zookeeper_client(hosts, patience):
     settings, quiet = _settings(), logging.getLogger("clupy.zookeeper")
     quiet.setLevel(logging.ERROR)          # kazoo warns of each lost connection, which is what patience is for
     # Without a deadline every request to a server that is away blocks for ever, whatever its own time-out.
@@ -5959,8 +6106,8 @@ def _zookeeper_client(hosts):
     if _note_session:
         client.add_listener(lambda state: _note_session(client.client_id) if client.client_id else None)
     try:
-        if not client.start_async().wait(FIRST_CONTACT):
-            raise _unavailable("zookeeper", f"no answer within {FIRST_CONTACT:g} s")
+        if not client.start_async().wait(bounded(patience)):
+            raise _unavailable("zookeeper", f"no answer within {patience:g} s")
     except BaseException:                  # closed in a thread, as it waits for a connect() under way
         threading.Thread(target=_close_zookeeper, args=(client,), daemon=True).start()
         raise
@@ -5976,15 +6123,19 @@ def _is_over(client):
 # Values, files, counters and queues that any process of the cluster reaches by name, in Redis.
 #
 #     put("x", array) -> pickle 5 -> head | buffer | buffer     a hash "clupy:data:x":
-#                                    cut in pieces of 1 MiB     h: kind, ttl, sizes, token; 0, 1, ...: pieces
+#                                    cut in pieces (PIECE)      h: ttl, kind, sizes, token; 0, 1, ...: pieces
+#
+# A small value is written, or read, by one command: a script, so at one stroke with its time to live.
 #
 # Pieces: Redis takes no string over 512 MB, and no copy of the whole is made on either side.  Every read asks for the
 # header along with pieces, and Redis answers one command at a time: so a token that changes tells that a value was
 # replaced between two of them.  Values and files are hashes, queues lists, counters strings: so Redis itself refuses a
 # queue's command on a value.  Refs are values of another prefix, kept once more on each machine that uses them.
 
-PIECE = 1 << 20                   # bytes; half or twice that is no faster
-WINDOW = 4                        # pieces per command; more do not fit a processor's cache, 64 take twice as long
+PIECE = 256 << 10                 # bytes; half or four times that is slower, and Redis frees over 64 of them in a thread
+WINDOW = 8                        # pieces per command; more do not fit a processor's cache, all take twice as long
+SMALL = 64 << 10                  # bytes of a value or piece that goes through a script, which copies it
+BATCH = 1000                      # values that get_many asks for at once; more is memory, less is round trips
 LONGEST_ITEM = 512 << 20          # bytes of a string of Redis: one item of a queue, one message
 
 _shared_here = weakref.WeakValueDictionary()       # {name: the Ref that share() gave for one of these}
@@ -6014,7 +6165,7 @@ def put(name, value, ttl=None):
 
     value: anything pickle or cloudpickle takes, of any size.  ttl: seconds since the last access after which it is gone;
     None: the setting `ttl`, 0: never.  Raises Unavailable."""
-    _store(_key(name), "value", _buffers_of(value), _ttl(ttl))
+    _store(_key(name), name, "value", _buffers_of(value), _ttl(ttl))
 
 
 def get(name, default=_ABSENT):
@@ -6035,7 +6186,7 @@ def _value_in(stored):
 
 def add(name, value, ttl=None):
     """Whether the value was put, as nothing had that name: of several that try at once, one succeeds."""
-    return _swap(name, value, _ttl(ttl), b"")
+    return _store(_key(name), name, "value", _buffers_of(value), _ttl(ttl), b"")
 
 
 def update(name, change, default=_ABSENT):
@@ -6049,8 +6200,45 @@ def update(name, change, default=_ABSENT):
         if old and old.kind == "file":
             raise TypeError(f"{name!r} is the name of a file: use clupy.open")
         value = change(_value_in(old) if old else default)
-        if _swap(name, value, old.ttl if old else _ttl(None), old.header if old else b""):
+        if _store(_key(name), name, "value", _buffers_of(value), *((old.ttl, old.header) if old else (_ttl(None), b""))):
             return value
+
+
+def put_many(values, ttl=None):
+    """Keep each value of a mapping under its name, as put() does; small ones in one round trip.  Each at one stroke, not all
+    of them: of those that Redis refuses others may be there."""
+    lives = _ttl(ttl)
+    items = ((name, _key(name), _buffers_of(value)) for name, value in dict(values).items())
+    while batch := list(itertools.islice(items, BATCH)):
+        small = [item for item in batch if _is_small(item[2])]
+        done = _in_one_go([_placing(key, "value", buffers, lives) for _, key, buffers in small])
+        placed = {name for (name, *_), answer in zip(small, done) if answer == 1}
+        for name, key, buffers in batch:
+            if name not in placed:                     # too large, or refused: then it raises
+                _store(key, name, "value", buffers, lives)
+
+
+def get_many(names):
+    """{name: value} of those that are there, as get() gives them; small ones in one round trip."""
+    found, names = {}, iter(dict.fromkeys(names))
+    while batch := list(itertools.islice(names, BATCH)):
+        stored = [_key(name) for name in batch]
+        answers = _in_one_go([("EVAL", _READ, 1, key, SMALL) for key in stored])
+        for name, key, answer in zip(batch, stored, answers):
+            if value := _load(key, name, _memory, answer if type(answer) is list else None):   # None: asked again, it raises
+                found[name] = _value_in(value)
+    return found
+
+
+def _in_one_go(commands):
+    """The answers to commands that are sent together; an error is its exception."""
+    def send(client):
+        with client.pipeline(transaction=False) as pipe:
+            for command in commands:
+                pipe.execute_command(*command)
+            return pipe.execute(raise_on_error=False)
+
+    return _retried(send) if commands else []
 
 
 def delete(*names):
@@ -6113,16 +6301,13 @@ class _Shared(MutableMapping):
                     return default
 
     def pop(self, name, default=_ABSENT):
-        mine = _key(uuid.uuid4().hex, "new")           # under which nobody else finds it
-        try:
-            _once(lambda client: client.rename(_key(name), mine), name)
-        except redis.ResponseError:                    # there is no such key
-            if default is _ABSENT:
-                raise KeyError(name) from None
-            return default
-        found = _load(mine, name, _memory)
-        _retried(lambda client: client.unlink(mine))
-        return _value_in(found)
+        while found := _load(_key(name), name, _memory):
+            value = _value_in(found)                   # before it goes: what cannot be unpickled here stays there
+            if _once(name, "EVAL", _DROP, 1, _key(name), found.header):
+                return value
+        if default is _ABSENT:
+            raise KeyError(name)
+        return default
 
 
 shared = _Shared()
@@ -6162,128 +6347,156 @@ def _pieces(buffers):
         yield from (view[start:start + PIECE] for start in range(0, len(view), PIECE))
 
 
-def _expire(client, key, ttl):
-    """Begin a key's time to live anew."""
-    return client.pexpire(key, ttl) if ttl else client.persist(key)
+# The scripts take a time to live of 0 as for ever, and begin it anew even where Redis would refuse to: what is read is read.
+_EXPIRE = """
+local function expire(key, ttl)
+    if ttl == '0' then redis.pcall('persist', key) else redis.pcall('pexpire', key, ttl) end
+end
+"""
+
+# Put what is beside in place, at one stroke.  KEYS: what is beside, the value.  ARGV: time to live, header, that of the value
+# to be replaced ('': none, '*': whatever is there), how many pieces; those of a small value, which nobody has written beside.
+# Done already: its answer was lost.  By compare and set: redis-py reports a lost connection of a WATCH as a WatchError.
+_PLACE = _EXPIRE + """
+local now = redis.pcall('hget', KEYS[2], 'h') or ''
+if now == ARGV[2] then return 1 end
+if ARGV[3] ~= '*' and now ~= ARGV[3] then
+    redis.call('unlink', KEYS[1])
+    return now.err and now or 0
+end
+if #ARGV > 4 then redis.call('hset', KEYS[1], 'h', ARGV[2], unpack(ARGV, 5))
+elseif redis.call('hget', KEYS[1], 'h') ~= ARGV[2] or redis.call('hlen', KEYS[1]) ~= ARGV[4] + 1 then return false end
+redis.call('unlink', KEYS[2])          -- which rename would free before it answers: 28 ms for 64 MiB
+redis.call('rename', KEYS[1], KEYS[2])
+expire(KEYS[2], ARGV[1])
+return 1"""
+
+_BEGIN = "redis.call('hset', KEYS[1], 'h', ARGV[1]) redis.call('pexpire', KEYS[1], 60000)"
+
+_DROP = """
+if redis.call('hget', KEYS[1], 'h') ~= ARGV[1] then return 0 end
+return redis.call('unlink', KEYS[1])"""
 
 
 def _header(kind, ttl, sizes):
     """What a value's or file's hash says of it, with a token: so no two headers are the same."""
-    return pickle.dumps((kind, ttl, sizes, os.urandom(8)))
+    return b"%d " % ttl + pickle.dumps((kind, sizes, os.urandom(8)))
 
 
-def _store(key, kind, buffers, ttl):
-    """Write a value in place of whatever has the key: all of it, or nothing if Redis refuses a part.
+def _parsed(header):
+    """(kind, ttl, sizes) of a header."""
+    ttl, _, rest = header.partition(b" ")
+    kind, sizes, _ = pickle.loads(rest)
+    return kind, int(ttl), sizes
 
-    A small one in a transaction.  That would be refused over 1 GB, as the server's client-query-buffer-limit counts it; so a
-    large one is written beside, and renamed once all of it is there."""
+
+def _store(key, name, kind, buffers, ttl, old=b"*"):
+    """Whether the value was written in place of the one with the header `old` (b"": of none; b"*": of whatever is there).
+
+    All of it, or nothing if Redis refuses a part: a large one is written beside, and put in place once all of it is there."""
+    if _is_small(buffers):
+        return bool(_asked(name, *_placing(key, kind, buffers, ttl, old)))
     header = _header(kind, ttl, [len(buffer) for buffer in buffers])
-    pieces = list(_pieces(buffers))
-    if len(pieces) > WINDOW:
-        beside = _write_beside(header, pieces)
-
-    def command(client):
-        with client.pipeline() as pipe:
-            if len(pieces) > WINDOW:
-                pipe.rename(beside, key)
-            else:
-                pipe.unlink(key)
-                pipe.hset(key, mapping={"h": header, **dict(enumerate(pieces))})
-            _expire(pipe, key, ttl)
-            pipe.execute()
-    _retried(command)
+    for _ in range(3):
+        beside = _retried(lambda client: _write_beside(client, header, buffers), name)
+        placed = _asked(name, "EVAL", _PLACE, 2, beside, key, ttl, header, old, sum(1 for _ in _pieces(buffers)))
+        if placed is not None:
+            return bool(placed)
+        _asked(name, "UNLINK", beside)                 # what is left of it
+    raise _unavailable("redis", f"it lost what was written of {name!r}, three times: does it evict (maxmemory-policy)?")
 
 
-def _write_beside(header, pieces):
-    """The key, in nobody's way, under which a value is written.  What a crash leaves there is gone in an hour."""
+def _is_small(buffers):
+    return sum(len(buffer) for buffer in buffers) <= SMALL
+
+
+def _placing(key, kind, buffers, ttl, old=b"*"):
+    """The command that puts a small value in place."""
+    header = _header(kind, ttl, [len(buffer) for buffer in buffers])
+    fields = itertools.chain(*enumerate([bytes(piece) for piece in _pieces(buffers)] or [b""]))
+    return "EVAL", _PLACE, 2, _key(uuid.uuid4().hex, "new"), key, ttl, header, old, 0, *fields
+
+
+def _write_beside(client, header, buffers):
+    """The key, in nobody's way, under which a value was written.
+
+    What a lost connection leaves there is gone in a minute: it has another key each time, since the rest of a connection that
+    was lost may arrive when the value is written, and placed, by another one."""
     beside = _key(uuid.uuid4().hex, "new")
-
-    def command(client):
-        try:
-            with client.pipeline(transaction=False) as pipe:
-                pipe.hset(beside, "h", header)
-                pipe.pexpire(beside, 3_600_000)
-                for number, piece in enumerate(pieces):
-                    pipe.hset(beside, number, piece)
-                pipe.execute()
-        except redis.ResponseError:                    # no memory left, say: give back what this took
-            client.unlink(beside)
-            raise
-    _retried(command)
+    try:
+        with client.pipeline(transaction=False) as pipe:
+            pipe.eval(_BEGIN, 1, beside, header)
+            pieces = enumerate(_pieces(buffers))
+            while some := dict(itertools.islice(pieces, WINDOW)):
+                pipe.hset(beside, mapping=some)
+                pipe.pexpire(beside, 60_000)
+            pipe.execute()
+    except redis.ResponseError:                        # no memory left, say: give back what this took
+        client.unlink(beside)
+        raise
     return beside
 
 
-# By compare and set: redis-py reports a lost connection of a WATCH as a WatchError.  Done already: its answer was lost.
-_SWAP = """
-local now = redis.call('hget', KEYS[2], 'h') or ''
-if now == ARGV[2] then return 1 end
-if now ~= ARGV[1] then redis.call('unlink', KEYS[1]) return 0 end
-redis.call('rename', KEYS[1], KEYS[2])
-if ARGV[3] == '0' then redis.call('persist', KEYS[2]) else redis.call('pexpire', KEYS[2], ARGV[3]) end
-return 1"""
-
-
-def _swap(name, value, ttl, old):
-    """Whether the value has taken the place of the one with this header, b"" for none, as nobody else was first."""
-    buffers = _buffers_of(value)
-    header = _header("value", ttl, [len(buffer) for buffer in buffers])
-    beside = _write_beside(header, list(_pieces(buffers)))
-    return bool(_retried(lambda client: client.eval(_SWAP, 2, beside, _key(name), old, header, ttl), name))
-
-
-# Of the value that was read alone: one that has replaced it, of whatever kind, has a time to live of its own.
-_REFRESH = "if redis.pcall('hget', KEYS[1], 'h') == ARGV[1] then redis.call('pexpire', KEYS[1], ARGV[2]) end"
+# The header, and the first piece if that is small.
+_READ = _EXPIRE + """
+local header = redis.call('hget', KEYS[1], 'h')
+if not header then return {} end
+expire(KEYS[1], string.match(header, '^%d+'))
+if redis.call('hstrlen', KEYS[1], '0') > tonumber(ARGV[1]) then return {header} end
+return {header, redis.call('hget', KEYS[1], '0')}"""
 
 
 _Stored = collections.namedtuple("_Stored", "kind ttl buffers header")
 
 
-def _load(key, name, allocate):
+def _load(key, name, allocate, answer=None):
     """The _Stored under the key, or None; its time to live begins anew.
 
-    allocate(sizes) -> writable buffers of these sizes; called again if the value was replaced while it was read."""
+    allocate(sizes) -> writable buffers of these sizes; called again if the value was replaced while it was read.
+    answer: that to _READ, if it was asked for already."""
     window = WINDOW
-    while True:
-        header, *pieces = _window(key, name, 0, window)
-        if header is None:
-            return None
-        kind, ttl, sizes, _ = pickle.loads(header)
+    header, *pieces = (_asked(name, "EVAL", _READ, 1, key, SMALL) if answer is None else answer) or [None]
+    while header is not None:
+        kind, ttl, sizes = _parsed(header)
         buffers = allocate(sizes)
-        targets = list(_pieces(buffers))
-        for start in range(0, max(len(targets), 1), window):
-            now, *pieces = (header, *pieces) if start == 0 else _window(key, name, start, window)
-            if now != header:
-                break                  # replaced: once more, all of it in one command
-            for target, piece in zip(targets[start:start + window], pieces):
+        targets, done, now = list(_pieces(buffers)), 0, header
+        while now == header:
+            for target, piece in zip(targets[done:], pieces):
                 target[:] = piece
-        else:
-            if ttl:
-                with contextlib.suppress(_Refused):    # what was read is read
-                    _retried(lambda client: client.eval(_REFRESH, 1, key, header, ttl))
-            return _Stored(kind, ttl, buffers, header)
-        window = max(len(targets), WINDOW)
+            done += len(pieces)
+            if done >= len(targets):
+                return _Stored(kind, ttl, buffers, header)
+            now, *pieces = _window(key, name, done, window)
+        window = max(len(targets), WINDOW)             # replaced: once more, all of it in one command
+        header, *pieces = _window(key, name, 0, window)
+    return None
 
 
 def _window(key, name, start, count):
     """[header, piece, ...]: so many pieces from the start-th on."""
-    return _retried(lambda client: client.hmget(key, "h", *range(start, start + count)), name)
+    return _asked(name, "HMGET", key, "h", *range(start, start + count))
 
 
 def _memory(sizes):
     return [memory(size) for size in sizes]
 
 
-def open(name, mode="r", encoding="utf-8", newline=None):
-    """A file kept in Redis, for whatever takes an open file: csv, pandas, numpy.  Modes r w a, with b for bytes.
+def open(name, mode="r", encoding="utf-8", newline=None, errors=None, ttl=None):
+    """A file kept in Redis, for whatever takes an open file: csv, pandas, numpy.  Modes r w x a, with b for bytes.
 
     Read whole when opened, so seekable and never mixed from two versions.  A written one appears, whole, when it is closed,
     and not at all when its with-block raises; what "a" wrote is added at one stroke then, also by many processes at once.
-    Raises FileNotFoundError, TypeError (name of something else), Unavailable."""
+    "x" writes a new one: FileExistsError, when it is opened or closed, if somebody else was first.  encoding, newline, errors:
+    as for Python's open; ttl: as for put, of what is written; None with "a": as it was.
+    Raises FileNotFoundError, TypeError (name of something else), io.UnsupportedOperation (reading "w", writing "r"),
+    Unavailable."""
     kind, binary = mode[:1], mode[1:] == "b"
-    if kind not in ("r", "w", "a") or mode[1:] not in ("", "t", "b"):
-        raise ValueError(f"mode must be r, w or a, with b for bytes, not {mode!r}")
-    file = _read_file(name) if kind == "r" else _WrittenFile(name, append=kind == "a")
-    return file if binary else _TextFile(file, encoding, newline=newline)
+    if kind not in ("r", "w", "x", "a") or mode[1:] not in ("", "t", "b"):
+        raise ValueError(f"mode must be r, w, x or a, with b for bytes, not {mode!r}")
+    if kind == "x" and exists(name):
+        raise FileExistsError(errno.EEXIST, "the name is taken in Redis", name)
+    file = _read_file(name) if kind == "r" else _WrittenFile(name, kind, ttl)
+    return file if binary else _TextFile(file, encoding, errors, newline)
 
 
 def _read_file(name):
@@ -6291,7 +6504,7 @@ def _read_file(name):
 
     def allocate(sizes):               # inside the file itself: no further copy
         nonlocal file
-        file = io.BytesIO(bytes(sum(sizes)))
+        file = _ReadFile(bytes(sum(sizes)))
         content, ends = file.getbuffer(), itertools.accumulate(sizes)
         return [content[end - size:end] for size, end in zip(sizes, ends)]
 
@@ -6303,25 +6516,46 @@ def _read_file(name):
     return file
 
 
+def _unsupported(self, *_):
+    raise io.UnsupportedOperation("a file opened for writing cannot be read, one for reading cannot be written")
+
+
+class _ReadFile(io.BytesIO):
+    """What open(name, "rb") gives."""
+
+    write = writelines = truncate = _unsupported
+
+    def writable(self):
+        return False
+
+
 class _WrittenFile(io.BytesIO):
     """What open(name, "wb") gives.  `failed`: its with-block raised, nothing is to be kept."""
 
-    def __init__(self, name, append):
+    read = read1 = readinto = readinto1 = readline = readlines = __next__ = _unsupported
+
+    def __init__(self, name, kind, ttl):
         super().__init__()
-        self.name, self.append, self.failed = name, append, False
-        self._key = _key(name)
+        self.name, self.kind, self.failed = name, kind, False
+        self._key, self._ttl = _key(name), None if kind == "a" and ttl is None else _ttl(ttl)
+
+    def readable(self):
+        return False
 
     def close(self):
         if self.closed:
             return
         try:
             if not self.failed:
-                if self.append:
-                    _append(self._key, self.name, self.getvalue())
-                else:
-                    _store(self._key, "file", [self.getvalue()], _ttl(None))
+                self._keep()
         finally:
             super().close()
+
+    def _keep(self):
+        if self.kind == "a":
+            _append(self._key, self.name, self.getvalue(), self._ttl)
+        elif not _store(self._key, self.name, "file", [self.getvalue()], self._ttl, b"" if self.kind == "x" else b"*"):
+            raise FileExistsError(errno.EEXIST, "another was first to take the name in Redis", self.name)
 
     def __exit__(self, kind, *_):
         self.failed = kind is not None
@@ -6336,26 +6570,26 @@ class _TextFile(io.TextIOWrapper):
         self.close()
 
 
-# By compare and set: redis-py reports a lost connection of a WATCH as a WatchError, so that it would be added twice.
-_APPEND = """
+_APPEND = _EXPIRE + """
 if (redis.call('hget', KEYS[1], 'h') or '') ~= ARGV[1] then return 0 end
 for i = 3, #ARGV, 2 do redis.call('hset', KEYS[1], ARGV[i], ARGV[i + 1]) end
-if ARGV[2] == '0' then redis.call('persist', KEYS[1]) else redis.call('pexpire', KEYS[1], ARGV[2]) end
+expire(KEYS[1], ARGV[2])
 return 1"""
 
 
-def _append(key, name, content):
-    """Add the content as one more buffer, whatever others add at the same time."""
+def _append(key, name, content, ttl):
+    """Add the content as one more buffer, whatever others add at the same time.  ttl: None: as it was."""
     added = 0
     while not added:                   # another one was first
-        old = _retried(lambda client: client.hget(key, "h"), name) or b""
-        kind, ttl, sizes, _ = pickle.loads(old or _header("file", _ttl(None), []))
+        old = _asked(name, "HGET", key, "h") or b""
+        kind, before, sizes = _parsed(old) if old else ("file", _ttl(None), [])
         if kind != "file":
             raise TypeError(f"{name!r} is the name of a value, not of a file")
-        fields = ["h", _header(kind, ttl, [*sizes, len(content)])]
+        lasts = before if ttl is None else ttl
+        fields = ["h", _header(kind, lasts, [*sizes, len(content)])]
         for number, piece in enumerate(_pieces([content]), sum(-(-size // PIECE) for size in sizes)):
-            fields += [str(number), piece]
-        added = _once(lambda client: client.eval(_APPEND, 1, key, old, ttl, *fields), name)
+            fields += [number, piece]
+        added = _once(name, "EVAL", _APPEND, 1, key, old, lasts, *fields)
 
 
 # ---- Refs
@@ -6370,7 +6604,7 @@ def share(value, ttl=None):
     in_redis = "redis" in _settings().given and bool(_settings().redis)
     ref = Ref(name, in_redis, _ttl(ttl))
     if in_redis:
-        _store(_key(name, "ref"), "ref", buffers, ref.ttl)
+        _store(_key(name, "ref"), ref, "ref", buffers, ref.ttl)
     else:
         _serve(name, [bytes(buffer) for buffer in buffers])
         if _fetch is None:             # else a call's result may name it: the client serves it to its own end
@@ -6554,22 +6788,33 @@ def _whose_copies():
 
 def _machine_copy(ref):
     """The buffers of a Ref, from this machine's copy of it; where there is no room for one, this process's own."""
-    client, buffers = _whose_copies(), None
+    client = _whose_copies()
     paths = [os.path.join(folder, client, ref.name) for folder in _ref_folders()]
     found = _mapped(paths)
-    for path in () if found else paths:
+    if not found:
+        with contextlib.ExitStack() as stack:
+            # Few files, and enough.  The first folder's that can be had, for all: who finds no room in one folder goes on to
+            # the next while others wait, instead of each fetching anew.
+            for path in paths:
+                with contextlib.suppress(OSError):
+                    stack.enter_context(_locked(os.path.join(os.path.dirname(path), f"{ref.name[:1]}.lock")))
+                    break
+            found = _mapped(paths)
+            if not found:
+                buffers = _fetched(ref)
+                found = _copied(ref, paths, buffers)
+    return _refreshed(ref, *found) if found else buffers
+
+
+def _copied(ref, paths, buffers):
+    """(path, buffers) of a copy made at the first of the paths that has room, or None."""
+    for path in paths:
         try:
-            with _locked(os.path.join(os.path.dirname(path), f"{ref.name[:1]}.lock")):     # few files, and enough
-                if not _mapped(paths):
-                    buffers = buffers or _fetched(ref)
-                    _write_copy(path, buffers)
-            break
-        except ConnectionError:        # no file's, but that of who has the value
-            raise
+            _write_copy(path, buffers)
+            return _mapped([path])
         except OSError as error:       # Docker's /dev/shm has 64 MB: on disk, then
             log.debug("no copy of %r at %s: %s", ref, path, error)
-    found = found or _mapped(paths)
-    return _refreshed(ref, *found) if found else buffers or _fetched(ref)
+    return None
 
 
 @contextlib.contextmanager
@@ -6615,10 +6860,10 @@ def _mapped(paths):
 
 def _refreshed(ref, path, buffers):
     """The buffers; Redis is told of their use once in a quarter of their time to live: else the original would expire."""
-    with contextlib.suppress(FileNotFoundError):        # it was given up in this moment
+    with contextlib.suppress(FileNotFoundError, Unavailable):        # given up in this moment; what is here is here
         if ref.in_redis and ref.ttl and time.time() - os.stat(path).st_mtime > ref.ttl / 4000:
             os.utime(path)
-            _retried(lambda client: client.pexpire(_key(ref.name, "ref"), ref.ttl))
+            _asked(ref, "PEXPIRE", _key(ref.name, "ref"), ref.ttl)
     return buffers
 
 
@@ -6635,61 +6880,97 @@ def _ref_folders():
                 yield folder
 
 
+# A command and the key's time to live, at one stroke.
+_USE = _EXPIRE + """
+local answer = redis.call(ARGV[2], KEYS[1], unpack(ARGV, 3))
+expire(KEYS[1], ARGV[1])
+return answer"""
+
+
 class _Used:
     """What counters and queues have in common: a key whose time to live begins anew with each use."""
 
     def __init__(self, name, ttl=None):
         self.name, self._key, self._ttl = name, _key(name), _ttl(ttl)
 
-    def _use(self, command, *arguments):
-        """The command as a function of the client: at one stroke with the time to live."""
-        def use(client):
-            with client.pipeline() as pipe:
-                getattr(pipe, command)(self._key, *arguments)
-                _expire(pipe, self._key, self._ttl)
-                return pipe.execute()[0]
-        return use
+    def _use(self, *command):
+        """What follows the name for _once() and _asked(), to use the key by a command."""
+        return "EVAL", _USE, 1, self._key, self._ttl, *command
 
 
 class Counter(_Used):
-    """An integer that many processes count with, 0 if it is new; ttl as for put.  May be passed to calls."""
+    """An integer of 64 bits that many processes count with, 0 if it is new; ttl as for put.  May be passed to calls."""
 
     def __repr__(self):
         return f"clupy.counter({self.name!r})"
 
+    def _checked(self, n):
+        n = operator.index(n)
+        if not -1 << 63 <= n < 1 << 63:
+            raise OverflowError(f"counter {self.name!r} has 64 bits, which {n} does not fit into")
+        return n
+
     def add(self, n=1):
-        """The new value.  Counted at most once: Unavailable says that it is not known whether it was."""
-        return _once(self._use("incrby", operator.index(n)), self.name)
+        """The new value.  Counted at most once: Unavailable says that it is not known whether it was.  OverflowError beyond
+        64 bits: it stays as it was then."""
+        return _once(self.name, *self._use("incrby", self._checked(n)))
 
     @property
     def value(self):
-        return int(_retried(self._use("get"), self.name) or 0)
+        return int(_asked(self.name, *self._use("get")) or 0)
 
     def set(self, n):
         """Set it, whatever others add."""
-        value = operator.index(n)     # get=True makes Redis refuse the name of something else
-        _retried(lambda client: client.set(self._key, value, px=self._ttl or None, get=True), self.name)
+        lives = ("PX", self._ttl) if self._ttl else ()     # GET makes Redis refuse the name of something else
+        _asked(self.name, "SET", self._key, self._checked(n), "GET", *lives)
 
 
 counter = Counter
 
 
+# Append an item where there are fewer than ARGV[2], 0 for any number.
+_ENQUEUE = _EXPIRE + """
+if ARGV[2] ~= '0' and redis.call('llen', KEYS[1]) >= tonumber(ARGV[2]) then return 0 end
+redis.call('rpush', KEYS[1], ARGV[3])
+expire(KEYS[1], ARGV[1])
+return 1"""
+
+
 class Queue(_Used):
-    """First in, first out; each item goes to one taker, at most once.  ttl as for put.  May be passed to calls."""
+    """First in, first out; each item goes to one taker, at most once.  ttl as for put.  May be passed to calls.
+
+    maxsize: items that it holds before those who put with this `maxsize` wait; 0: any number."""
+
+    def __init__(self, name, ttl=None, maxsize=0):
+        super().__init__(name, ttl)
+        self.maxsize = _whole("maxsize", maxsize, 0)
 
     def __repr__(self):
         return f"clupy.queue({self.name!r})"
 
     def __len__(self):
-        return _retried(lambda client: client.llen(self._key), self.name)
+        return _asked(self.name, "LLEN", self._key)
 
     def __bool__(self):
         """An empty queue is still a queue."""
         return True
 
-    def put(self, value):
-        """Append the value.  Unavailable says that it is not known whether it is in the queue."""
-        _once(self._use("rpush", _item(value)), self.name)
+    @_either_spelling
+    def put(self, value, timeout=None):
+        """Append the value, when there is room within `timeout` seconds (None: for ever), else queue.Full.
+
+        Unavailable says that it is not known whether it is in the queue."""
+        item, deadline = _item(value), _deadline(timeout)
+        for attempt in itertools.count():
+            if _once(self.name, "EVAL", _ENQUEUE, 1, self._key, self._ttl, self.maxsize, item):
+                return
+            if (left := deadline - time.monotonic()) <= 0:
+                raise Full
+            time.sleep(min(left, 0.01 * 2 ** min(attempt, 4)))       # nobody tells of room: more is idle, less is traffic
+
+    def put_nowait(self, value):
+        """put() that does not wait for room: queue.Full."""
+        self.put(value, 0)
 
     @_either_spelling
     def get(self, timeout=None):
@@ -6698,14 +6979,22 @@ class Queue(_Used):
         No item is lost or doubled, except that one under way when Redis or this process dies is lost: Unavailable if that
         may be."""
         deadline = _deadline(timeout)
-        item = _once(self._use("lpop"), self.name)
+        item = _once(self.name, *self._use("lpop"))
         while item is None:
             left = deadline - time.monotonic()
             if left <= 0:
                 raise Empty
             wait = min(max(left, 0.01), 1)     # shorter than the socket's time-out; 0 would be for ever
-            item = (_once(lambda client: client.blpop(self._key, wait), self.name) or (None, None))[1]
+            item = (_once(self.name, "BLPOP", self._key, wait) or (None, None))[1]
         return _from_item(item)
+
+    def get_nowait(self):
+        """get() that does not wait for an item: queue.Empty."""
+        return self.get(0)
+
+    def clear(self):
+        """Remove all items."""
+        _once(self.name, "LTRIM", self._key, 1, 0)
 
 
 queue = Queue
@@ -6713,8 +7002,7 @@ queue = Queue
 
 def publish(topic, value):
     """How many subscribers were listening; they get `value`, others never do.  At most once, as with a counter."""
-    item = _item(value)
-    return _once(lambda client: client.publish(_key(topic, "topic"), item), topic)
+    return _once(topic, "PUBLISH", _key(topic, "topic"), _item(value))
 
 
 class Subscription:
@@ -6793,7 +7081,7 @@ class _Wait:
     def __init__(self, what, path, timeout):
         self.what, self.path, self.timeout = what, path, timeout
         self.deadline = _deadline(timeout)
-        self.client = _zookeeper()
+        self.client = _zookeeper(self.deadline)
         self.changed = threading.Event()
 
     def ask(self, request, *arguments, **options):
@@ -6849,11 +7137,12 @@ def _lost_connection():
 
 
 class _Place(_Wait):
-    """A place in a queue: a node of ours in `path`, gone with our session."""
+    """A place in a queue: a node of ours in `path`, gone with our session.  n: what all in the queue must agree on, or None."""
 
-    def __init__(self, what, path, timeout, kind="place", data=None, crowd=False):
+    def __init__(self, what, path, timeout, kind="place", data=None, crowd=False, n=None):
         super().__init__(what, path, timeout)
-        self.stem = f"{uuid.uuid4().hex}-{kind}-"
+        self.n = n
+        self.stem = f"{uuid.uuid4().hex}-{kind if n is None else n}-"
         self.data = f"{socket.gethostname()}:{os.getpid()}" if data is None else data
         self.crowd = crowd             # whether the whole queue is watched, or only the node that is in our way
         self.pid = os.getpid()
@@ -6862,8 +7151,10 @@ class _Place(_Wait):
         self.token = None              # transaction that made it: larger for every later one, over all of ZooKeeper
         self.session = None            # the session it ends with
 
-    def nodes(self):
-        """All nodes in the order of their numbers, after ours was made; ours is missing if it was lost since."""
+    def nodes(self, watch=None):
+        """All nodes in the order of their numbers, after ours was made; ours is missing if it was lost since.
+
+        Raises ValueError if the first one has another n than ours.  So others with another n are about to leave."""
         while self.node is None:
             try:
                 if self.tried:         # and the answer was lost; the server we have now may lag behind
@@ -6876,7 +7167,13 @@ class _Place(_Wait):
                     self.node = made.rpartition("/")[2]
             except kazoo_errors.NoNodeError:
                 self.ask("ensure_path", self.path)
-        return self.children(self.wake if self.crowd else None)
+        nodes = self.children(self.wake if self.crowd else watch)
+        if self.n is None or self.node not in nodes:
+            return nodes
+        said = [int(node.split("-")[1]) for node in nodes]
+        if said[0] != self.n:
+            raise ValueError(f"{self.what}: n is {self.n} here, but {said[0]} where it is in use already; it must be the same")
+        return [node for node, n in zip(nodes, said) if n == self.n]
 
     def is_ours(self, node):
         """Whether it is our node, also before we know its number."""
@@ -6947,52 +7244,76 @@ class _Place(_Wait):
 
 
 def _path(kind, name):
-    """The node of that name; every name is one component, whatever is in it."""
+    """The node of that name; every name is one component, whatever is in it, and so is the prefix."""
     if not isinstance(name, str) or not name:
         raise ValueError(f"a name must be a str and not empty: {name!r}")
-    quoted = urls.quote(name, safe="", errors="surrogatepass").replace(".", "%2E")
-    return f"/{_settings().prefix}/{kind}/{quoted}"
+    prefix, quoted = (urls.quote(text, safe="", errors="surrogatepass").replace(".", "%2E")
+                      for text in (_settings().prefix, name))
+    return f"/{prefix}/{kind}/{quoted}"
+
+
+_holdings = contextvars.ContextVar("clupy_holdings", default=())      # those that were acquired in this context
 
 
 class _Holding:
-    """What lock, semaphore and election give: entered when its turn has come, one with-block at a time."""
+    """What lock, semaphore and election give: acquired when its turn has come, by one with-block at a time, or by hand."""
 
     def __init__(self, what, name, timeout, in_the_way, **options):
         self._what, self._path = f"{what} {name!r}", _path(what, name)
         self._timeout, self._in_the_way, self._options = timeout, in_the_way, options
         self._place = None             # while held, or held by the parent that forked us
+        self._thread = None            # that acquired it
 
     def __repr__(self):
         return f"<clupy.{self._what}{' held' if self.held else ''}>"
 
-    def __enter__(self):
+    def acquire(self):
+        """Wait for it, as entering a with-block does, and return it.  Raises TimeoutError; RuntimeError if it would wait for
+        what this thread itself holds."""
         if self._place is not None and self._place.pid == os.getpid():
             raise RuntimeError(f"{self._what}: this object is in use; make another for another with-block")
+        if self._in_the_way([holding._place.node for holding in _holdings.get() if holding._is_here(self._path)]):
+            raise RuntimeError(f"{self._what} would wait for itself: this thread holds it already, and it is not re-entrant")
         place = _Place(self._what, self._path, self._timeout, **self._options)
         try:
             place.until(lambda: place.is_turn(self._in_the_way))
             place.deadline = math.inf  # that was for the waiting
-            self._place = place
+            self._place, self._thread = place, threading.get_ident()
         except BaseException:
             place.abandon()
             raise
+        _holdings.set((*(holding for holding in _holdings.get() if holding._place), self))
         return self
 
-    def __exit__(self, kind, *_):
-        place, forked = self._place, self._place.pid != os.getpid()
-        self._place = None
-        if forked:                     # inside the block: it is the parent's, and so is the connection
-            return
-        if kind is not None:           # the block's own error is the one to see
-            place.abandon()
-            return
+    def _is_here(self, path):
+        """Whether what has this path is held by this very thread.  The context alone is inherited by others (asyncio), the
+        thread alone is used by others (asyncio.to_thread)."""
+        return self._path == path and self._thread == threading.get_ident() and self.held
+
+    def release(self):
+        """Give it to the next.  Any thread; RuntimeError if it is not held, LockLost if it was lost meanwhile."""
+        place, self._place = self._place, None
+        if place is None or place.pid != os.getpid():
+            raise RuntimeError(f"{self._what} cannot be released: this object does not hold it")
         try:
             kept = place.leave()
         except BaseException:
             place.abandon()
             raise
         if not kept:
-            raise LockLost(f"{self._what} was lost before its block ended: others may have held it meanwhile")
+            raise LockLost(f"{self._what} was lost before it was released: others may have held it meanwhile")
+
+    __enter__ = acquire
+
+    def __exit__(self, kind, *_):
+        place = self._place
+        if place is not None and place.pid != os.getpid():     # forked inside the block: it is the parent's, as the connection
+            self._place = None
+        elif kind is None:
+            self.release()
+        elif place is not None:        # the block's own error is the one to see
+            self._place = None
+            place.abandon()
 
     @property
     def held(self):
@@ -7024,8 +7345,9 @@ def lock(name, timeout=None, shared=False):
     """`with clupy.lock("x") as l:` one holder at a time in the cluster, in the order of asking.
 
     shared: any number of such holders, and no other.  timeout: seconds to wait, then TimeoutError.  l.held, l.token and
-    l.check() tell whether it still is; LockLost at the block's end if it was lost meanwhile.  Not re-entrant.  A holder that
-    is killed holds it for the setting `session` longer."""
+    l.check() tell whether it still is; LockLost at the block's end if it was lost meanwhile.  l.acquire() and l.release() do by
+    hand what the block does.  Not re-entrant: a second one in the same thread that would wait for itself is a RuntimeError.
+    A holder that is killed holds it for the setting `session` longer."""
     def in_the_way(before):
         writers = [node for node in before if "-write-" in node] if shared else before
         return writers[-1] if writers else None
@@ -7034,13 +7356,14 @@ def lock(name, timeout=None, shared=False):
 
 @_either_spelling
 def semaphore(name, n, timeout=None):
-    """As lock, with at most n holders at a time; everybody must say the same n."""
-    if operator.index(n) < 1:
+    """As lock, with at most n holders at a time; ValueError on entering if others say another n."""
+    n = operator.index(n)
+    if n < 1:
         raise ValueError(f"n must be at least 1, not {n}")
 
     def in_the_way(before):
         return before[0] if len(before) >= n else None
-    return _Holding("semaphore", name, timeout, in_the_way, crowd=True)
+    return _Holding("semaphore", name, timeout, in_the_way, crowd=True, n=n)
 
 
 @_either_spelling
@@ -7075,11 +7398,12 @@ class Election(_Holding):
 def barrier(name, n, timeout=None):
     """Return when n callers have come, in all n of them; then the name is free for the next n.
 
-    Callers that died or gave up do not count.  Raises TimeoutError after `timeout` seconds.  Any process, any thread, the
-    same n everywhere."""
-    if not 1 <= operator.index(n) <= 5000:           # more would not fit into one transaction, 1 MB
+    Callers that died or gave up do not count.  Raises TimeoutError after `timeout` seconds, ValueError if those who came before
+    say another n.  Any process, any thread."""
+    n = operator.index(n)
+    if not 1 <= n <= 5000:                           # more would not fit into one transaction, 1 MB
         raise ValueError(f"n must be 1 to 5000, not {n}")
-    place = _Place(f"barrier {name!r}", _path("barrier", name), timeout)
+    place = _Place(f"barrier {name!r}", _path("barrier", name), timeout, n=n)
     try:
         try:
             place.until(lambda: _is_released(place, n))
@@ -7106,7 +7430,7 @@ def _is_released(place, n):
         if index < n - 1:
             return False               # our own node is watched
         if index >= n:                 # a crowd: wait for the next round, which may make us its n-th
-            if nodes == place.children(place.wake):
+            if nodes == place.nodes(place.wake):
                 return False
             continue
         release = place.client.transaction()

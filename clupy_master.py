@@ -35,6 +35,7 @@ import shlex
 import shutil
 import signal
 import socket
+import ssl
 import sys
 import tempfile
 import threading
@@ -49,7 +50,8 @@ from pathlib import Path
 import clupy
 from clupy import (HANDSHAKE_TIME, NONCE_SIZE, PORT, PREAMBLE_SIZE, PROOF_SIZE, TO_MASTER, ClupyError, ConfigurationError,
                    Connection, DependencyError, LibraryMismatch, MasterUnreachable, ProtocolError, SecretError,
-                   VersionMismatch, dial, find_secret, masters_of, preamble, proof, read_exactly, read_preamble, tls_context)
+                   VersionMismatch, address_text, dial, find_secret, masters_of, plain_host, preamble, proof, read_exactly,
+                   read_preamble)
 
 joblib = clupy._Lazy("joblib")                  # these two are no libraries of CluPy's own: who calls register_joblib() has them
 threadpoolctl = clupy._Lazy("threadpoolctl")
@@ -60,6 +62,7 @@ TURN_TIME = 1.0            # a slot that others wait for passes on after so long
 WAKE_TIME = 1.0                # between looks at the own clock: who was stopped judges nobody by the time that passed
 SILENT_CLIENT = 300.0      # a client that stated nothing for so long loses idle slots that others want
 WATCH_TIME = 0.1           # a leader asks itself so often whether it still leads
+LEARN_TIME = 1.0           # a master that stands by asks so often who leads; less is work for ZooKeeper, more sends people astray
 FILE_TIME = 1.0            # the dependency file is looked at so often
 
 
@@ -97,14 +100,25 @@ class Tasks:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
+# Alerts of TLS by which a peer refuses a certificate: the other end of what `dial` sends.
+REFUSALS = {"CERTIFICATE_EXPIRED": "it has expired, or is not valid yet",
+            "BAD_CERTIFICATE": "it is not for the host name or address by which we were reached",
+            "UNKNOWN_CA": "the peer's tls_ca is another than whose signature it bears"}
+
+
 async def admit(sock, peer, theirs, secret, settings):
     """The Connection of an accepted socket whose preamble `theirs` was read: the mirror of `dial`.
 
     Raises SecretError or OSError; the caller closes the socket then."""
     loop, reader = asyncio.get_running_loop(), asyncio.StreamReader()
     await loop.sock_sendall(sock, theirs)          # ours is the same, or it had been refused
-    transport, protocol = await loop.connect_accepted_socket(
-        lambda: asyncio.StreamReaderProtocol(reader), sock, ssl=tls_context(settings, "admit"))
+    try:
+        transport, protocol = await loop.connect_accepted_socket(
+            lambda: asyncio.StreamReaderProtocol(reader), sock, ssl=settings.admit_tls)
+    except ssl.SSLError as error:
+        alert = error.reason.partition("ALERT_")[2]
+        raise SecretError(f"it does not accept our certificate: {REFUSALS.get(alert, alert)}" if alert else
+                          f"TLS fails: {error.reason}") from None
     writer = asyncio.StreamWriter(transport, protocol, reader, loop)
     try:
         bound = theirs, await reader.readexactly(NONCE_SIZE), os.urandom(NONCE_SIZE)
@@ -126,20 +140,22 @@ class Listener:
 
     greet(sock, peer, role, preamble) is a coroutine that has HANDSHAKE_TIME; what it raises of ClupyError or OSError closes
     the socket with one log line, as does a preamble that is none.  It returns a coroutine, which serves the connection
-    for as long as that takes, or None."""
+    for as long as that takes, or None.  tls: whether they go on under TLS."""
 
-    def __init__(self, address, greet):
+    def __init__(self, address, greet, tls=None):
         host, port = address
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        both = not host and socket.has_dualstack_ipv6()            # every address, of IPv4 and IPv6
         try:
-            self._socket = socket.create_server((host, port), family=family, backlog=1024)
+            self._socket = socket.create_server(address, family=socket.AF_INET6 if both or ":" in host else socket.AF_INET,
+                                                dualstack_ipv6=both, backlog=1024)
         except OSError as error:
-            raise ConfigurationError(f"cannot listen on {host or '*'}:{port}: {error.strerror}; "
+            raise ConfigurationError(f"cannot listen on {address_text(host or '*', port)}: {error.strerror}; "
                                      "is another one running there? --listen takes another address") from None
         self._socket.setblocking(False)
         self.address = self._socket.getsockname()[:2]
-        self._greet = greet
-        self._tasks = Tasks("the listener at %s:%s" % self.address)
+        self.where = address_text(*self.address) if host else f"every address, port {self.address[1]}"         # for the log
+        self._greet, self._tls = greet, tls
+        self._tasks = Tasks(f"the listener at {self.where}")
         self._tasks.spawn(self._accept())
 
     async def _accept(self):
@@ -149,12 +165,12 @@ class Listener:
                 sock, address = await asyncio.get_running_loop().sock_accept(self._socket)
             except OSError as error:               # no descriptors left, or a peer that is gone already
                 if not failing:
-                    log.error("cannot accept connections on %s:%s: %s; trying again every second", *self.address, error)
+                    log.error("cannot accept connections on %s: %s; trying again every second", self.where, error)
                 failing = True
                 await asyncio.sleep(1)
                 continue
             failing = False
-            self._tasks.spawn(self._welcome(sock, f"{address[0]}:{address[1]}"))
+            self._tasks.spawn(self._welcome(sock, address_text(plain_host(address[0]), address[1])))
 
     async def _welcome(self, sock, peer):
         """Serve one connection, from its preamble on."""
@@ -162,9 +178,9 @@ class Listener:
             async with asyncio.timeout(HANDSHAKE_TIME):
                 data = await read_exactly(sock, PREAMBLE_SIZE)
                 try:
-                    role = read_preamble(data)
-                except VersionMismatch:            # by ours it learns that, too
-                    await asyncio.get_running_loop().sock_sendall(sock, preamble(data[6:7]))
+                    role = read_preamble(data, self._tls)
+                except (VersionMismatch, SecretError):             # by ours it learns that, too
+                    await asyncio.get_running_loop().sock_sendall(sock, preamble(data[6:7].upper(), self._tls))
                     raise
                 life = await self._greet(sock, peer, role, data)
         except (ClupyError, OSError, EOFError) as error:
@@ -374,7 +390,7 @@ class Tables:
     def status(self, now):
         """Their part of what `python -m clupy status` shows."""
         return {
-            "servers": {id: {"address": f"{row.address[0] or socket.gethostname()}:{row.address[1]}", "slots": row.slots,
+            "servers": {id: {"address": address_text(row.address[0] or socket.gethostname(), row.address[1]), "slots": row.slots,
                              "used": sum(row.held.values()), **row.facts} for id, row in self.servers.items()},
             "clients": {id: {"address": row.connection.peer, "wanted": row.wanted, "share": sum(row.share.values()),
                              "silent": now - row.heard} for id, row in self.clients.items()}}
@@ -1205,7 +1221,7 @@ class Leadership:
 
     def _stand(self):
         while not self._stopped.is_set():
-            election = clupy.election("clupy master", data=self.name, timeout=max(1.0, self._session / 2))
+            election = clupy.election("clupy master", data=self.name, timeout=LEARN_TIME)
             try:
                 with election:
                     self._lead(election)
@@ -1258,10 +1274,12 @@ class Master:
         self._woke = time.monotonic()  # when this process ran last
         self._names = {}               # {Connection: ("server" or "client", id), or None until it has said that}
         self._tasks = Tasks("the master")
-        self._listener = Listener(settings.listen or ("", PORT), self._greet)
+        self._listener = Listener(settings.listen or ("", PORT), self._greet, settings.admit_tls)
         self.address = self._listener.address
         self._tasks.repeat(WAKE_TIME, self._now)
-        log.info("master listens on %s:%s", *self.address)
+        host, port = self.address
+        self.name = address_text(socket.gethostname() if host in ("0.0.0.0", "::") else host, port)
+        log.info("master listens on %s", self._listener.where)
 
     def __repr__(self):
         return f"<Master {self.address[1]} {len(self.tables.servers)} servers, {len(self.tables.clients)} clients>"
@@ -1302,7 +1320,7 @@ class Master:
             self.lists.forget(connection)
             name = self._names.pop(connection)
             if name and self.tables.drop(name[1], connection):
-                log.info("%s %s is gone", name[0], name[1][:6])
+                log.info("%s %s is gone: %s", name[0], name[1][:6], connection.why)
                 self._change()
 
     # -- leading
@@ -1365,14 +1383,15 @@ class Master:
         if self._leads(connection):
             environments = {hash for row in self.tables.servers.values() for hash in row.facts["environments"]}
             connection.send("tables", {
-                "master": {"address": "%s:%s" % self.address, "python": clupy.PYTHON_VERSION,
+                "master": {"address": self.name, "python": clupy.PYTHON_VERSION,
                            "version": clupy.__version__, "uptime": time.time() - self.started},
                 **self.lists.status(environments), **self.tables.status(time.monotonic())})
 
     # -- statements to servers and clients
 
     def _services(self):
-        return {**{key: getattr(self.settings, key) for key in clupy.SERVICE_KEYS}, "given": self.given}
+        services = {key: getattr(self.settings, key) for key in clupy.SERVICE_KEYS}
+        return {**services, "given": self.given, "reached": [key for key, value in services.items() if value in clupy._reached]}
 
     def _send_cluster(self, row):
         row.connection.send("cluster", self._services(), self.tables.silent(self._now()),
@@ -1416,22 +1435,39 @@ class Master:
             self._send_share(id, before.get(id, ()))
 
 
+def _reach_redis(ended):
+    """Ask Redis until it has answered once, or `ended`: then its address is right, and clients and workers wait for it with
+    patience; a typing error is told here first.  ZooKeeper has answered whoever leads."""
+    said = False
+    while not ended.is_set():
+        try:
+            clupy._retried(lambda client: client.ping())
+            return
+        except Exception as error:                 # the thread's edge: no module, no answer, no password
+            if not said:
+                log.warning("of the services that this master names, one has not answered it: %s", error)
+            said = True
+        ended.wait(clupy.FIRST_CONTACT)
+
+
 async def run(settings, secret):
     """Be a master until SIGTERM; with `zookeeper` configured, one of several."""
     clupy.raise_descriptor_limit()                 # each server and client is one
     ended = asyncio.get_running_loop().create_future()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ended.cancel)
     master = Master(settings, secret, os.path.abspath("clupy.master.dependency.yaml"))
+    clupy.use_services({key: getattr(settings, key) for key in clupy.SERVICE_KEYS} | {"given": master.given})
+    over = threading.Event()
+    if settings.redis:
+        threading.Thread(target=_reach_redis, args=(over,), name="clupy-redis", daemon=True).start()
     if settings.zookeeper:
-        clupy.use_services({key: getattr(settings, key) for key in clupy.SERVICE_KEYS} | {"given": ["zookeeper"]})
-        host, port = master.address
-        name = f"{socket.gethostname() if host in ('0.0.0.0', '::') else host}:{port}"
-        master.stand(Leadership(name, settings.session))
+        master.stand(Leadership(master.name, settings.session))
     try:
         await ended
     except asyncio.CancelledError:
         log.info("ending")
     finally:
+        over.set()
         await master.close()
 
 

@@ -572,6 +572,9 @@ class Functions:
         except BaseException as error:             # the outcome of the call, whatever the user's code raised
             if isinstance(error, MemoryError) and self.memory_limit:
                 error.add_note(f"memory_limit is {self.memory_limit >> 20} MB for a worker on {self.server}")
+            if type(error) in (ValueError, TypeError) and "read-only" in str(error):       # numpy's words, and Python's
+                error.add_note("arrays of a Ref (clupy.share) are read-only, as all processes of a machine have them from one "
+                               "piece of memory: change a copy, array.copy()")
             return False, clupy.pack_exception(error, 1, f"{self.server} {os.getpid()}")
         try:
             return True, value if type(value) in clupy.PLAIN else clupy.pack_result(value, self._names[id])
@@ -913,11 +916,9 @@ class TlsSocket:
     """A socket under TLS, the server's side, for one reading and one writing thread: OpenSSL's state must not see two
     threads at once, so the socket never blocks in it."""
 
-    def __init__(self, sock, cert, key):
-        context = clupy.ssl.create_default_context(clupy.ssl.Purpose.CLIENT_AUTH)
-        context.load_cert_chain(cert, key)
+    def __init__(self, sock, certificate, key):
         sock.settimeout(clupy.HANDSHAKE_TIME)
-        self._sock = context.wrap_socket(sock, server_side=True)
+        self._sock = clupy.admit_context(certificate, key).wrap_socket(sock, server_side=True)
         self._sock.setblocking(False)
         self._lock = threading.Lock()
 
@@ -2152,7 +2153,6 @@ class Server:
         self.draining = False
         self.over = asyncio.get_running_loop().create_future()       # None, or an error: it makes no sense to go on
         self.versions = {"python": clupy.PYTHON_VERSION, "cloudpickle": clupy_master.installed("cloudpickle")}
-        self.tls = settings.tls_cert and clupy.tls_files(settings)            # what a worker needs of it
         self.link = clupy.MasterLink(clupy.masters_of(settings), secret, settings)
         self.libraries = NodeLibraries(self)
         self.workers = Workers(self, settings.slots)
@@ -2160,8 +2160,8 @@ class Server:
         self._stating = None                       # TimerHandle, while a statement is due
         self._closing = False
         self._said = ""                            # why there is no master, as the log says; None: there is one
-        self._listener = clupy_master.Listener(settings.listen or ("", 0), self._greet)
-        self.address = self._listener.address
+        self._listener = clupy_master.Listener(settings.listen or ("", 0), self._greet, settings.admit_tls)
+        self.address, self.where = self._listener.address, self._listener.where
 
     def __repr__(self):
         return f"<Server {self.address[1]} {len(self.sessions)} sessions, {self.workers}>"
@@ -2197,6 +2197,7 @@ class Server:
             await connection.serve(session)
         finally:
             del self.sessions[session.id]
+            log.info("client %s at %s is gone: %s", session.client[:6], connection.peer, connection.why)
             for slot in list(session.slots.values()):
                 slot.end(Why.CLIENT_GONE)
             if session.copies:
@@ -2214,7 +2215,7 @@ class Server:
             sock.close()
             return None
         session.numbers.add(number)
-        tune(sock, user_timeout=False)
+        tune(sock)
         slot = session.slots[number] = SlotRow(session, number, nested, sock)
         self.workers.serve(slot)
         return None
@@ -2222,7 +2223,7 @@ class Server:
     def said_to_worker(self, slot):
         """What a worker is told with the socket of its slot."""
         return {"key": slot_key(slot.session.connection.key, slot.number).hex(), "server": self.name,
-                "client": slot.session.client, "services": self.services, "tls": self.tls}
+                "client": slot.session.client, "services": self.services, "tls": self.settings.certificate}
 
     def tell(self, *notice):
         """Send a notice to every client."""
@@ -2260,6 +2261,7 @@ class Server:
             **self.versions, **self.libraries.state()})
 
     def on_cluster(self, connection, services, silent, libraries):
+        self.link.leads = True
         if self._said is not None:
             log.info("connected to the master at %s", connection.peer)
             self._said = None
@@ -2319,7 +2321,7 @@ class Server:
 async def run(settings, secret):
     """Be a server until cancelled or refused by the master; SIGTERM drains, a second one ends at once."""
     server = Server(settings, secret)
-    log.info("server listens on %s:%s, %s slots", *server.address, server.workers.slots)
+    log.info("server listens on %s, with %s slots", server.where, server.workers.slots)
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, server.terminate)
     try:
         await server.start()
