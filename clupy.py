@@ -3254,7 +3254,7 @@ class BaseEngine:
 
     def places(self):
         """{server: the `_place` of a call that it alone is to run}."""
-        raise ClupyError("everywhere() needs a cluster of its own: it works in the program, not on another executor, nor in a call")
+        raise ClupyError("everywhere() works in the program that is connected to a cluster, not on another executor, nor in a call")
 
     def grow(self, slots):
         """At least so many slots, if that is for the engine to decide."""
@@ -4566,7 +4566,7 @@ class MasterSide:
                     await asyncio.sleep(GATHER_TIME)
         except TimeoutError:
             raise self.unreachable() if self.masterless(time.monotonic()) else ClupyError(
-                f"no slot of any server for {self._engine.settings.patience:g} s; start one with: python -m clupy serve") from None
+                f"no server has a slot for {self._engine.settings.patience:g} s; start one with: python -m clupy serve") from None
         finally:
             self._surveys -= 1
 
@@ -4686,7 +4686,7 @@ class Engine(BaseEngine):
         return self.master_side.cluster()
 
     def places(self):
-        """{name of a server: a call's `_place` there}, of each of which this client has a slot.  Raises as `join`, or ClupyError."""
+        """{name of a server: a call's `_place` there}, of each of which this client has a slot.  Raises as `join`."""
         asyncio.run_coroutine_threadsafe(self.master_side.survey(), self.loop).result()
         return self.pool.places()
 
@@ -5104,8 +5104,9 @@ def _hold(engine, call, awaited):
 
 def argument_failed(call, future, error):
     """The ArgumentFailed of a call that has a Future among its arguments which failed with this error."""
+    why = "" if isinstance(error, ArgumentFailed) else f": {_line(error)}"
     failure = ArgumentFailed(f"{call._function.name} was not called: one of its arguments is the result of "
-                             f"{future._function.name}, which failed{'' if isinstance(error, ArgumentFailed) else ': ' + _line(error)}")
+                             f"{future._function.name}, which failed{why}")
     failure.__cause__ = error
     return failure
 

@@ -1160,11 +1160,14 @@ def _backend_class():
             here, ref = self._shared.get(id(value), (None, None))
             if not here or here() is not value:
                 try:
-                    gone = weakref.ref(value, lambda _, key=id(value): self._shared.pop(key, None))
-                    self._shared[id(value)] = gone, clupy.share(value, ttl="1h")
+                    here = weakref.ref(value, functools.partial(self._forget, id(value)))
+                    self._shared[id(value)] = here, clupy.share(value, ttl="1h")
                 except TypeError:                 # it takes no weak reference: then it is sent with each batch
                     return value
             return self._shared[id(value)][1]
+
+        def _forget(self, key, _):
+            self._shared.pop(key, None)
 
         def retrieve_result_callback(self, out):
             return out.result()
@@ -1192,7 +1195,7 @@ def _backend_class():
 
 
 def _run_batch(batch, threads):
-    """In a worker: the results of a batch of joblib's, in which libraries use at most so many threads (None: as many as any call)."""
+    """In a worker: the results of a batch of joblib's, for which libraries use so many threads; None: as many as for any call."""
     if threads is None:
         return batch()
     with threadpoolctl.threadpool_limits(threads):
