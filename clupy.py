@@ -3254,7 +3254,7 @@ class BaseEngine:
 
     def places(self):
         """{server: the `_place` of a call that it alone is to run}."""
-        raise ClupyError("everywhere() works in the program that is connected to a cluster, not on another executor, nor in a call")
+        raise ClupyError("everywhere() works in the program that has a cluster, not on another executor, nor in a call")
 
     def grow(self, slots):
         """At least so many slots, if that is for the engine to decide."""
