@@ -2792,6 +2792,14 @@ threads = Threads()
 
 _handling = threading.local()     # .future: the one whose handlers this thread runs
 
+_ending = False                   # whether the program's end has begun
+
+
+def leave_if_ending():
+    """In a daemon thread of a program that ends: end it, as sys.exit() does, without a word."""
+    if _ending and threading.current_thread().daemon:
+        raise SystemExit
+
 
 class Failures:
     """The failed calls that nobody has looked at, by asking for the result or the exception, or with a handler: none may pass
@@ -2933,7 +2941,8 @@ class Future(concurrent.futures.Future):
 
     @_either_spelling
     def wait(self, timeout=10):
-        """Whether it completed within `timeout` seconds (None: for ever), its handlers included.
+        """Whether it completed, its handlers included, within `timeout` seconds: 10 by default, after which it returns False,
+        where result(), exception() and wait_all() wait for ever; None: for ever, too.
 
         A handler that asks does not wait for itself."""
         if self._state in _DONE and self._handled is None:
@@ -2979,10 +2988,13 @@ class Future(concurrent.futures.Future):
         if not self._wait(timeout := _time_out(_one_of("exception", timeout, time_out))):
             raise TimeoutError(f"{self!r} has no result after {timeout:g} s")
         if self._state == CANCELLED:
+            leave_if_ending()
             raise CancelledError()
         if self._unseen:
             failures.seen(self)
         self._open()
+        if type(self._exception) is Closed:
+            leave_if_ending()
         return self._exception
 
     @property
@@ -3040,8 +3052,9 @@ class Future(concurrent.futures.Future):
                 if self._succeeded() is succeeded:
                     try:
                         handler(self._result if succeeded else self.failure)
-                    except BaseException:          # SystemExit, too: whoever waits for the handlers must not wait for ever
-                        log.exception("a handler of %r raised", self)
+                    except BaseException as error:            # whoever waits for the handlers must not wait for ever
+                        if not (_ending and type(error) is SystemExit):        # see leave_if_ending
+                            log.exception("a handler of %r raised", self)
             with self._condition:
                 self._handlers = self._handlers[len(entries):] or None
                 if self._handlers is None:
@@ -5027,6 +5040,7 @@ class Executor(concurrent.futures.Executor):
                 raise RuntimeError("this Executor has a cluster of the process that made it; make one here")
             self._engine = _current_engine()
         elif self._engine.closed:
+            leave_if_ending()
             raise RuntimeError("cannot submit a call after its cluster was closed; make another Executor")
         function = capture(fn)
         if self._setup:
@@ -6818,6 +6832,8 @@ def _at_exit():
 
 
 def _end():
+    global _ending
+    _ending = True
     unfinished = sum(len(engine.calls()) for engine in list(_engines))
     if unfinished:
         log.warning("the program ended before %s of its calls; clupy.wait_all() waits for them", unfinished)

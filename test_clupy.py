@@ -3111,17 +3111,18 @@ def test_a_program_that_ends_at_whatever_moment_prints_nothing_of_ours(tmp_path)
     """Soon after its first call, while a daemon thread makes calls, in an Executor, by an exception."""
     kinds = ["results = [clupy.parallel(abs)(n) for n in range(50)]",
              "results = [clupy.Executor(2).submit(abs, n) for n in range(50)]",
-             "def loop():\n    while True:\n        clupy.parallel(abs)(1).wait()\n"
-             "threading.Thread(target=loop, daemon=True).start()"]
+             *(f"def loop():\n    while True:\n        {call}\nthreading.Thread(target=loop, daemon=True).start()"
+               for call in ("clupy.parallel(abs)(1).wait()", "list(clupy.map(abs, range(9)))",
+                            "clupy.Executor(1).submit(abs, 1).result()"))]
 
     def run(number):
         end = ["", "sys.exit(3)", "raise ValueError"][number % 3]
-        text = f"import clupy, sys, threading, time\n{kinds[number // 3 % 3]}\ntime.sleep({0.05 * number})\n{end}\n"
+        text = f"import clupy, sys, threading, time\n{kinds[number % 5]}\ntime.sleep({0.04 * number})\n{end}\n"
         done = subprocess.run([sys.executable, "-c", text], env=environ(), capture_output=True, text=True, timeout=60)
         expected = re.compile("program ended before|Traceback|<string>|ValueError")
         return [line for line in done.stderr.splitlines() if not expected.search(line)]
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
-        assert [said for said in pool.map(run, range(18)) if said] == []
+        assert [said for said in pool.map(run, range(25)) if said] == []
 
 
 def test_a_failure_that_nobody_looked_at_is_told_in_one_line_when_the_program_ends(tmp_path):
