@@ -295,6 +295,11 @@ class LockLost(ClupyError, RuntimeError):
     """What was held is held no more, since when is not known: the session ended, or the node was deleted."""
 
 
+def reason(error):
+    """What an error says; some say nothing, and then it is their name."""
+    return str(error) or type(error).__name__
+
+
 # ==== Configuration ==========================================================
 # defaults < YAML file of the role < CLUPY_* environment variables < command line or arguments
 #
@@ -385,9 +390,36 @@ def _addresses(value):
     return [parse_address(part, None) for part in parts]
 
 
-def cores():
-    """How many this process may use: a container or a batch system may leave it fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _content(path):
+    """The text of a small file; "" if it cannot be read."""
+    try:
+        with io.open(path, errors="replace") as file:
+            return file.read()
+    except OSError:
+        return ""
+
+
+def _quotas(root):
+    """How many cores' time each control group around this process may take, of those of both versions that have a limit."""
+    for line in _content(f"{root}/proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        mount, files = ("/cpu", ("cpu.cfs_quota_us", "cpu.cfs_period_us")) if controllers else ("", ("cpu.max",))
+        names = path.split("/")
+        for count in range(len(names), 0, -1):    # of these a container sees only some
+            folder = f"{root}/sys/fs/cgroup{mount}{'/'.join(names[:count])}"
+            words = " ".join(_content(f"{folder}/{file}") for file in files).split()
+            if len(words) == 2 and words[0].isdigit():        # else "max" or -1: as much as it likes
+                yield int(words[0]) / int(words[1])
+
+
+def cores(root=""):
+    """How many this process may use: a container or a batch system may leave it fewer than the machine has.
+
+    root: where its /proc and /sys are."""
+    mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min([mine, *map(math.ceil, _quotas(root))]))
 
 
 SETTINGS = {   # key: (roles that have it, how it is read, default)
@@ -455,16 +487,24 @@ def masked(value):
     return "".join(filter(None, match.groups())) if match else "(not shown, it may hold a password)"
 
 
-def read_settings(role, file=None, **arguments):
+def home_path(path):
+    """The path, with "~" in full.  Raises ConfigurationError for a user who has no home."""
+    full = os.path.expanduser(path)
+    if full.startswith("~"):
+        raise ConfigurationError(f"{path}: this user ({os.getuid()}) has no home folder; set HOME")
+    return full
+
+
+def read_settings(role, file=None, option="argument ", **arguments):
     """The Settings of a "master", "server" or "client".
 
     file: a YAML file that must exist; None: clupy.<role>.yaml in the working directory, if there is one.
-    arguments: settings that win over all others; None stands for one that was not given.
+    arguments: settings that win over all others; None stands for one that was not given; option: what messages call them.
     Raises ConfigurationError, naming file, line and the nearest valid key."""
     values = {key: default for key, (roles, _, default) in SETTINGS.items() if role in roles.split()}
     given = set()
 
-    def take(key, value, where):
+    def take(key, value, where, name=None):
         if key not in values:
             near = difflib.get_close_matches(str(key), values, 1)
             raise ConfigurationError(f"{where}: unknown setting {key!r}"
@@ -472,20 +512,20 @@ def read_settings(role, file=None, **arguments):
         try:
             values[key] = SETTINGS[key][1](value)
         except ValueError as error:
-            raise ConfigurationError(f"{where}: {key} is {masked(value)!r}, but must be {error}") from None
+            raise ConfigurationError(f"{name or f'{where}: {key}'} is {masked(value)!r}, but must be {error}") from None
         given.add(key)
 
     for key, value, line in read_yaml(file or f"clupy.{role}.yaml", must_exist=file is not None):
         take(key, value, f"{file or f'clupy.{role}.yaml'}, line {line}")
     for variable in [name for name in os.environ if name.startswith("CLUPY_")]:
         key = variable[6:].lower()
-        if key in values:
-            take(key, os.environ[variable], f"environment variable {variable}")
+        if key in values and os.environ[variable]:            # an empty one is unset
+            take(key, os.environ[variable], "", f"environment variable {variable}")
         elif key not in SETTINGS and (near := difflib.get_close_matches(key, [*SETTINGS, "secret"], 1, 0.8)) and near != [key]:
             log.warning("the environment variable %s is no setting; did you mean CLUPY_%s?", variable, near[0].upper())
     for key, value in arguments.items():
         if value is not None:
-            take(key, value, "argument")
+            take(key, value, "argument", f"{option}{key}")
     if values.get("slots") == 0:
         raise ConfigurationError("slots is 0, but must be at least 1")
     if (values.get("memory_limit") or MIN_MEMORY) < MIN_MEMORY:
@@ -500,7 +540,7 @@ def read_settings(role, file=None, **arguments):
 def _load_tls(settings, tls_ca, tls_cert, tls_key):
     """Make the settings' ssl contexts of the files that they name.  Raises ConfigurationError."""
     for name, path in ("tls_ca", tls_ca), ("tls_cert", tls_cert), ("tls_key", tls_key):
-        if path and not os.path.isfile(os.path.expanduser(path)):
+        if path and not os.path.isfile(home_path(path)):
             raise ConfigurationError(f"{name} is {path!r}, but there is no such file")
     if tls_ca:
         settings.dial_tls = _trusting("tls_ca", tls_ca)
@@ -522,7 +562,7 @@ def _load_tls(settings, tls_ca, tls_cert, tls_key):
 def _trusting(name, path):
     """The ssl context that trusts whom the certificates in a file belong to."""
     try:
-        return ssl.create_default_context(cafile=os.path.expanduser(path))
+        return ssl.create_default_context(cafile=home_path(path))
     except ssl.SSLError:
         raise ConfigurationError(f"{name} is {path!r}, but that holds no certificate") from None
     except OSError as error:
@@ -530,7 +570,7 @@ def _trusting(name, path):
 
 
 def _pem(path):
-    with io.open(os.path.expanduser(path), encoding="latin-1") as file:
+    with io.open(home_path(path), encoding="latin-1") as file:
         return file.read()
 
 
@@ -562,9 +602,10 @@ def read_yaml(path, must_exist=False):
         return []
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{path}: cannot be read: {error}") from None
+    invalid = yaml.YAMLError                      # here, where a missing pyyaml is one error, not two
     try:
         node, value = yaml.compose(text), yaml.safe_load(text)
-    except importlib.import_module("yaml").YAMLError as error:
+    except invalid as error:
         raise ConfigurationError(f"{path}: not YAML: {error}") from None
     if value is None:
         return []
@@ -604,6 +645,23 @@ def merged_services(own, theirs):
     return Settings({key: values[key] for key in SERVICE_KEYS}, given.intersection(SERVICE_KEYS))
 
 
+def _make_secret(path):
+    """Make the file, whole or not at all, unless another process does.  Raises SecretError."""
+    folder = os.path.dirname(path) or "."
+    try:
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=folder, prefix="secret-") as file:       # 0600, of a name of its own
+            file.write(os.urandom(32).hex() + "\n")
+            file.flush()
+            os.fsync(file.fileno())               # a power cut leaves none rather than an empty one
+            os.link(file.name, path)              # never over one that another master has just made
+            log.info("made the secret %s; copy it to the cluster's other machines", path)
+    except FileExistsError:
+        log.info("another process made the secret %s", path)
+    except OSError as error:
+        raise SecretError(f"the secret {path} cannot be made: {error.strerror}; set secret_file or CLUPY_SECRET") from None
+
+
 def find_secret(settings, create=False):
     """The cluster's secret as bytes: CLUPY_SECRET, else the file `secret_file`.
 
@@ -614,21 +672,18 @@ def find_secret(settings, create=False):
             raise SecretError("CLUPY_SECRET is shorter than 16 characters; a good one: python -c "
                               "'import secrets; print(secrets.token_hex(32))'")
         return secret.encode()
-    path = os.path.expanduser(settings.secret_file)
+    try:
+        path = home_path(settings.secret_file)
+    except ConfigurationError as error:
+        raise SecretError(f"no secret: {error}, or CLUPY_SECRET") from None
     if create and not os.path.exists(path):
-        folder = os.path.dirname(path) or "."
-        os.makedirs(folder, mode=0o700, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=folder, prefix="secret-") as file:       # 0600, of a name of its own
-            file.write(os.urandom(32).hex() + "\n")
-            file.flush()
-            try:
-                os.link(file.name, path)              # never over one that another master has just made
-                log.info("made the secret %s; copy it to the cluster's other machines", path)
-            except FileExistsError:
-                log.info("another process made the secret %s", path)
+        _make_secret(path)
     try:
         with io.open(path, "rb") as file:
             status, secret = os.fstat(file.fileno()), file.read(4096).strip()
+    except FileNotFoundError:
+        raise SecretError(f"no secret: there is no {path}: the first `python -m clupy master` of a machine makes it; if that "
+                          "is another machine, copy it from there, or set CLUPY_SECRET") from None
     except OSError as error:
         raise SecretError(f"no secret: {path}: {error.strerror}; copy the master's ~/.clupy/secret to this machine, "
                           "or set CLUPY_SECRET") from None
@@ -1119,7 +1174,7 @@ async def _prove(reader, writer, peer, mine, secret):
 
 def told(said):
     """What each address said, as one text."""
-    return "; ".join(f"{address_text(*address)}: {why}" for address, why in said.items())
+    return "; ".join(f"{address_text(*address)}: {reason(why)}" for address, why in said.items())
 
 
 def hopeless(said):
@@ -3679,7 +3734,7 @@ class ServerLink:
         try:
             connection = await dial(self.address, CONTROL, self.engine.secret, self.engine.settings)
         except Exception as error:                # whatever dialing raises, a host's name that is none included
-            log.warning("server %s cannot be reached: %s", self.name, error or type(error).__name__)
+            log.warning("server %s cannot be reached: %s", self.name, reason(error))
             self.engine.pool.link_lost(self)
             return
         self.connection, self.key = connection, connection.key
@@ -4218,10 +4273,10 @@ class Pool:
             if self._failures >= MAX_FAILURES:
                 engine.feeder.fail_waiting(ClupyError(f"no slot can be opened, the last time because of {error!r}"))
         elif link.failures == 1:
-            log.warning("no slot at %s: %s", link.name, error or type(error).__name__)
+            log.warning("no slot at %s: %s", link.name, reason(error))
         elif link.failures >= MAX_FAILURES and link.connection and not any(s.state == OPEN for s in link.slots.values()):
             log.warning("giving up server %s: %s slots in a row could not be opened, the last one because of: %s", link.name,
-                        link.failures, error or type(error).__name__)
+                        link.failures, reason(error))
             link.connection.close()               # as a server that cannot be reached: again after RETRY_TIME
 
     def opened(self, slot):
@@ -4357,7 +4412,7 @@ class MasterSide:
             except ConnectionRefusedError:
                 pass
             except (OSError, ClupyError) as error:
-                log.warning("%s:%s is not our master (%s); using this machine's cores instead", *address, error)
+                log.warning("%s:%s is not our master (%s); using this machine's cores instead", *address, reason(error))
         return [await engine.embed()]
 
     def master_joined(self, connection):
@@ -4558,7 +4613,9 @@ class Engine(BaseEngine):
 
     def descriptors(self):
         """The numbers of the engine's open files: a forked child closes them, and nothing else of the engine."""
-        numbers = {key.fd for key in list(self._selector.get_map().values())} | {self._selector.fileno()}
+        numbers = {key.fd for key in list(self._selector.get_map().values())}
+        if hasattr(self._selector, "fileno"):     # not those by poll() or select(), nor gevent's
+            numbers.add(self._selector.fileno())
         numbers.update(slot.transport.get_extra_info("socket").fileno() for slot in self.pool.slots() if slot.transport)
         for part in self.embedded or ():
             numbers.update(part.descriptors())
@@ -6892,9 +6949,9 @@ def main(argv=None):
     given = {key: value for key, value in vars(arguments).items() if key in SETTINGS}
     logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s", level=logging.INFO)
     try:
-        arguments.run(read_settings(arguments.role, arguments.config, **given), arguments)
+        arguments.run(read_settings(arguments.role, arguments.config, "--", **given), arguments)
         return 0
-    except ClupyError as error:
+    except (ClupyError, ModuleNotFoundError) as error:        # the latter of a package that is not installed, with what to do
         print(f"clupy {arguments.command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -6911,8 +6968,8 @@ def _run_server(settings, _):
 
 def _await_secret(settings):
     """The secret; waited for as long as `patience` where the first master of this machine may be about to make it."""
-    path, deadline = os.path.expanduser(settings.secret_file), time.monotonic() + settings.patience
-    if not os.environ.get("CLUPY_SECRET") and not os.path.exists(path):
+    deadline = time.monotonic() + settings.patience
+    if not os.environ.get("CLUPY_SECRET") and not os.path.exists(path := home_path(settings.secret_file)):
         log.warning("there is no %s yet: the first master of this machine makes it; on another machine, copy it from there",
                     path)
         while not os.path.exists(path) and time.monotonic() < deadline:

@@ -314,6 +314,8 @@ class Tables:
     def put_server(self, id, row):
         """Replace what a server said; whether that asks for a decision."""
         before, self.servers[id] = self.servers.get(id), row
+        if row.facts["own"] is None:   # it said that when it came
+            row.facts["own"] = before.facts["own"] if before else {}
         if before is None:             # a new master may have heard clients first: what they hold there, let them keep
             for client in row.held.keys() & self.clients.keys():
                 self.clients[client].share.setdefault(id, row.held[client])
@@ -529,7 +531,7 @@ def _absolute_line(line, folder):
         path = urllib.parse.unquote(urllib.parse.urlsplit(path).path)
     elif "://" in path or not ("/" in path or path.endswith(_ARCHIVES)):
         return line
-    path = Path(folder, Path(path).expanduser()).resolve()
+    path = Path(folder, clupy.home_path(path)).resolve()
     if not path.exists():
         raise ValueError(f"{line!r}: there is no {path}")
     return f"{path}{match['extras'] or match['more_extras'] or ''} {match['marker'] or ''}".strip()
@@ -538,7 +540,7 @@ def _absolute_line(line, folder):
 def _absolute_options(texts, folder):
     """The options one by one ("--find-links wheels" is two), with paths made absolute."""
     def absolute(value):
-        return value if "://" in value else str(Path(folder, Path(value).expanduser()))
+        return value if "://" in value else str(Path(folder, clupy.home_path(value)))
 
     options = []
     for option in [word for text in texts for word in shlex.split(text)]:
@@ -691,6 +693,11 @@ def installed(name):
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
+
+
+def all_installed():
+    """{canonical name: version} of the libraries of this interpreter."""
+    return {canonical(found.metadata["Name"]): found.version for found in metadata.distributions() if found.metadata["Name"]}
 
 
 def differences(pins, installed=installed):
@@ -1427,7 +1434,7 @@ def libraries_text(tables, installed=installed):
     groups, faults = {}, {}
     for row in tables["servers"].values():
         server = f"{row['name']} ({row['address']})"
-        own = (Pin("python", row["python"]), Pin("cloudpickle", row["cloudpickle"]))
+        own = (Pin("python", row["python"]), *(Pin(*item) for item in sorted(row["own"].items())))
         for environment in row["environments"] or [None]:
             pins = tuple(Pin(*pin) for pin in tables["environments"].get(environment, [])) if environment else own
             groups.setdefault((environment, pins), []).append(server)

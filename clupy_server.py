@@ -1000,8 +1000,8 @@ LOCK_POLL = 0.2                    # seconds between looks at another's lock: a 
 
 
 def default_environments_dir():
-    """The folder for environments in the user's cache: losing it costs time only."""
-    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache", "clupy", "environments")
+    """The folder for environments in the user's cache: losing it costs time only.  Raises ConfigurationError."""
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or clupy.home_path("~/.cache"), "clupy", "environments")
 
 
 def server_paths():
@@ -1060,7 +1060,12 @@ class Environments:
     build, unless more are in use.  Used in any loop; the folder is the only state."""
 
     def __init__(self, folder=None, kept=10):
-        self.folder, self.kept = pathlib.Path(folder or default_environments_dir()).absolute(), kept
+        self._folder, self.kept = folder, kept
+
+    @functools.cached_property
+    def folder(self):
+        """Where they are; asked for when there is one to be built, since not every user has a home."""
+        return pathlib.Path(clupy.home_path(self._folder) if self._folder else default_environments_dir()).absolute()
 
     def complete(self):
         """The ids of those that are complete, the most recently used first."""
@@ -1111,6 +1116,8 @@ class Environments:
                 return environment
         except OSError as error:
             raise DependencyError(f"environment {name} cannot be built in {self.folder}: {error}") from error
+        except clupy.ConfigurationError as error:
+            raise DependencyError(f"environment {name} cannot be built: {error}, or environments_dir") from None
 
     async def _acquire(self, lock, progress):
         waits = False
@@ -2090,10 +2097,12 @@ class Server:
         self.draining = False
         self.over = asyncio.get_running_loop().create_future()       # None, or an error: it makes no sense to go on
         self.versions = {"python": clupy.PYTHON_VERSION, "cloudpickle": clupy_master.installed("cloudpickle")}
+        self.own = {}                              # {library: version} of this Python, for `python -m clupy libraries`
         self.link = clupy.MasterLink(clupy.masters_of(settings), secret, settings)
         self.libraries = NodeLibraries(self)
         self.workers = Workers(self, settings.slots)
         self.tasks = clupy_master.Tasks("the server")
+        self._told = None                          # Connection to the master that was told `own`
         self._stating = None                       # TimerHandle, while a statement is due
         self._closing = False
         self._said = ""                            # why there is no master, as the log says; None: there is one
@@ -2193,8 +2202,10 @@ class Server:
         held = collections.Counter(process.slot.session.client for process in self.workers.processes.values() if process.slot)
         host, port = self.address
         host = None if host in ("0.0.0.0", "::", "") else host
+        told, self._told = self._told, self.link.connection
         self.link.connection.send("server", self.id, (host, port), self.workers.usable_slots, dict(held), {
             "name": self.name, "load": os.getloadavg()[0], "draining": self.draining,
+            "own": None if told is self.link.connection else self.own,
             **self.versions, **self.libraries.state()})
 
     def on_cluster(self, connection, services, silent, libraries):
@@ -2258,6 +2269,7 @@ class Server:
 async def run(settings, secret):
     """Be a server until cancelled or refused by the master; SIGTERM drains, a second one ends at once."""
     server = Server(settings, secret)
+    server.own = clupy_master.all_installed()
     log.info("server listens on %s, with %s slots", server.where, server.workers.slots)
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, server.terminate)
     try:

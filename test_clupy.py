@@ -838,6 +838,9 @@ def test_status_shows_servers_slots_and_clients(cluster):
     client, = tables["clients"].values()
     assert server["slots"] == 2 and client["share"] >= 1 and not server["draining"]
     text = shown(cluster, "status")
+    own = shown(cluster, "libraries")
+    assert "the server's own Python on" in own and "here:" not in own
+    assert re.search(f"  pytest +{re.escape(clupy_master.installed('pytest'))}", own)
     assert "SERVER" in text and "CLIENT" in text and "ready" in text
     assert json.loads(shown(cluster, "status", "--json"))["servers"].keys() == tables["servers"].keys()
     assert future.cancel()
@@ -1277,6 +1280,43 @@ def test_a_server_has_a_slot_for_each_core_that_it_may_use():
     assert done.stdout == b"1\n"
 
 
+CGROUP = "/sys/fs/cgroup"
+
+
+@pytest.mark.parametrize("files, expected", [
+    ({}, 4),
+    ({"/proc/self/cgroup": "0::/\n", f"{CGROUP}/cpu.max": "150000 100000\n"}, 2),         # a container's own: rounded up
+    ({"/proc/self/cgroup": "0::/\n", f"{CGROUP}/cpu.max": "max 100000\n"}, 4),
+    ({"/proc/self/cgroup": "0::/a/b c\n", f"{CGROUP}/a/cpu.max": "300000 100000", f"{CGROUP}/a/b c/cpu.max": "max 100000"}, 3),
+    ({"/proc/self/cgroup": "0::/../x\n", f"{CGROUP}/cpu.max": "10000 100000"}, 1),
+    ({"/proc/self/cgroup": "3:cpu,cpuacct:/docker/x\n1:name=systemd:/\n0::/\n", f"{CGROUP}/cpu/cpu.cfs_quota_us": "200000",
+      f"{CGROUP}/cpu/cpu.cfs_period_us": "100000"}, 2),        # a container that sees its own group as the outermost
+    ({"/proc/self/cgroup": "1:cpu:/a\n", f"{CGROUP}/cpu/a/cpu.cfs_quota_us": "-1", f"{CGROUP}/cpu/a/cpu.cfs_period_us": "9"}, 4),
+    ({"/proc/self/cgroup": "1:cpu:/a\n", f"{CGROUP}/cpu/a/cpu.cfs_quota_us": "900000",
+      f"{CGROUP}/cpu/a/cpu.cfs_period_us": "100000"}, 4),
+])
+def test_the_cores_are_no_more_than_the_control_groups_leave(tmp_path, monkeypatch, files, expected):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4))
+    for name, text in files.items():
+        os.makedirs(os.path.dirname(f"{tmp_path}{name}"), exist_ok=True)
+        with open(f"{tmp_path}{name}", "w") as file:
+            file.write(text)
+    assert clupy.cores(str(tmp_path)) == expected
+
+
+def test_a_user_without_a_home_has_the_embedded_cluster_and_is_told_what_a_real_one_needs(tmp_path):
+    """HOME is unset, and no entry in the table of users has the number."""
+    hidden = "import os, pwd\nos.environ.pop('HOME', None)\ndef none(uid):\n    raise KeyError(uid)\npwd.getpwuid = none\n"
+    done = run_script(tmp_path, hidden + "import clupy\nprint(clupy.parallel(abs)(-1).result(30))", CLUPY_SECRET="")
+    assert (done.stdout, done.stderr) == ("1\n", "")
+    for command in "master", "serve", "status":
+        done = run_script(tmp_path, f"{hidden}import clupy\nraise SystemExit(clupy.main(['{command}']))", CLUPY_SECRET="",
+                          check=False)
+        assert done.returncode == 1 and re.match(f"clupy {command}: .*~/.clupy/secret: this user .* no home folder; set HOME",
+                                                 done.stderr), done.stderr
+    assert os.listdir(tmp_path) == ["script.py"]
+
+
 def test_numerical_libraries_get_the_cores_divided_by_the_slots_unless_the_user_says_otherwise(monkeypatch):
     names = "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"
     for name in names:
@@ -1486,6 +1526,31 @@ def test_a_wrong_setting_is_refused_with_file_line_and_the_nearest_valid_one(tmp
     assert message in str(caught.value)
 
 
+def test_a_wrong_setting_is_called_as_the_user_calls_it_and_an_empty_variable_is_none(tmp_path, monkeypatch):
+    done = subprocess.run([sys.executable, "-m", "clupy", "master", "--listen", "abc:xyz"], env=environ(), capture_output=True,
+                          text=True)
+    assert done.stderr == "clupy master: --listen is 'abc:xyz', but must be an address: HOST, HOST:PORT or PORT\n"
+    with pytest.raises(clupy.ConfigurationError, match="^argument master is 'a:b', but must be an address"):
+        clupy.connect("a:b")
+    monkeypatch.setenv("CLUPY_SLOTS", "x")
+    with pytest.raises(clupy.ConfigurationError, match="^environment variable CLUPY_SLOTS is 'x', but must be a whole number"):
+        clupy.connect()
+    monkeypatch.setenv("CLUPY_SLOTS", "")
+    monkeypatch.setenv("CLUPY_MASTER", "")
+    settings = clupy.read_settings("client")
+    assert settings.master is None and settings.slots == clupy.cores() and not {"slots", "master"} & settings.given
+
+
+def test_where_pyyaml_is_missing_one_error_says_how_to_get_it(tmp_path):
+    (tmp_path / "yaml.py").write_text("raise ModuleNotFoundError(\"No module named 'yaml'\", name='yaml')")
+    (tmp_path / "clupy.client.yaml").write_text("slots: 2")
+    script = "import clupy, sys\n"
+    done = run_script(tmp_path, f"{script}clupy.connect()", check=False)
+    assert done.stderr.count("Traceback") == 1 and "run: python -m pip install pyyaml" in done.stderr.splitlines()[-1]
+    done = run_script(tmp_path, f"{script}sys.exit(clupy.main(['status']))", check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1) and done.stderr.endswith("pip install pyyaml\n")
+
+
 def test_a_variable_that_is_nearly_a_setting_is_told_of(monkeypatch, caplog):
     for name in ("CLUPY_SLOTZ", "CLUPY_SECRET", "CLUPY_SOMETHING_ELSE", "CLUPY_DRAIN_TIME"):
         monkeypatch.setenv(name, "3")
@@ -1521,7 +1586,7 @@ def row(wanted, since=0.0, unreachable=(), **share):
 
 
 def server_row(slots, held={}, **facts):
-    return clupy_master.ServerRow(("h", 1), slots, held, facts)
+    return clupy_master.ServerRow(("h", 1), slots, held, {"own": {}, **facts})
 
 
 def totals(shares):
@@ -3212,9 +3277,11 @@ def test_a_forked_child_has_an_outcome_for_every_call_at_whatever_moment_it_was_
     """)
 
 
-def test_a_forked_child_gets_an_engine_of_its_own(tmp_path):
-    done = run_script(tmp_path, """
-        import clupy, os, warnings
+@pytest.mark.parametrize("selector", ["DefaultSelector", "PollSelector"])      # the latter has no descriptor, as gevent's
+def test_a_forked_child_gets_an_engine_of_its_own(tmp_path, selector):
+    done = run_script(tmp_path, f"""
+        import clupy, os, selectors, warnings
+        selectors.DefaultSelector = selectors.{selector}
         warnings.simplefilter("ignore")
         def pid():
             return os.getpid()
@@ -7739,6 +7806,10 @@ def test_the_commands_say_in_words_why_no_master_answers(tmp_path):
                               env=environ(), capture_output=True, text=True, timeout=60)
         assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
         assert done.stderr.startswith(f"clupy status: {bad['other secret']}: it has another secret")
+
+
+def test_no_reason_is_empty():
+    assert clupy.told({("h", 1): OSError(), ("h", 2): "it left"}) == "h:1: OSError; h:2: it left"
 
 
 def test_two_masters_that_stand_by_and_name_each_other_are_asked_once_between_two_pauses(monkeypatch):
