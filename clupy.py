@@ -154,6 +154,7 @@ mmap = _Lazy("mmap")
 pathlib = _Lazy("pathlib")
 pkgutil = _Lazy("pkgutil")
 platform = _Lazy("platform")
+pwd = _Lazy("pwd")
 redis = _Lazy("redis")
 redis_backoff = _Lazy("redis.backoff")
 redis_connection = _Lazy("redis.connection")
@@ -186,6 +187,7 @@ log = logging.getLogger("clupy")
 
 # Each constant names the price of turning it.
 PORT = 7878                       # the master's; users know it, so it never changes
+ENGINE_THREAD = "clupy-engine"    # the name of a client's thread
 PYTHON = sys.version_info.minor   # bytecode travels, so client, server and master must have the same
 PYTHON_VERSION = "%d.%d.%d" % sys.version_info[:3]       # as messages have it
 HANDSHAKE_TIME = 5.0              # a stranger holds a connection no longer; less refuses honest peers on a busy machine
@@ -718,9 +720,9 @@ def find_secret(settings, create=False):
 # from -> to        kind      fields                                       answer      if it fails
 # server -> master  server    id, address, slots, held {client: n},        cluster     next master of the list
 #                             facts {load, draining, ...}
-# client -> master  client    id, wanted slots, unreachable servers,       share       back-off; `patience` without slots
-#                             own list of libraries: (hash, list) or None
-# master -> client  share     {server: (address, n)}, services,            -           stands until replaced
+# client -> master  client    id, name, wanted slots, unreachable          share       back-off; `patience` without slots
+#                             servers, own libraries: (hash, list) or None
+# master -> client  share     {server: (address, n, name)}, services,      -           stands until replaced
 #                             libraries: (hash, exact list, error)
 # master -> server  cluster   services, silent clients, libraries: (hash,  -           the last one stands
 #                             exact list, its wheels)
@@ -728,10 +730,9 @@ def find_secret(settings, create=False):
 #                             nothing is said of libraries that are not known yet.
 # standby -> any    leader    (host, port) or None: not known              go there    next master of the list
 # any -> master     status    -                                            tables      an error text
-# client -> server  hello     client, exact list of its libraries, own     welcome     told to the master, again later
-#                             wheels, whether output is wanted
-# server -> client  welcome   session, name of the server, {its versions}, -
-#                             its max_nested
+# client -> server  hello     client, name, exact list of its libraries,   welcome     told to the master, again later
+#                             own wheels, whether output is wanted
+# server -> client  welcome   session, {its versions}, its max_nested      -
 # client -> server  close     number                                       ended       control lost: all are closed
 # client -> server  kill      number, call                                 ended, late the future has its outcome already
 # server -> client  ended     number, {pid, begun, why (one of Why),       -           1 s after the slot's end: Why.LOST
@@ -784,6 +785,33 @@ class Why:
     SERVER_CLOSED = "server closed"    # the server ends, drained or not
     # told to itself by the client, where no `ended` came
     LOST = "lost"                      # the server, or the way to it: whatever was sent may have begun
+
+
+def server_name(id, port):
+    """The one name of a server, in every log, in `status` and in errors; made by itself, and told to all."""
+    return f"{socket.gethostname()}:{port} ({id[:4]})"
+
+
+def client_name():
+    """The one name of this process as a client: "user@host program pid"."""
+    try:
+        user = pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:                              # containers have users without an entry
+        user = os.getuid()
+    script = (getattr(sys, "argv", None) or [""])[0]
+    program = os.path.basename(os.path.dirname(script) if script.endswith("__main__.py") else script)
+    if program in ("", "-c", "-m"):
+        program = "python"
+    name = f"{user}@{socket.gethostname()} {program[:40]} {os.getpid()}"
+    return "".join(character if character.isprintable() else "?" for character in name)
+
+
+def quiet_if_embedded(record):
+    """A filter of the loggers of master and server: in a client's engine, which embeds them, only errors are for the user."""
+    if record.threadName == ENGINE_THREAD and record.levelno < logging.ERROR:
+        record.levelno, record.levelname = logging.DEBUG, "DEBUG"
+        return logging.getLogger(record.name).isEnabledFor(logging.DEBUG)
+    return True
 
 
 MAGIC, VERSION = b"clupy", 1
@@ -3713,13 +3741,13 @@ def slot_class():
 class ServerLink:
     """The control connection to one server, and the slots there."""
 
-    def __init__(self, engine, id, address):
-        self.engine, self.id, self.address = engine, id, address
-        self.name = address_text(*address)
+    def __init__(self, engine, id, address, name):
+        self.engine, self.id, self.address, self.name = engine, id, address, name
         self.connection = self.key = self.session = None
         self.slots = {}                           # {number: Slot}, until they are over
         self.max_nested = 0                       # slots there beyond the share at most
         self.draining = False                     # takes no new slots
+        self.again = 0                            # calls that start again since it was lost or ended
         self.broken = None                        # why our libraries cannot be built there
         self.lost_at = None                       # when it could not be reached, or ended
         self.failures = 0                         # slots in a row that could not be opened
@@ -3746,8 +3774,8 @@ class ServerLink:
             self.engine.pool.link_lost(self)
 
     def greet(self):
-        libraries = self.engine.libraries
-        self.send("hello", self.engine.id, libraries.resolution.plain, libraries.wheels, self.engine.settings.output)
+        engine, libraries = self.engine, self.engine.libraries
+        self.send("hello", engine.id, engine.name, libraries.resolution.plain, libraries.wheels, engine.settings.output)
 
     def send(self, *message):
         if self.connection:
@@ -3760,10 +3788,10 @@ class ServerLink:
 
     # -- messages from the server
 
-    def on_welcome(self, _, session, name, versions, max_nested):
-        self.session, self.name, self.max_nested = session, name, max_nested
+    def on_welcome(self, _, session, versions, max_nested):
+        self.session, self.max_nested = session, max_nested
         if versions["python"] != PYTHON_VERSION:
-            log.info("server %s runs Python %s, this client %s", name, versions["python"], PYTHON_VERSION)
+            log.info("server %s runs Python %s, this client %s", self.name, versions["python"], PYTHON_VERSION)
         self.engine.libraries.check_server(versions)
         self.engine.pool.balance()
 
@@ -3782,7 +3810,7 @@ class ServerLink:
 
     def on_output(self, connection, entries, dropped, size):
         self.heard = time.monotonic()
-        self.engine.output.show(connection, self.name, entries, dropped, size)
+        self.engine.output.show(connection, self.name.partition(":")[0], entries, dropped, size)
 
     def on_notice(self, _, what, text):
         self.heard = time.monotonic()
@@ -3825,7 +3853,7 @@ class Output:
             self._thread = thread
 
     def show(self, connection, server, entries, dropped, size):
-        """Show [(pid, stream, text)] of a server, and say to it that so many bytes are seen."""
+        """Show [(pid, stream, text)] of a server's host, and say to it that so many bytes are seen."""
         self._entries.put((connection, server, entries, dropped, size))
 
     def end(self):
@@ -4088,6 +4116,8 @@ class Feeder:
             else:
                 make = {"done": lambda *_: CancelledError(), "timeout": timed_out, "died": died}[verdict]
                 outcomes.append((call, False, make(call, slot, how)))
+        if how["why"] in (Why.LOST, Why.SERVER_CLOSED):
+            slot.link.again += len(again)
         self.put_back(again)
         self.finish(outcomes)
 
@@ -4162,7 +4192,7 @@ class Pool:
     def __init__(self, engine):
         self._engine = engine
         self.links = {}                           # {server id: ServerLink}
-        self.share = {}                           # {server id: ((host, port), slots)}; the last one from the master
+        self.share = {}                           # {server id: ((host, port), slots, name)}; the last one from the master
         self._failures = 0                        # slots in a row that failed here, not at a server
         self._numbers = itertools.count(1)        # of slots
         self._short = False                       # it was said that there are too few descriptors
@@ -4187,9 +4217,9 @@ class Pool:
         """Open and leave slots until they are what the share says, and feed them."""
         if self._engine.closed:
             return
-        for id, (address, count) in self.share.items():
+        for id, (address, count, name) in self.share.items():
             if count and id not in self.links and self._engine.libraries.resolution:
-                self.links[id] = ServerLink(self._engine, id, address)
+                self.links[id] = ServerLink(self._engine, id, address, name)
         for link in list(self.links.values()):
             if link.session is not None and link.connection:
                 self._balance_link(link)
@@ -4347,6 +4377,7 @@ class Pool:
         if how["why"] == Why.MAX_NESTED:
             slot.link.retry_at = time.monotonic() + LINGER_TIME
         self._engine.feeder.slot_over(slot, how)
+        self._say_lost(slot.link)
         self._engine.libraries.leave_broken(slot.link)
         self.balance()
 
@@ -4358,7 +4389,16 @@ class Pool:
         self.share.pop(link.id, None)
         for slot in list(link.slots.values()):
             self.ending(slot)
+        self._say_lost(link)
         self._engine.master_side.send_statement()
+
+    def _say_lost(self, link):
+        """Tell of a server that was there, once all its calls are seen to."""
+        if link.lost_at is None or link.slots or link.session is None or link.broken or self._engine.closed:
+            return
+        how = "has ended, as it said before" if link.draining else "was lost"
+        log.log(logging.INFO if link.draining and not link.again else logging.WARNING,
+                "server %s %s; %s of our calls start again", link.name, how, link.again or "none")
 
     def judge(self, now):
         """Forget servers that were lost long enough ago to be tried again, and give up those that are silent."""
@@ -4429,7 +4469,7 @@ class MasterSide:
         self._stated = now
         if self.link and self.link.connection:
             unreachable = [link.id for link in self._engine.pool.links.values() if link.lost_at is not None]
-            self.link.connection.send("client", self._engine.id, self._wanted[0], unreachable,
+            self.link.connection.send("client", self._engine.id, self._engine.name, self._wanted[0], unreachable,
                                       self._engine.libraries.statement(self.link.connection))
 
     def count_wanted(self):
@@ -4492,7 +4532,7 @@ class MasterSide:
         engine = self._engine
         self.link.leads = True
         engine.libraries.hear(libraries)
-        engine.pool.share = {id: ((host or self.link.host, port), slots) for id, ((host, port), slots) in share.items()}
+        engine.pool.share = {id: ((host or self.link.host, port), *rest) for id, ((host, port), *rest) in share.items()}
         if services != engine.said:               # else it stays the same object, by which Services sees that nothing changed
             engine.said = services
         engine.joined.set()
@@ -4516,7 +4556,7 @@ class Engine(BaseEngine):
     """One client: its thread, its loop, its rooms.  Any thread may call the methods of BaseEngine; all else is the loop's."""
 
     def __init__(self, settings, secret=None, dependencies=None):
-        self.id = os.urandom(8).hex()
+        self.id, self.name = os.urandom(8).hex(), client_name()
         self.settings = settings
         self.secret = secret                      # None: an embedded cluster makes its own
         self.embedded = None                      # (Master, Server) of the embedded cluster
@@ -4536,7 +4576,7 @@ class Engine(BaseEngine):
         self._numbers = itertools.count(1)        # of calls
         self._selector = selectors.DefaultSelector()
         self.loop = asyncio.SelectorEventLoop(self._selector)
-        self._thread = threading.Thread(target=self._main, name="clupy-engine", daemon=True)
+        self._thread = threading.Thread(target=self._main, name=ENGINE_THREAD, daemon=True)
         self._thread.start()
 
     def __repr__(self):

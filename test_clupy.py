@@ -1141,6 +1141,60 @@ def test_sigterm_drains_a_server_and_a_second_one_ends_it(tmp_path, cluster):
         long.result(PATIENCE)
 
 
+def test_servers_and_clients_have_one_name_in_every_log_in_status_and_in_errors(tmp_path):
+    """Of two servers with a call each one is killed, and the other one drained."""
+    script = """if True:
+        import clupy, logging, time
+        logging.basicConfig(level=logging.INFO)
+        calls = [clupy.parallel(time.sleep, retries=n)(60) for n in (0, 1)]
+        calls[0].fail(lambda error: print(error, flush=True))
+        clupy.wait_all(calls)
+        """
+    with Cluster(tmp_path, servers=2, slots=1, CLUPY_DRAIN_TIME=1) as cluster, \
+            Program(tmp_path / "client", "-c", script, CLUPY_MASTER=cluster.address) as client:
+        until(lambda: sum(server["used"] for server in cluster.status()["servers"].values()) == 2)
+        master, (drained, lost) = cluster.master, cluster.servers
+        ours = f"@{socket.gethostname()} python {client.process.pid}"
+        names = [re.search(r"server (\S+ \(\w{4}\)) listens", server.log)[1] for server in cluster.servers]
+        text = shown(cluster, "status")
+        assert all(f"\n{name} " in text for name in names) and ours in text
+        for program in master, drained, lost:
+            assert re.search(rf"client \w+{ours} is here, from 127.0.0.1:", program.log)
+        lost.process.kill()
+        until(lambda: f"server {names[1]} is lost" in master.log)
+        told = until(lambda: re.search(r"server (.*) was lost; (none|1) of our calls start again", client.log))
+        assert told[1] == names[1]
+        if told[2] == "none":                      # it was the one that may start once
+            until(lambda: client.out.read_text().startswith(f"server {names[1]} was lost while"))
+        drained.process.terminate()
+        until(lambda: f"server {names[0]} has ended" in master.log)
+        assert f"server {names[0]} drains" in master.log and f"server {names[0]} is lost" not in master.log
+        until(lambda: f"server {names[0]} has ended, as it said before" in client.log)
+        assert re.search(rf"client \w+{ours} is gone; it had workers \(1\), for \d+ s", drained.log)
+        client.process.kill()
+        until(lambda: f"{ours} is gone" in master.log)
+
+
+def test_a_server_says_once_that_it_keeps_trying_to_find_a_master(tmp_path):
+    with Program(tmp_path, "-m", "clupy", "serve", "--port", free_port(), "--slots", 1) as server:
+        until(lambda: "Connection refused; trying again until one answers" in server.log)
+        time.sleep(2)
+        assert server.log.count("no master") == 1
+
+
+def test_the_embedded_cluster_says_nothing_that_is_no_error_to_who_logs_from_info_on(tmp_path):
+    text = """
+        import clupy, logging, os
+        logging.basicConfig(level=logging.LEVEL)
+        clupy.parallel(os._exit, retries=0)(3).exception(30)
+        print(clupy.parallel(abs)(-1).result(30))
+        """
+    done = run_script(tmp_path, text.replace("LEVEL", "INFO"))
+    assert (done.stdout, done.stderr) == ("1\n", "")
+    said = run_script(tmp_path, text.replace("LEVEL", "DEBUG")).stderr
+    assert "DEBUG:clupy.master:master listens" in said and "DEBUG:clupy.server:worker" in said
+
+
 def test_slots_are_served_in_the_order_in_which_they_came_and_each_number_once(tmp_path):
     """A client by hand, that asks for more slots than there are."""
     def ask_for(number):
@@ -1156,7 +1210,7 @@ def test_slots_are_served_in_the_order_in_which_they_came_and_each_number_once(t
     async def story():
         nonlocal control, session
         control = await clupy.dial(address, clupy.CONTROL, SECRET.encode(), clupy.read_settings("client"))
-        control.send("hello", "by hand", ((), ()), {}, True)
+        control.send("hello", "id", "by hand", ((), ()), {}, True)
         session, *_ = await until_said("welcome")
         waiting = [(number, ask_for(number)) for number in (7, 5, 6, 4)]
         assert ask_for(5).recv(1) == b""                       # a replay of what opens a slot
@@ -1586,7 +1640,7 @@ def row(wanted, since=0.0, unreachable=(), **share):
 
 
 def server_row(slots, held={}, **facts):
-    return clupy_master.ServerRow(("h", 1), slots, held, {"own": {}, **facts})
+    return clupy_master.ServerRow(("h", 1), slots, held, {"name": "name", "own": {}, **facts})
 
 
 def totals(shares):
@@ -1630,28 +1684,30 @@ def test_the_tables_of_a_new_master_leave_everybody_what_he_has_and_say_what_to_
     held = {"old": 2}
     assert tables.put_server("s1", server_row(2, held=held)) and not tables.put_server("s1", server_row(2, held=held))
     assert tables.put_server("s2", server_row(1, draining=True))
-    assert tables.put_client("old", "first connection", 5, [], False, 100.0)
+    assert tables.put_client("old", "first connection", "name", 5, [], False, 100.0)
     late = clupy_master.Tables()                            # it hears the client before the server
-    late.put_client("old", "its connection", 0, [], False, 100.0)
-    assert late.put_server("s1", server_row(2, held=held)) and late.share_of("old") == {"s1": (("h", 1), 2)}
+    late.put_client("old", "its connection", "name", 0, [], False, 100.0)
+    assert late.put_server("s1", server_row(2, held=held)) and late.share_of("old") == {"s1": (("h", 1), 2, "name")}
     tables.decide(100.0)
-    assert tables.share_of("old") == {"s1": (("h", 1), 2)} and not tables.starving()
-    assert tables.put_client("new", "its connection", 5, [], False, 100.0) and tables.starving()
-    assert not tables.put_client("new", "its connection", 5, [], False, 200.0)
+    assert tables.share_of("old") == {"s1": (("h", 1), 2, "name")} and not tables.starving()
+    assert tables.put_client("new", "its connection", "name", 5, [], False, 100.0) and tables.starving()
+    assert not tables.put_client("new", "its connection", "name", 5, [], False, 200.0)
     before = tables.decide(200.0)
-    assert tables.share_of("old", before["old"]) == tables.share_of("new") == {"s1": (("h", 1), 1)}
-    assert tables.put_client("new", "its connection", 0, ["s1"], False, 300.0)     # which says that it had no use for it
+    assert tables.share_of("old", before["old"]) == tables.share_of("new") == {"s1": (("h", 1), 1, "name")}
+    assert tables.put_client("new", "its connection", "name", 0, ["s1"], False, 300.0)     # which says that it had no use for it
     before = tables.decide(300.0)
-    assert tables.share_of("new", before["new"]) == {"s1": (("h", 1), 0)} and tables.share_of("old") == {"s1": (("h", 1), 2)}
+    assert tables.share_of("new", before["new"]) == {"s1": (("h", 1), 0, "name")}
+    assert tables.share_of("old") == {"s1": (("h", 1), 2, "name")}
     assert tables.put_server("s1", server_row(2, draining=True))
     before = tables.decide(300.0)
-    assert tables.share_of("old", before["old"]) == {"s1": (("h", 1), 0)} and tables.share_of("old") == {}
+    assert tables.share_of("old", before["old"]) == {"s1": (("h", 1), 0, "name")} and tables.share_of("old") == {}
     assert tables.silent(401.0) == []                       # nobody wants what it has
-    assert tables.put_client("new", "its connection", 5, [], False, 402.0) and tables.silent(402.0) == ["old"]
+    assert tables.put_client("new", "its connection", "name", 5, [], False, 402.0) and tables.silent(402.0) == ["old"]
     tables.restart_clocks(402.0)                            # the master was stopped, and hears it at once
     assert tables.silent(402.0) == []
-    assert tables.put_client("new", "its connection", 0, [], False, 402.0)
-    assert tables.put_client("old", "second connection", 5, [], False, 402.0) and not tables.drop("old", "first connection")
+    assert tables.put_client("new", "its connection", "name", 0, [], False, 402.0)
+    assert tables.put_client("old", "second connection", "name", 5, [], False, 402.0)
+    assert not tables.drop("old", "first connection")
     assert tables.drop("old", "second connection") and list(tables.clients) == ["new"]
 
 
@@ -1702,7 +1758,7 @@ def test_a_master_that_was_stopped_judges_nobody_by_the_time_that_passed():
     async def story():
         master = clupy_master.Master(clupy.default_settings("master", listen=("127.0.0.1", 0)), SECRET.encode())
         now = time.monotonic()
-        master.tables.put_client("one", "its connection", 1, [], False, now - 1000)
+        master.tables.put_client("one", "its connection", "name", 1, [], False, now - 1000)
         master._woke = now
         assert master._now() >= now and master.tables.clients["one"].heard == now - 1000       # it was awake all the time
         master._woke = now - 10
@@ -2592,7 +2648,7 @@ class Calls(hypothesis.stateful.RuleBasedStateMachine):
 
     @hypothesis.stateful.rule(a=hypothesis.strategies.integers(0, 3), b=hypothesis.strategies.integers(0, 2))
     def share(self, a, b):
-        self.engine.pool.share = {"a": (("h", 1), a), "b": (("h", 2), b)}
+        self.engine.pool.share = {"a": (("h", 1), a, "name"), "b": (("h", 2), b, "name")}
         self.engine.pool.balance()
 
     @hypothesis.stateful.rule(index=indices, what=hypothesis.strategies.sampled_from(
@@ -5251,6 +5307,27 @@ def test_the_progress_line_is_for_terminals_only(capsys):
     assert len(screen[0]) < 500 and screen[1] == "\r\x1b[K"
 
 
+def test_who_waits_for_libraries_is_told_once_also_without_a_terminal(monkeypatch, caplog, capsys):
+    monkeypatch.setattr(clupy_master, "TELL_TIME", 0.1)
+
+    async def story():
+        engine = types.SimpleNamespace(loop=asyncio.get_running_loop(), backlog=types.SimpleNamespace(queued=3),
+                                       settings=clupy.default_settings("client"))
+        libraries = clupy_master.ClientLibraries(engine, None)
+        libraries.show_progress("Collecting one")
+        libraries.clear_progress()                 # quick enough
+        await asyncio.sleep(0.2)
+        assert not caplog.messages
+        for line in "one", "two":
+            libraries.show_progress(f"Collecting {line}")
+        await asyncio.sleep(0.2)
+        libraries.show_progress("Collecting three")
+        await asyncio.sleep(0.2)
+        assert caplog.messages == ["calls wait (3) until their libraries are there: Collecting two"]
+    asyncio.run(story())
+    assert capsys.readouterr().err == ""
+
+
 # -- in a cluster
 
 def calls(name="figures"):
@@ -5495,7 +5572,7 @@ def test_a_clients_list_waits_for_the_masters_and_no_answer_of_yesterday_comes_l
 
     def ask_master(master):
         own = list_of(index, "own")
-        master.on_client(connection, "id", 0, (), (own.hash, (own.libraries, own.pip_options, {})))
+        master.on_client(connection, "id", "name", 0, (), (own.hash, (own.libraries, own.pip_options, {})))
 
     async def answer(count):
         while len(answers) < count:
