@@ -3769,6 +3769,9 @@ class ServerLink:
         self.greet()
         try:
             await connection.serve(self)
+        except BaseException:                     # it was us: the interpreter ends, say, and no thread can be started
+            self.session = None
+            raise
         finally:
             self.connection = None
             self.engine.pool.link_lost(self)
@@ -4777,6 +4780,7 @@ class Engine(BaseEngine):
         while any(slot.pid for slot in self.pool.slots()) and self.loop.time() < deadline:
             await asyncio.sleep(0.005)
         self.output.end()
+        self.loop.set_exception_handler(lambda *_: None)       # else asyncio tells of resets when connections are garbage
         for link in self.pool.links.values():
             if link.connection:
                 link.connection.abort()

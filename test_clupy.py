@@ -2610,7 +2610,8 @@ class HandEngine(clupy.BaseEngine):
         self.feeder, self.pool = clupy.Feeder(self), HandPool(self)
         self.starts = collections.Counter()
         self.links = [HandLink(id=id, name=id, engine=self, key=b"k", slots={}, connection=True, session=1, draining=False,
-                               max_nested=3, retry_at=0.0, lost_at=None, again=0, starts=self.starts, numbers=itertools.count(1), failures=0)
+                               max_nested=3, retry_at=0.0, starts=self.starts, numbers=itertools.count(1), failures=0,
+                               lost_at=None, again=0)
                       for id in "ab"]
         self.pool.links = {link.id: link for link in self.links}
 
