@@ -1076,13 +1076,13 @@ class Connection:
                 self.heard = time.monotonic()
                 dispatch(owner, self, message)
         except ProtocolError as error:
-            self.why = str(error)
+            self.why = reason(error)
             log.warning("closing the connection to %s: %s", self.peer, error)
         except asyncio.IncompleteReadError:        # the owner decides what that means
             if not self._writer.is_closing():
                 self.why = "it closed the connection"
         except OSError as error:
-            self.why = str(error)
+            self.why = reason(error)
         finally:
             watch.cancel()
             self.close()

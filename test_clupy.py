@@ -1170,7 +1170,7 @@ def test_servers_and_clients_have_one_name_in_every_log_in_status_and_in_errors(
         until(lambda: f"server {names[0]} has ended" in master.log)
         assert f"server {names[0]} drains" in master.log and f"server {names[0]} is lost" not in master.log
         until(lambda: f"server {names[0]} has ended, as it said before" in client.log)
-        assert re.search(rf"client \w+{ours} is gone; it had workers \(1\), for \d+ s", drained.log)
+        assert re.search(rf"client \w+{ours} is gone: .*; it had workers \(1\), for \d+ s", drained.log)
         client.process.kill()
         until(lambda: f"{ours} is gone" in master.log)
 
@@ -1483,7 +1483,7 @@ def test_every_address_is_one_of_ipv4_or_ipv6(tmp_path):
             server = stack.enter_context(Program(tmp_path / host, "-m", "clupy", "serve", "--master", f"{host}:{port}",
                                                  "--slots", 1))
             until(lambda host=host, server=server: f"connected to the master at {host}:{port}" in server.log)
-            assert "server listens on every address, port " in server.log
+            assert re.search(r"server \S+ \(\w+\) listens on every address, port ", server.log)
         assert f"master listens on every address, port {port}\n" in master.log
         for host in "127.0.0.1", "[::1]":
             clupy.connect(f"{host}:{port}")
@@ -3533,8 +3533,8 @@ def test_a_server_that_is_cut_off_runs_no_call_twice_that_may_start_once(tmp_pat
             once.result(PATIENCE)
         assert not again.completed
         until(lambda: (tmp_path / "again").read_text() == "xx")            # on the other server
-        gone = r"is gone: its machine has not answered for \d+ s"           # on either side
-        until(lambda: re.search(f"server .* {gone}", master.log) and re.search(f"client .* {gone}", far.log))
+        why = r"its machine has not answered for \d+ s"           # on either side
+        until(lambda: re.search(f"server .* is lost: {why}", master.log) and re.search(f"client .* is gone: {why}", far.log))
         until(lambda: re.search(r"no master: .*: its machine has not answered for \d+ s", far.log))
         network.plug("up")
         (tmp_path / "go").touch()
@@ -7956,7 +7956,7 @@ def test_patience_begins_when_the_last_master_that_led_is_lost(monkeypatch):
 
     class Client:
         def master_joined(self, connection):
-            connection.send("client", "c", 1, [], None)
+            connection.send("client", "c", "name", 1, [], None)
 
         def master_lost(self):
             pass
