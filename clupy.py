@@ -154,6 +154,7 @@ mmap = _Lazy("mmap")
 pathlib = _Lazy("pathlib")
 pkgutil = _Lazy("pkgutil")
 platform = _Lazy("platform")
+pwd = _Lazy("pwd")
 redis = _Lazy("redis")
 redis_backoff = _Lazy("redis.backoff")
 redis_connection = _Lazy("redis.connection")
@@ -188,6 +189,7 @@ log = logging.getLogger("clupy")
 
 # Each constant names the price of turning it.
 PORT = 7878                       # the master's; users know it, so it never changes
+ENGINE_THREAD = "clupy-engine"    # the name of a client's thread
 PYTHON = sys.version_info.minor   # bytecode travels, so client, server and master must have the same
 PYTHON_VERSION = "%d.%d.%d" % sys.version_info[:3]       # as messages have it
 HANDSHAKE_TIME = 5.0              # a stranger holds a connection no longer; less refuses honest peers on a busy machine
@@ -306,6 +308,11 @@ class LockLost(ClupyError, RuntimeError):
     """What was held is held no more, since when is not known: the session ended, or the node was deleted."""
 
 
+def reason(error):
+    """What an error says; some say nothing, and then it is their name."""
+    return str(error) or type(error).__name__
+
+
 # ==== Configuration ==========================================================
 # defaults < YAML file of the role < CLUPY_* environment variables < command line or arguments
 #
@@ -396,9 +403,36 @@ def _addresses(value):
     return [parse_address(part, None) for part in parts]
 
 
-def cores():
-    """How many this process may use: a container or a batch system may leave it fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _content(path):
+    """The text of a small file; "" if it cannot be read."""
+    try:
+        with io.open(path, errors="replace") as file:
+            return file.read()
+    except OSError:
+        return ""
+
+
+def _quotas(root):
+    """How many cores' time each control group around this process may take, of those of both versions that have a limit."""
+    for line in _content(f"{root}/proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        mount, files = ("/cpu", ("cpu.cfs_quota_us", "cpu.cfs_period_us")) if controllers else ("", ("cpu.max",))
+        names = path.split("/")
+        for count in range(len(names), 0, -1):    # of these a container sees only some
+            folder = f"{root}/sys/fs/cgroup{mount}{'/'.join(names[:count])}"
+            words = " ".join(_content(f"{folder}/{file}") for file in files).split()
+            if len(words) == 2 and words[0].isdigit():        # else "max" or -1: as much as it likes
+                yield int(words[0]) / int(words[1])
+
+
+def cores(root=""):
+    """How many this process may use: a container or a batch system may leave it fewer than the machine has.
+
+    root: where its /proc and /sys are."""
+    mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min([mine, *map(math.ceil, _quotas(root))]))
 
 
 SETTINGS = {   # key: (roles that have it, how it is read, default)
@@ -466,16 +500,24 @@ def masked(value):
     return "".join(filter(None, match.groups())) if match else "(not shown, it may hold a password)"
 
 
-def read_settings(role, file=None, **arguments):
+def home_path(path):
+    """The path, with "~" in full.  Raises ConfigurationError for a user who has no home."""
+    full = os.path.expanduser(path)
+    if full.startswith("~"):
+        raise ConfigurationError(f"{path}: this user ({os.getuid()}) has no home folder; set HOME")
+    return full
+
+
+def read_settings(role, file=None, option="argument ", **arguments):
     """The Settings of a "master", "server" or "client".
 
     file: a YAML file that must exist; None: clupy.<role>.yaml in the working directory, if there is one.
-    arguments: settings that win over all others; None stands for one that was not given.
+    arguments: settings that win over all others; None stands for one that was not given; option: what messages call them.
     Raises ConfigurationError, naming file, line and the nearest valid key."""
     values = {key: default for key, (roles, _, default) in SETTINGS.items() if role in roles.split()}
     given = set()
 
-    def take(key, value, where):
+    def take(key, value, where, name=None):
         if key not in values:
             near = difflib.get_close_matches(str(key), values, 1)
             raise ConfigurationError(f"{where}: unknown setting {key!r}"
@@ -483,20 +525,20 @@ def read_settings(role, file=None, **arguments):
         try:
             values[key] = SETTINGS[key][1](value)
         except ValueError as error:
-            raise ConfigurationError(f"{where}: {key} is {masked(value)!r}, but must be {error}") from None
+            raise ConfigurationError(f"{name or f'{where}: {key}'} is {masked(value)!r}, but must be {error}") from None
         given.add(key)
 
     for key, value, line in read_yaml(file or f"clupy.{role}.yaml", must_exist=file is not None):
         take(key, value, f"{file or f'clupy.{role}.yaml'}, line {line}")
     for variable in [name for name in os.environ if name.startswith("CLUPY_")]:
         key = variable[6:].lower()
-        if key in values:
-            take(key, os.environ[variable], f"environment variable {variable}")
+        if key in values and os.environ[variable]:            # an empty one is unset
+            take(key, os.environ[variable], "", f"environment variable {variable}")
         elif key not in SETTINGS and (near := difflib.get_close_matches(key, [*SETTINGS, "secret"], 1, 0.8)) and near != [key]:
             log.warning("the environment variable %s is no setting; did you mean CLUPY_%s?", variable, near[0].upper())
     for key, value in arguments.items():
         if value is not None:
-            take(key, value, "argument")
+            take(key, value, "argument", f"{option}{key}")
     if values.get("slots") == 0:
         raise ConfigurationError("slots is 0, but must be at least 1")
     if (values.get("memory_limit") or MIN_MEMORY) < MIN_MEMORY:
@@ -511,7 +553,7 @@ def read_settings(role, file=None, **arguments):
 def _load_tls(settings, tls_ca, tls_cert, tls_key):
     """Make the settings' ssl contexts of the files that they name.  Raises ConfigurationError."""
     for name, path in ("tls_ca", tls_ca), ("tls_cert", tls_cert), ("tls_key", tls_key):
-        if path and not os.path.isfile(os.path.expanduser(path)):
+        if path and not os.path.isfile(home_path(path)):
             raise ConfigurationError(f"{name} is {path!r}, but there is no such file")
     if tls_ca:
         settings.dial_tls = _trusting("tls_ca", tls_ca)
@@ -533,7 +575,7 @@ def _load_tls(settings, tls_ca, tls_cert, tls_key):
 def _trusting(name, path):
     """The ssl context that trusts whom the certificates in a file belong to."""
     try:
-        return ssl.create_default_context(cafile=os.path.expanduser(path))
+        return ssl.create_default_context(cafile=home_path(path))
     except ssl.SSLError:
         raise ConfigurationError(f"{name} is {path!r}, but that holds no certificate") from None
     except OSError as error:
@@ -541,7 +583,7 @@ def _trusting(name, path):
 
 
 def _pem(path):
-    with io.open(os.path.expanduser(path), encoding="latin-1") as file:
+    with io.open(home_path(path), encoding="latin-1") as file:
         return file.read()
 
 
@@ -573,9 +615,10 @@ def read_yaml(path, must_exist=False):
         return []
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{path}: cannot be read: {error}") from None
+    invalid = yaml.YAMLError                      # here, where a missing pyyaml is one error, not two
     try:
         node, value = yaml.compose(text), yaml.safe_load(text)
-    except importlib.import_module("yaml").YAMLError as error:
+    except invalid as error:
         raise ConfigurationError(f"{path}: not YAML: {error}") from None
     if value is None:
         return []
@@ -615,6 +658,23 @@ def merged_services(own, theirs):
     return Settings({key: values[key] for key in SERVICE_KEYS}, given.intersection(SERVICE_KEYS))
 
 
+def _make_secret(path):
+    """Make the file, whole or not at all, unless another process does.  Raises SecretError."""
+    folder = os.path.dirname(path) or "."
+    try:
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=folder, prefix="secret-") as file:       # 0600, of a name of its own
+            file.write(os.urandom(32).hex() + "\n")
+            file.flush()
+            os.fsync(file.fileno())               # a power cut leaves none rather than an empty one
+            os.link(file.name, path)              # never over one that another master has just made
+            log.info("made the secret %s; copy it to the cluster's other machines", path)
+    except FileExistsError:
+        log.info("another process made the secret %s", path)
+    except OSError as error:
+        raise SecretError(f"the secret {path} cannot be made: {error.strerror}; set secret_file or CLUPY_SECRET") from None
+
+
 def find_secret(settings, create=False):
     """The cluster's secret as bytes: CLUPY_SECRET, else the file `secret_file`.
 
@@ -625,21 +685,18 @@ def find_secret(settings, create=False):
             raise SecretError("CLUPY_SECRET is shorter than 16 characters; a good one: python -c "
                               "'import secrets; print(secrets.token_hex(32))'")
         return secret.encode()
-    path = os.path.expanduser(settings.secret_file)
+    try:
+        path = home_path(settings.secret_file)
+    except ConfigurationError as error:
+        raise SecretError(f"no secret: {error}, or CLUPY_SECRET") from None
     if create and not os.path.exists(path):
-        folder = os.path.dirname(path) or "."
-        os.makedirs(folder, mode=0o700, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=folder, prefix="secret-") as file:       # 0600, of a name of its own
-            file.write(os.urandom(32).hex() + "\n")
-            file.flush()
-            try:
-                os.link(file.name, path)              # never over one that another master has just made
-                log.info("made the secret %s; copy it to the cluster's other machines", path)
-            except FileExistsError:
-                log.info("another process made the secret %s", path)
+        _make_secret(path)
     try:
         with io.open(path, "rb") as file:
             status, secret = os.fstat(file.fileno()), file.read(4096).strip()
+    except FileNotFoundError:
+        raise SecretError(f"no secret: there is no {path}: the first `python -m clupy master` of a machine makes it; if that "
+                          "is another machine, copy it from there, or set CLUPY_SECRET") from None
     except OSError as error:
         raise SecretError(f"no secret: {path}: {error.strerror}; copy the master's ~/.clupy/secret to this machine, "
                           "or set CLUPY_SECRET") from None
@@ -674,9 +731,9 @@ def find_secret(settings, create=False):
 # from -> to        kind      fields                                       answer      if it fails
 # server -> master  server    id, address, slots, held {client: n},        cluster     next master of the list
 #                             facts {load, draining, ...}
-# client -> master  client    id, wanted slots, unreachable servers,       share       back-off; `patience` without slots
-#                             own list of libraries: (hash, list) or None
-# master -> client  share     {server: (address, n)}, services,            -           stands until replaced
+# client -> master  client    id, name, wanted slots, unreachable          share       back-off; `patience` without slots
+#                             servers, own libraries: (hash, list) or None
+# master -> client  share     {server: (address, n, name)}, services,      -           stands until replaced
 #                             libraries: (hash, exact list, error), size:
 #                             (servers, their slots, slots wanted by now)
 # master -> server  cluster   services, silent clients, libraries: (hash,  -           the last one stands
@@ -685,10 +742,9 @@ def find_secret(settings, create=False):
 #                             nothing is said of libraries that are not known yet.
 # standby -> any    leader    (host, port) or None: not known              go there    next master of the list
 # any -> master     status    -                                            tables      an error text
-# client -> server  hello     client, exact list of its libraries, own     welcome     told to the master, again later
-#                             wheels, whether output is wanted
-# server -> client  welcome   session, name of the server, {its versions}, -
-#                             its max_nested
+# client -> server  hello     client, name, exact list of its libraries,   welcome     told to the master, again later
+#                             own wheels, whether output is wanted
+# server -> client  welcome   session, {its versions}, its max_nested      -
 # client -> server  close     number                                       ended       control lost: all are closed
 # client -> server  kill      number, call                                 ended, late the future has its outcome already
 # server -> client  ended     number, {pid, begun, why (one of Why),       -           1 s after the slot's end: Why.LOST
@@ -743,6 +799,33 @@ class Why:
     SERVER_CLOSED = "server closed"    # the server ends, drained or not
     # told to itself by the client, where no `ended` came
     LOST = "lost"                      # the server, or the way to it: whatever was sent may have begun
+
+
+def server_name(id, port):
+    """The one name of a server, in every log, in `status` and in errors; made by itself, and told to all."""
+    return f"{socket.gethostname()}:{port} ({id[:4]})"
+
+
+def client_name():
+    """The one name of this process as a client: "user@host program pid"."""
+    try:
+        user = pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:                              # containers have users without an entry
+        user = os.getuid()
+    script = (getattr(sys, "argv", None) or [""])[0]
+    program = os.path.basename(os.path.dirname(script) if script.endswith("__main__.py") else script)
+    if program in ("", "-c", "-m"):
+        program = "python"
+    name = f"{user}@{socket.gethostname()} {program[:40]} {os.getpid()}"
+    return "".join(character if character.isprintable() else "?" for character in name)
+
+
+def quiet_if_embedded(record):
+    """A filter of the loggers of master and server: in a client's engine, which embeds them, only errors are for the user."""
+    if record.threadName == ENGINE_THREAD and record.levelno < logging.ERROR:
+        record.levelno, record.levelname = logging.DEBUG, "DEBUG"
+        return logging.getLogger(record.name).isEnabledFor(logging.DEBUG)
+    return True
 
 
 MAGIC, VERSION = b"clupy", 1
@@ -1007,13 +1090,13 @@ class Connection:
                 self.heard = time.monotonic()
                 dispatch(owner, self, message)
         except ProtocolError as error:
-            self.why = str(error)
+            self.why = reason(error)
             log.warning("closing the connection to %s: %s", self.peer, error)
         except asyncio.IncompleteReadError:        # the owner decides what that means
             if not self._writer.is_closing():
                 self.why = "it closed the connection"
         except OSError as error:
-            self.why = str(error)
+            self.why = reason(error)
         finally:
             watch.cancel()
             self.close()
@@ -1133,7 +1216,7 @@ async def _prove(reader, writer, peer, mine, secret):
 
 def told(said):
     """What each address said, as one text."""
-    return "; ".join(f"{address_text(*address)}: {why}" for address, why in said.items())
+    return "; ".join(f"{address_text(*address)}: {reason(why)}" for address, why in said.items())
 
 
 def hopeless(said):
@@ -2831,6 +2914,14 @@ threads = Threads()
 
 _handling = threading.local()     # .future: the one whose handlers this thread runs
 
+_ending = False                   # whether the program's end has begun
+
+
+def leave_if_ending():
+    """In a daemon thread of a program that ends: end it, as sys.exit() does, without a word."""
+    if _ending and threading.current_thread().daemon:
+        raise SystemExit
+
 
 class Failures:
     """The failed calls that nobody has looked at, by asking for the result or the exception, or with a handler: none may pass
@@ -2974,7 +3065,8 @@ class Future(concurrent.futures.Future):
 
     @_either_spelling
     def wait(self, timeout=10):
-        """Whether it completed within `timeout` seconds (None: for ever), its handlers included.
+        """Whether it completed, its handlers included, within `timeout` seconds: 10 by default, after which it returns False,
+        where result(), exception() and wait_all() wait for ever; None: for ever, too.
 
         A handler that asks does not wait for itself."""
         if self._state in _DONE and self._handled is None:
@@ -3020,10 +3112,13 @@ class Future(concurrent.futures.Future):
         if not self._wait(timeout := _time_out(_one_of("exception", timeout, time_out))):
             raise TimeoutError(f"{self!r} has no result after {timeout:g} s")
         if self._state == CANCELLED:
+            leave_if_ending()
             raise CancelledError()
         if self._unseen:
             failures.seen(self)
         self._open()
+        if type(self._exception) is Closed:
+            leave_if_ending()
         return self._exception
 
     @property
@@ -3082,8 +3177,9 @@ class Future(concurrent.futures.Future):
                 if self._succeeded() is succeeded:
                     try:
                         handler(self._result if succeeded else self.failure)
-                    except BaseException:          # SystemExit, too: whoever waits for the handlers must not wait for ever
-                        log.exception("a handler of %r raised", self)
+                    except BaseException as error:            # whoever waits for the handlers must not wait for ever
+                        if not (_ending and type(error) is SystemExit):        # see leave_if_ending
+                            log.exception("a handler of %r raised", self)
             with self._condition:
                 self._handlers = self._handlers[len(entries):] or None
                 if self._handlers is None:
@@ -3738,14 +3834,14 @@ def slot_class():
 class ServerLink:
     """The control connection to one server, and the slots there."""
 
-    def __init__(self, engine, id, address):
-        self.engine, self.id, self.address = engine, id, address
-        self.name = address_text(*address)
+    def __init__(self, engine, id, address, name):
+        self.engine, self.id, self.address, self.name = engine, id, address, name
         self.connection = self.key = self.session = None
         self.slots = {}                           # {number: Slot}, until they are over
         self.placed = collections.deque()         # calls that this server alone may run
         self.max_nested = 0                       # slots there beyond the share at most
         self.draining = False                     # takes no new slots
+        self.again = 0                            # calls that start again since it was lost or ended
         self.broken = None                        # why our libraries cannot be built there
         self.lost_at = None                       # when it could not be reached, or ended
         self.failures = 0                         # slots in a row that could not be opened
@@ -3760,20 +3856,23 @@ class ServerLink:
         try:
             connection = await dial(self.address, CONTROL, self.engine.secret, self.engine.settings)
         except Exception as error:                # whatever dialing raises, a host's name that is none included
-            log.warning("server %s cannot be reached: %s", self.name, error or type(error).__name__)
+            log.warning("server %s cannot be reached: %s", self.name, reason(error))
             self.engine.pool.link_lost(self)
             return
         self.connection, self.key = connection, connection.key
         self.greet()
         try:
             await connection.serve(self)
+        except BaseException:                     # it was us: the interpreter ends, say, and no thread can be started
+            self.session = None
+            raise
         finally:
             self.connection = None
             self.engine.pool.link_lost(self)
 
     def greet(self):
-        libraries = self.engine.libraries
-        self.send("hello", self.engine.id, libraries.resolution.plain, libraries.wheels, self.engine.settings.output)
+        engine, libraries = self.engine, self.engine.libraries
+        self.send("hello", engine.id, engine.name, libraries.resolution.plain, libraries.wheels, engine.settings.output)
 
     def send(self, *message):
         if self.connection:
@@ -3786,10 +3885,10 @@ class ServerLink:
 
     # -- messages from the server
 
-    def on_welcome(self, _, session, name, versions, max_nested):
-        self.session, self.name, self.max_nested = session, name, max_nested
+    def on_welcome(self, _, session, versions, max_nested):
+        self.session, self.max_nested = session, max_nested
         if versions["python"] != PYTHON_VERSION:
-            log.info("server %s runs Python %s, this client %s", name, versions["python"], PYTHON_VERSION)
+            log.info("server %s runs Python %s, this client %s", self.name, versions["python"], PYTHON_VERSION)
         self.engine.libraries.check_server(versions)
         self.engine.pool.balance()
 
@@ -3808,7 +3907,7 @@ class ServerLink:
 
     def on_output(self, connection, entries, dropped, size):
         self.heard = time.monotonic()
-        self.engine.output.show(connection, self.name, entries, dropped, size)
+        self.engine.output.show(connection, self.name.partition(":")[0], entries, dropped, size)
 
     def on_notice(self, _, what, text):
         self.heard = time.monotonic()
@@ -3851,7 +3950,7 @@ class Output:
             self._thread = thread
 
     def show(self, connection, server, entries, dropped, size):
-        """Show [(pid, stream, text)] of a server, and say to it that so many bytes are seen."""
+        """Show [(pid, stream, text)] of a server's host, and say to it that so many bytes are seen."""
         self._entries.put((connection, server, entries, dropped, size))
 
     def end(self):
@@ -4120,6 +4219,8 @@ class Feeder:
             else:
                 make = {"done": lambda *_: CancelledError(), "timeout": timed_out, "died": died}[verdict]
                 outcomes.append((call, False, make(call, slot, how)))
+        if how["why"] in (Why.LOST, Why.SERVER_CLOSED):
+            slot.link.again += len(again)
         self.put_back(again)
         self.finish(outcomes)
 
@@ -4194,7 +4295,7 @@ class Pool:
     def __init__(self, engine):
         self._engine = engine
         self.links = {}                           # {server id: ServerLink}
-        self.share = {}                           # {server id: ((host, port), slots)}; the last one from the master
+        self.share = {}                           # {server id: ((host, port), slots, name)}; the last one from the master
         self._failures = 0                        # slots in a row that failed here, not at a server
         self._numbers = itertools.count(1)        # of slots
         self._short = False                       # it was said that there are too few descriptors
@@ -4219,9 +4320,9 @@ class Pool:
         """Open and leave slots until they are what the share says, and feed them."""
         if self._engine.closed:
             return
-        for id, (address, count) in self.share.items():
+        for id, (address, count, name) in self.share.items():
             if count and id not in self.links and self._engine.libraries.resolution:
-                self.links[id] = ServerLink(self._engine, id, address)
+                self.links[id] = ServerLink(self._engine, id, address, name)
         for link in list(self.links.values()):
             if link.session is not None and link.connection:
                 self._balance_link(link)
@@ -4249,7 +4350,7 @@ class Pool:
         """{name of a server: the queue of calls that it alone runs}, of the servers of which this client has a slot; {}: one of
         them has not answered yet."""
         links = [link for link in self.links.values() if link.lost_at is None and self._granted(link)]
-        return {f"{link.name} {link.id[:4]}": link.placed for link in links} if all(link.session for link in links) else {}
+        return {link.name: link.placed for link in links} if all(link.session for link in links) else {}
 
     def _fail_placed(self):
         """Calls that only a server may run of which there is no slot any more."""
@@ -4320,10 +4421,10 @@ class Pool:
             if self._failures >= MAX_FAILURES:
                 engine.feeder.fail_waiting(ClupyError(f"no slot can be opened, the last time because of {error!r}"))
         elif link.failures == 1:
-            log.warning("no slot at %s: %s", link.name, error or type(error).__name__)
+            log.warning("no slot at %s: %s", link.name, reason(error))
         elif link.failures >= MAX_FAILURES and link.connection and not any(s.state == OPEN for s in link.slots.values()):
             log.warning("giving up server %s: %s slots in a row could not be opened, the last one because of: %s", link.name,
-                        link.failures, error or type(error).__name__)
+                        link.failures, reason(error))
             link.connection.close()               # as a server that cannot be reached: again after RETRY_TIME
 
     def opened(self, slot):
@@ -4394,6 +4495,7 @@ class Pool:
         if how["why"] == Why.MAX_NESTED:
             slot.link.retry_at = time.monotonic() + LINGER_TIME
         self._engine.feeder.slot_over(slot, how)
+        self._say_lost(slot.link)
         self._engine.libraries.leave_broken(slot.link)
         self.balance()
 
@@ -4405,7 +4507,16 @@ class Pool:
         self.share.pop(link.id, None)
         for slot in list(link.slots.values()):
             self.ending(slot)
+        self._say_lost(link)
         self._engine.master_side.send_statement()
+
+    def _say_lost(self, link):
+        """Tell of a server that was there, once all its calls are seen to."""
+        if link.lost_at is None or link.slots or link.session is None or link.broken or self._engine.closed:
+            return
+        how = "has ended, as it said before" if link.draining else "was lost"
+        log.log(logging.INFO if link.draining and not link.again else logging.WARNING,
+                "server %s %s; %s of our calls start again", link.name, how, link.again or "none")
 
     def judge(self, now):
         """Forget servers that were lost long enough ago to be tried again, and give up those that are silent."""
@@ -4473,7 +4584,7 @@ class MasterSide:
             except ConnectionRefusedError:
                 pass
             except (OSError, ClupyError) as error:
-                log.warning("%s:%s is not our master (%s); using this machine's cores instead", *address, error)
+                log.warning("%s:%s is not our master (%s); using this machine's cores instead", *address, reason(error))
         return [await engine.embed()]
 
     def master_joined(self, connection):
@@ -4490,7 +4601,7 @@ class MasterSide:
         self._stated = now
         if self.link and self.link.connection:
             unreachable = [link.id for link in self._engine.pool.links.values() if link.lost_at is not None]
-            self.link.connection.send("client", self._engine.id, self._wanted[0], unreachable,
+            self.link.connection.send("client", self._engine.id, self._engine.name, self._wanted[0], unreachable,
                                       self._engine.libraries.statement(self.link.connection))
 
     def count_wanted(self):
@@ -4575,7 +4686,7 @@ class MasterSide:
         if not engine.joined.is_set():
             log.info("connected to %r", self.cluster())
         engine.libraries.hear(libraries)
-        engine.pool.share = {id: ((host or self.link.host, port), slots) for id, ((host, port), slots) in share.items()}
+        engine.pool.share = {id: ((host or self.link.host, port), *rest) for id, ((host, port), *rest) in share.items()}
         if services != engine.said:               # else it stays the same object, by which Services sees that nothing changed
             engine.said = services
         engine.joined.set()
@@ -4600,7 +4711,7 @@ class Engine(BaseEngine):
 
     def __init__(self, settings, secret=None, dependencies=None):
         super().__init__()
-        self.id = os.urandom(8).hex()
+        self.id, self.name = os.urandom(8).hex(), client_name()
         self.settings = settings
         self.secret = secret                      # None: an embedded cluster makes its own
         self.embedded = None                      # (Master, Server) of the embedded cluster
@@ -4620,7 +4731,7 @@ class Engine(BaseEngine):
         self._numbers = itertools.count(1)        # of calls
         self._selector = selectors.DefaultSelector()
         self.loop = asyncio.SelectorEventLoop(self._selector)
-        self._thread = threading.Thread(target=self._main, name="clupy-engine", daemon=True)
+        self._thread = threading.Thread(target=self._main, name=ENGINE_THREAD, daemon=True)
         self._thread.start()
 
     def __repr__(self):
@@ -4720,7 +4831,9 @@ class Engine(BaseEngine):
 
     def descriptors(self):
         """The numbers of the engine's open files: a forked child closes them, and nothing else of the engine."""
-        numbers = {key.fd for key in list(self._selector.get_map().values())} | {self._selector.fileno()}
+        numbers = {key.fd for key in list(self._selector.get_map().values())}
+        if hasattr(self._selector, "fileno"):     # not those by poll() or select(), nor gevent's
+            numbers.add(self._selector.fileno())
         numbers.update(slot.transport.get_extra_info("socket").fileno() for slot in self.pool.slots() if slot.transport)
         for part in self.embedded or ():
             numbers.update(part.descriptors())
@@ -4844,6 +4957,7 @@ class Engine(BaseEngine):
         while any(slot.pid for slot in self.pool.slots()) and self.loop.time() < deadline:
             await asyncio.sleep(0.005)
         self.output.end()
+        self.loop.set_exception_handler(lambda *_: None)       # else asyncio tells of resets when connections are garbage
         for link in self.pool.links.values():
             if link.connection:
                 link.connection.abort()
@@ -5713,6 +5827,7 @@ class Executor(concurrent.futures.Executor):
                 raise RuntimeError("this Executor has a cluster of the process that made it; make one here")
             self._engine = _current_engine()
         elif self._engine.closed:
+            leave_if_ending()
             raise RuntimeError("cannot submit a call after its cluster was closed; make another Executor")
         return self._engine
 
@@ -7529,6 +7644,8 @@ def _at_exit():
 
 
 def _end():
+    global _ending
+    _ending = True
     unfinished = sum(len(engine.calls()) for engine in list(_engines))
     if unfinished:
         log.warning("the program ended before %s of its calls; clupy.wait_all() waits for them", unfinished)
@@ -7587,9 +7704,9 @@ def main(argv=None):
     given = {key: value for key, value in vars(arguments).items() if key in SETTINGS}
     logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s", level=logging.INFO)
     try:
-        arguments.run(read_settings(arguments.role, arguments.config, **given), arguments)
+        arguments.run(read_settings(arguments.role, arguments.config, "--", **given), arguments)
         return 0
-    except ClupyError as error:
+    except (ClupyError, ModuleNotFoundError) as error:        # the latter of a package that is not installed, with what to do
         print(f"clupy {arguments.command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -7606,8 +7723,8 @@ def _run_server(settings, _):
 
 def _await_secret(settings):
     """The secret; waited for as long as `patience` where the first master of this machine may be about to make it."""
-    path, deadline = os.path.expanduser(settings.secret_file), time.monotonic() + settings.patience
-    if not os.environ.get("CLUPY_SECRET") and not os.path.exists(path):
+    deadline = time.monotonic() + settings.patience
+    if not os.environ.get("CLUPY_SECRET") and not os.path.exists(path := home_path(settings.secret_file)):
         log.warning("there is no %s yet: the first master of this machine makes it; on another machine, copy it from there",
                     path)
         while not os.path.exists(path) and time.monotonic() < deadline:

@@ -57,7 +57,9 @@ joblib = clupy._Lazy("joblib")                  # these two are no libraries of 
 threadpoolctl = clupy._Lazy("threadpoolctl")
 
 log = logging.getLogger("clupy.master")
+log.addFilter(clupy.quiet_if_embedded)
 
+TELL_TIME = 2.0            # calls that wait for their libraries are told of after so long; less cries where they are nearly there
 TURN_TIME = 1.0            # a slot that others wait for passes on after so long; less moves workers about, more waits
 WAKE_TIME = 1.0                # between looks at the own clock: who was stopped judges nobody by the time that passed
 SILENT_CLIENT = 300.0      # a client that stated nothing for so long loses idle slots that others want
@@ -225,6 +227,7 @@ class ServerRow:
 @dataclass
 class ClientRow:
     """What a client said last, and what it was given."""
+    name: str = ""             # "user@host program pid"
     wanted: int = 0
     unreachable: frozenset = frozenset()           # ids of servers
     has_list: bool = False     # of libraries, of its own
@@ -319,12 +322,14 @@ class Tables:
     def put_server(self, id, row):
         """Replace what a server said; whether that asks for a decision."""
         before, self.servers[id] = self.servers.get(id), row
+        if row.facts["own"] is None:   # it said that when it came
+            row.facts["own"] = before.facts["own"] if before else {}
         if before is None:             # a new master may have heard clients first: what they hold there, let them keep
             for client in row.held.keys() & self.clients.keys():
                 self.clients[client].share.setdefault(id, row.held[client])
         return before is None or (before.slots, before.usable) != (row.slots, row.usable)
 
-    def put_client(self, id, connection, wanted, unreachable, has_list, now):
+    def put_client(self, id, connection, name, wanted, unreachable, has_list, now):
         """Replace what a client said; whether that asks for a decision."""
         row = self.clients.get(id)
         if row is None:                # what it holds is from a master before this one: let it keep that
@@ -334,16 +339,15 @@ class Tables:
             row.since = now
         before = row.wanted, row.unreachable, row.connection
         row.wanted, row.unreachable, row.connection, row.heard = wanted, frozenset(unreachable), connection, now
-        row.has_list = has_list
+        row.name, row.has_list = name, has_list
         return before != (row.wanted, row.unreachable, row.connection)
 
     def drop(self, id, connection):
-        """Forget who was connected by this; False if it has a newer connection, or was not there."""
+        """Forget who was connected by this: the row, or None if it has a newer connection, or was not there."""
         for table in self.servers, self.clients:
             if id in table and table[id].connection is connection:
-                del table[id]
-                return True
-        return False
+                return table.pop(id)
+        return None
 
     def clear(self):
         self.servers.clear()
@@ -360,11 +364,11 @@ class Tables:
         return before
 
     def share_of(self, id, before=()):
-        """What a client is told: {server id: (address, slots)}.
+        """What a client is told: {server id: (address, slots, name)}.
 
         A server of which it has nothing any more is named with 0 slots, which says: give them back."""
         row = self.clients[id]
-        return {server: (there.address, row.share.get(server, 0)) for server, there in self.servers.items()
+        return {server: (there.address, row.share.get(server, 0), there.facts["name"]) for server, there in self.servers.items()
                 if server in row.share or server in before or id in there.held or row.unreachable and there.usable}
 
     def size(self):
@@ -392,8 +396,8 @@ class Tables:
         return {
             "servers": {id: {"address": address_text(row.address[0] or socket.gethostname(), row.address[1]), "slots": row.slots,
                              "used": sum(row.held.values()), **row.facts} for id, row in self.servers.items()},
-            "clients": {id: {"address": row.connection.peer, "wanted": row.wanted, "share": sum(row.share.values()),
-                             "silent": now - row.heard} for id, row in self.clients.items()}}
+            "clients": {id: {"name": row.name, "address": row.connection.peer, "wanted": row.wanted,
+                             "share": sum(row.share.values()), "silent": now - row.heard} for id, row in self.clients.items()}}
 
 
 # ==== Libraries: what is asked for, and pip ==================================
@@ -539,7 +543,7 @@ def _absolute_line(line, folder):
         path = urllib.parse.unquote(urllib.parse.urlsplit(path).path)
     elif "://" in path or not ("/" in path or path.endswith(_ARCHIVES)):
         return line
-    path = Path(folder, Path(path).expanduser()).resolve()
+    path = Path(folder, clupy.home_path(path)).resolve()
     if not path.exists():
         raise ValueError(f"{line!r}: there is no {path}")
     return f"{path}{match['extras'] or match['more_extras'] or ''} {match['marker'] or ''}".strip()
@@ -548,7 +552,7 @@ def _absolute_line(line, folder):
 def _absolute_options(texts, folder):
     """The options one by one ("--find-links wheels" is two), with paths made absolute."""
     def absolute(value):
-        return value if "://" in value else str(Path(folder, Path(value).expanduser()))
+        return value if "://" in value else str(Path(folder, clupy.home_path(value)))
 
     options = []
     for option in [word for text in texts for word in shlex.split(text)]:
@@ -703,6 +707,11 @@ def installed(name):
         return None
 
 
+def all_installed():
+    """{canonical name: version} of the libraries of this interpreter."""
+    return {canonical(found.metadata["Name"]): found.version for found in metadata.distributions() if found.metadata["Name"]}
+
+
 def differences(pins, installed=installed):
     """[(library, version here, version in the cluster)], those that pickles depend on first.
 
@@ -730,7 +739,7 @@ def check_libraries(pins, library_check="warn", stacklevel=2):
 def show_progress(line, stream=None):
     """Show a line on standard error in place of the one before, if that is a terminal; "" takes it away."""
     stream = sys.stderr if stream is None else stream
-    if stream.isatty():
+    if stream is not None and stream.isatty():
         stream.write("\r\x1b[K" + line[:shutil.get_terminal_size().columns - 1])
         stream.flush()
 
@@ -999,7 +1008,8 @@ class ClientLibraries:
         self.checking = engine.settings.library_check == "error"          # no call starts until versions were compared
         self._told = None                         # Connection to the master that was told the list itself
         self._fault = None                        # why the master could not resolve it, as the log says
-        self._shown = False                       # a line of pip's stands on the terminal
+        self._line = ""                           # pip's last one, while calls wait for it
+        self._telling = None                      # TimerHandle, from the first line on: the log tells of it, too
 
     @property
     def awaited(self):
@@ -1026,7 +1036,7 @@ class ClientLibraries:
         if error and self.resolution is None:
             self._engine.fail_all(DependencyError(*error))
         elif error and error != self._fault:
-            log.warning("our libraries stay as they were: %s", DependencyError(*error))
+            clupy.log.warning("our libraries stay as they were: %s", DependencyError(*error))
         elif found:
             self.resolution = Resolution.of(found)
             self.check(self.resolution)
@@ -1062,12 +1072,20 @@ class ClientLibraries:
             self._compare([Pin("cloudpickle", versions["cloudpickle"])])
 
     def show_progress(self, line):
-        self._shown = True
+        """Each line is shown on a terminal; the log has one of them, if it takes long."""
+        self._line = line
         show_progress(f"clupy: {line}")
+        if self._telling is None:
+            self._telling = self._engine.loop.call_later(TELL_TIME, self._tell_progress)
+
+    def _tell_progress(self):
+        if self._engine.backlog.queued and not (sys.stderr and sys.stderr.isatty()):
+            clupy.log.warning("calls wait (%s) until their libraries are there: %s", self._engine.backlog.queued, self._line)
 
     def clear_progress(self):
-        if self._shown:
-            self._shown = False
+        if self._telling:
+            self._telling.cancel()
+            self._telling = None
             show_progress("")
 
     # -- servers that cannot have them
@@ -1092,7 +1110,7 @@ class ClientLibraries:
     def judge(self, share):
         """The outcome of the calls where no server is left that might have our libraries."""
         broken = {id: link.broken for id, link in self._engine.pool.links.items() if link.broken}
-        if broken and not any(slots or id not in broken for id, (_, slots) in share.items()):
+        if broken and not any(slots or id not in broken for id, (_, slots, _) in share.items()):
             why = next(iter(broken.values()))
             self._engine.feeder.fail_waiting(DependencyError(why.partition("\n")[0], why.split("\n")[1:]))
 
@@ -1322,8 +1340,13 @@ class Master:
         finally:
             self.lists.forget(connection)
             name = self._names.pop(connection)
-            if name and self.tables.drop(name[1], connection):
-                log.info("%s %s is gone: %s", name[0], name[1][:6], connection.why)
+            if name and (row := self.tables.drop(name[1], connection)):
+                if name[0] == "client":
+                    log.info("client %s is gone: %s", row.name, connection.why)
+                elif row.usable:
+                    log.warning("server %s is lost: %s", row.facts["name"], connection.why)
+                else:
+                    log.info("server %s has ended", row.facts["name"])
                 self._change()
 
     # -- leading
@@ -1358,26 +1381,28 @@ class Master:
         peer, own = connection.hosts
         if not host:                               # it did not say where it is: where it came from
             host = None if peer == own or peer in ("127.0.0.1", "::1") else peer
-        if id not in self.tables.servers:
-            log.info("server %s at %s: %s slots", id[:6], connection.peer, slots)
+        row, before = ServerRow((host, port), slots, held, facts, connection), self.tables.servers.get(id)
+        if before is None:
+            log.info("server %s is here, from %s: %s slots", facts["name"], connection.peer, slots)
             if facts["python"] != clupy.PYTHON_VERSION:
-                log.info("%s runs Python %s, this master %s", connection.peer, facts["python"], clupy.PYTHON_VERSION)
-        row = ServerRow((host, port), slots, held, facts, connection)
+                log.info("server %s runs Python %s, this master %s", facts["name"], facts["python"], clupy.PYTHON_VERSION)
+        elif before.usable and not row.usable:
+            log.info("server %s drains: it takes no new slots", facts["name"])
         self._names[connection] = "server", id
         changed = self.tables.put_server(id, row)
         self._send_cluster(row)
         if changed:
             self._change()
 
-    def on_client(self, connection, id, wanted, unreachable, own):
+    def on_client(self, connection, id, name, wanted, unreachable, own):
         if not self._leads(connection):
             return
         if own and own[1]:
             self.lists.hear(connection, own[1])
         if id not in self.tables.clients:
-            log.info("client %s at %s", id[:6], connection.peer)
+            log.info("client %s is here, from %s", name, connection.peer)
         self._names[connection] = "client", id
-        if self.tables.put_client(id, connection, wanted, unreachable, own is not None, time.monotonic()):
+        if self.tables.put_client(id, connection, name, wanted, unreachable, own is not None, time.monotonic()):
             self._change()
         else:
             self._send_share(id)
@@ -1522,7 +1547,7 @@ def status_text(tables):
                       row["environment"] or "own", "draining" if row["draining"] else "building" if row["building"] else "ready")
                      for row in tables["servers"].values()])
     lines += [""] + _table(("CLIENT", "ADDRESS", "WANTED", "SLOTS", "HEARD"),
-                           [(id[:6], row["address"], row["wanted"], row["share"], f"{row['silent']:.0f} s ago")
+                           [(row["name"], row["address"], row["wanted"], row["share"], f"{row['silent']:.0f} s ago")
                             for id, row in tables["clients"].items()])
     faults = [(f"server {row['name']}", fault) for row in tables["servers"].values() for fault in row["faults"]]
     faults += [("master", fault) for fault in tables["faults"]]
@@ -1541,8 +1566,8 @@ def libraries_text(tables, installed=installed):
     """What `python -m clupy libraries` prints of the master's tables: servers with the same environment share a list."""
     groups, faults = {}, {}
     for row in tables["servers"].values():
-        server = f"{row['name']} ({row['address']})"
-        own = (Pin("python", row["python"]), Pin("cloudpickle", row["cloudpickle"]))
+        server = row["name"]
+        own = (Pin("python", row["python"]), *(Pin(*item) for item in sorted(row["own"].items())))
         for environment in row["environments"] or [None]:
             pins = tuple(Pin(*pin) for pin in tables["environments"].get(environment, [])) if environment else own
             groups.setdefault((environment, pins), []).append(server)

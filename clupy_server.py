@@ -62,6 +62,7 @@ from clupy import (CONTROL, SLOT, DependencyError, ProtocolError, Why, dispatch,
 from clupy import asyncio, clupy_master, pathlib, platform, shutil, site, subprocess, sysconfig, tempfile
 
 log = logging.getLogger("clupy.server")
+log.addFilter(clupy.quiet_if_embedded)
 
 BOARD = struct.Struct("=qd")       # number of the call begun last, 0 before the first; its deadline (monotonic), or:
 UNBOUND, IDLE = 0.0, -1.0          # it runs and has no deadline; it is over, and no call runs
@@ -1063,8 +1064,8 @@ LOCK_POLL = 0.2                    # seconds between looks at another's lock: a 
 
 
 def default_environments_dir():
-    """The folder for environments in the user's cache: losing it costs time only."""
-    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache", "clupy", "environments")
+    """The folder for environments in the user's cache: losing it costs time only.  Raises ConfigurationError."""
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or clupy.home_path("~/.cache"), "clupy", "environments")
 
 
 def server_paths():
@@ -1123,7 +1124,12 @@ class Environments:
     build, unless more are in use.  Used in any loop; the folder is the only state."""
 
     def __init__(self, folder=None, kept=10):
-        self.folder, self.kept = pathlib.Path(folder or default_environments_dir()).absolute(), kept
+        self._folder, self.kept = folder, kept
+
+    @functools.cached_property
+    def folder(self):
+        """Where they are; asked for when there is one to be built, since not every user has a home."""
+        return pathlib.Path(clupy.home_path(self._folder) if self._folder else default_environments_dir()).absolute()
 
     def complete(self):
         """The ids of those that are complete, the most recently used first."""
@@ -1174,6 +1180,8 @@ class Environments:
                 return environment
         except OSError as error:
             raise DependencyError(f"environment {name} cannot be built in {self.folder}: {error}") from error
+        except clupy.ConfigurationError as error:
+            raise DependencyError(f"environment {name} cannot be built: {error}, or environments_dir") from None
 
     async def _acquire(self, lock, progress):
         waits = False
@@ -1568,9 +1576,10 @@ class SlotRow:
         self.session, self.number, self.nested = session, number, nested
         self.sock = sock                           # kept open until the client has read to the end
         self.process = None                        # Process, once a worker is free
+        self.since = 0.0                           # when that was, monotonic
 
     def __repr__(self):
-        return f"slot {self.number} of {self.session.client[:6]}"
+        return f"slot {self.number} of {self.session.name}"
 
     def end(self, why):
         """End it, by the end of its worker if it has one."""
@@ -1721,6 +1730,8 @@ class Workers:
             except ConnectionError:
                 continue                           # it died just now, and is replaced: the slot waits on
             self.waiting.remove(slot)
+            slot.session.workers += 1
+            slot.since = time.monotonic()
             self._failures = 0
             self._pause.forget()
             self.server.state_soon()
@@ -1763,8 +1774,9 @@ class Workers:
         del self.processes[process.pid]
         if slot:
             if not process.why:
-                log.info("worker %s of client %s died: %s", process.pid, slot.session.client[:6], describe_exit(code))
+                log.info("worker %s of client %s died: %s", process.pid, slot.session.name, describe_exit(code))
             slot.session.slots.pop(slot.number, None)
+            slot.session.seconds += time.monotonic() - slot.since
             with contextlib.suppress(OSError):     # the client closed it first
                 slot.sock.shutdown(socket.SHUT_WR)
             self._end_zookeeper_session(process.zookeeper_session())
@@ -2094,7 +2106,8 @@ class Session:
     def __init__(self, server, connection):
         self.server, self.connection = server, connection
         self.id = os.urandom(clupy.SESSION_SIZE)
-        self.client = "?"
+        self.client = self.name = "?"              # its id, and what logs call it; until it said hello
+        self.workers, self.seconds = 0, 0.0        # how many it has had, and for how long those that it has no more
         self.libraries = None                      # Libraries that its workers are to have; None until it said which
         self.copies = None                         # the client's clupy.Copies of Refs on this machine
         self.printed = Printed(connection)         # what its calls print, on its way to it
@@ -2102,20 +2115,28 @@ class Session:
         self.numbers = set()                       # every number that was used: each opens one slot, once
 
     def __repr__(self):
-        return f"<Session {self.client[:6]} {len(self.slots)} slots>"
+        return f"<Session {self.name} {len(self.slots)} slots>"
 
     def nested_slots(self, waiting=False):
         return sum(slot.nested for slot in self.slots.values() if slot.process or waiting)
 
-    def on_hello(self, connection, client, resolution, wheels, output):
-        self.client, self.printed.wanted = client, output
+    def on_hello(self, connection, client, name, resolution, wheels, output):
+        self.client, self.name, self.printed.wanted = client, name, output
         if self.copies is None:
+            log.info("client %s is here, from %s", self.name, connection.peer)
             self.copies = clupy.Copies(client)
         self.libraries = self.server.libraries.libraries_of(clupy_master.Resolution.of(resolution), wheels)
-        connection.send("welcome", self.id, self.server.name, self.server.versions, self.server.settings.max_nested)
+        connection.send("welcome", self.id, self.server.versions, self.server.settings.max_nested)
         self.server.libraries.tell_libraries(self)
         if self.server.draining:
             connection.send("notice", "draining", "")
+
+    def farewell(self):
+        """It is gone: what it had here."""
+        now = time.monotonic()
+        seconds = self.seconds + sum(now - slot.since for slot in self.slots.values() if slot.process)
+        log.info("client %s is gone: %s; it had workers (%s), for %.0f s together", self.name, self.connection.why, self.workers,
+                 seconds)
 
     def on_close(self, _, number):
         slot = self.slots.get(number)
@@ -2147,24 +2168,26 @@ class Server:
     def __init__(self, settings, secret):
         self.settings, self.secret = settings, secret
         self.id = os.urandom(8).hex()
-        self.name = socket.gethostname()
         self.services = {}                         # what the master says of Redis and ZooKeeper
         self.sessions = {}                         # {session id: Session}; changed by _serve_control
         self.draining = False
         self.over = asyncio.get_running_loop().create_future()       # None, or an error: it makes no sense to go on
         self.versions = {"python": clupy.PYTHON_VERSION, "cloudpickle": clupy_master.installed("cloudpickle")}
+        self.own = {}                              # {library: version} of this Python, for `python -m clupy libraries`
         self.link = clupy.MasterLink(clupy.masters_of(settings), secret, settings)
         self.libraries = NodeLibraries(self)
         self.workers = Workers(self, settings.slots)
         self.tasks = clupy_master.Tasks("the server")
+        self._told = None                          # Connection to the master that was told `own`
         self._stating = None                       # TimerHandle, while a statement is due
         self._closing = False
         self._said = ""                            # why there is no master, as the log says; None: there is one
         self._listener = clupy_master.Listener(settings.listen or ("", 0), self._greet, settings.admit_tls)
         self.address, self.where = self._listener.address, self._listener.where
+        self.name = clupy.server_name(self.id, self.address[1])
 
     def __repr__(self):
-        return f"<Server {self.address[1]} {len(self.sessions)} sessions, {self.workers}>"
+        return f"<Server {self.name} {len(self.sessions)} sessions, {self.workers}>"
 
     async def start(self):
         self.workers.look()
@@ -2197,11 +2220,11 @@ class Server:
             await connection.serve(session)
         finally:
             del self.sessions[session.id]
-            log.info("client %s at %s is gone: %s", session.client[:6], connection.peer, connection.why)
             for slot in list(session.slots.values()):
                 slot.end(Why.CLIENT_GONE)
-            if session.copies:
+            if session.copies:                     # it said hello
                 session.copies.close()
+                session.farewell()
 
     async def _greet_slot(self, sock):
         head = await clupy.read_exactly(sock, clupy.SLOT_HEAD.size + clupy.PROOF_SIZE)
@@ -2238,7 +2261,7 @@ class Server:
     def master_lost(self):
         if not self._closing and self.link.why_lost != self._said:
             self._said = self.link.why_lost        # once, however often it is tried again
-            log.warning("no master: %s", self._said)
+            log.warning("no master: %s; trying again until one answers", self._said)
 
     def _restate(self):
         self.link.look(time.monotonic())
@@ -2256,8 +2279,10 @@ class Server:
         held = collections.Counter(process.slot.session.client for process in self.workers.processes.values() if process.slot)
         host, port = self.address
         host = None if host in ("0.0.0.0", "::", "") else host
+        told, self._told = self._told, self.link.connection
         self.link.connection.send("server", self.id, (host, port), self.workers.usable_slots, dict(held), {
             "name": self.name, "load": os.getloadavg()[0], "draining": self.draining,
+            "own": None if told is self.link.connection else self.own,
             **self.versions, **self.libraries.state()})
 
     def on_cluster(self, connection, services, silent, libraries):
@@ -2308,6 +2333,8 @@ class Server:
 
     async def close(self):
         """Kill the workers and close everything."""
+        self.draining = True                       # the master's log is not to call it lost
+        self._state()
         self._closing = True
         self.link.close()
         await self._listener.close()
@@ -2321,7 +2348,8 @@ class Server:
 async def run(settings, secret):
     """Be a server until cancelled or refused by the master; SIGTERM drains, a second one ends at once."""
     server = Server(settings, secret)
-    log.info("server listens on %s, with %s slots", server.where, server.workers.slots)
+    server.own = clupy_master.all_installed()
+    log.info("server %s listens on %s, with %s slots", server.name, server.where, server.workers.slots)
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, server.terminate)
     try:
         await server.start()

@@ -588,8 +588,8 @@ def test_short_calls_behind_one_that_turns_out_long_are_done_by_a_slot_that_is_f
 def test_a_future_says_what_it_is_and_that_it_cannot_be_pickled():
     future = clupy.parallel(sleepy)(0.5)
     until(future.running)
-    assert re.fullmatch(r"<Future sleepy running on \S+ \d+ for \d+[.]\d s>", repr(future))
-    assert future.wait(PATIENCE) and re.fullmatch(r"<Future sleepy finished on \S+ \d+ in \d[.]\d+ s>", repr(future))
+    assert re.fullmatch(r"<Future sleepy running on \S+ \(\w+\) \d+ for \d+[.]\d s>", repr(future))
+    assert future.wait(PATIENCE) and re.fullmatch(r"<Future sleepy finished on \S+ \(\w+\) \d+ in \d[.]\d+ s>", repr(future))
     with pytest.raises(TypeError, match="pass its result"):
         pickle.dumps(future)
 
@@ -1287,6 +1287,9 @@ def test_status_shows_servers_slots_and_clients(cluster):
     client, = tables["clients"].values()
     assert server["slots"] == 2 and client["share"] >= 1 and not server["draining"]
     text = shown(cluster, "status")
+    own = shown(cluster, "libraries")
+    assert "the server's own Python on" in own and "here:" not in own
+    assert re.search(f"  pytest +{re.escape(clupy_master.installed('pytest'))}", own)
     assert "SERVER" in text and "CLIENT" in text and "ready" in text
     assert json.loads(shown(cluster, "status", "--json"))["servers"].keys() == tables["servers"].keys()
     assert future.cancel()
@@ -1587,6 +1590,60 @@ def test_sigterm_drains_a_server_and_a_second_one_ends_it(tmp_path, cluster):
         long.result(PATIENCE)
 
 
+def test_servers_and_clients_have_one_name_in_every_log_in_status_and_in_errors(tmp_path):
+    """Of two servers with a call each one is killed, and the other one drained."""
+    script = """if True:
+        import clupy, logging, time
+        logging.basicConfig(level=logging.INFO)
+        calls = [clupy.parallel(time.sleep, retries=n)(60) for n in (0, 1)]
+        calls[0].fail(lambda error: print(error, flush=True))
+        clupy.wait_all(calls)
+        """
+    with Cluster(tmp_path, servers=2, slots=1, CLUPY_DRAIN_TIME=1) as cluster, \
+            Program(tmp_path / "client", "-c", script, CLUPY_MASTER=cluster.address) as client:
+        until(lambda: sum(server["used"] for server in cluster.status()["servers"].values()) == 2)
+        master, (drained, lost) = cluster.master, cluster.servers
+        ours = f"@{socket.gethostname()} python {client.process.pid}"
+        names = [re.search(r"server (\S+ \(\w{4}\)) listens", server.log)[1] for server in cluster.servers]
+        text = shown(cluster, "status")
+        assert all(f"\n{name} " in text for name in names) and ours in text
+        for program in master, drained, lost:
+            assert re.search(rf"client \w+{ours} is here, from 127.0.0.1:", program.log)
+        lost.process.kill()
+        until(lambda: f"server {names[1]} is lost" in master.log)
+        told = until(lambda: re.search(r"server (.*) was lost; (none|1) of our calls start again", client.log))
+        assert told[1] == names[1]
+        if told[2] == "none":                      # it was the one that may start once
+            until(lambda: client.out.read_text().startswith(f"server {names[1]} was lost while"))
+        drained.process.terminate()
+        until(lambda: f"server {names[0]} has ended" in master.log)
+        assert f"server {names[0]} drains" in master.log and f"server {names[0]} is lost" not in master.log
+        until(lambda: f"server {names[0]} has ended, as it said before" in client.log)
+        assert re.search(rf"client \w+{ours} is gone: .*; it had workers \(1\), for \d+ s", drained.log)
+        client.process.kill()
+        until(lambda: f"{ours} is gone" in master.log)
+
+
+def test_a_server_says_once_that_it_keeps_trying_to_find_a_master(tmp_path):
+    with Program(tmp_path, "-m", "clupy", "serve", "--port", free_port(), "--slots", 1) as server:
+        until(lambda: "Connection refused; trying again until one answers" in server.log)
+        time.sleep(2)
+        assert server.log.count("no master") == 1
+
+
+def test_the_embedded_cluster_says_nothing_that_is_no_error_to_who_logs_from_info_on(tmp_path):
+    text = """
+        import clupy, logging, os
+        logging.basicConfig(level=logging.LEVEL)
+        clupy.parallel(os._exit, retries=0)(3).exception(30)
+        print(clupy.parallel(abs)(-1).result(30))
+        """
+    done = run_script(tmp_path, text.replace("LEVEL", "INFO"))
+    assert (done.stdout, done.stderr) == ("1\n", "")
+    said = run_script(tmp_path, text.replace("LEVEL", "DEBUG")).stderr
+    assert "DEBUG:clupy.master:master listens" in said and "DEBUG:clupy.server:worker" in said
+
+
 def test_slots_are_served_in_the_order_in_which_they_came_and_each_number_once(tmp_path):
     """A client by hand, that asks for more slots than there are."""
     def ask_for(number):
@@ -1602,7 +1659,7 @@ def test_slots_are_served_in_the_order_in_which_they_came_and_each_number_once(t
     async def story():
         nonlocal control, session
         control = await clupy.dial(address, clupy.CONTROL, SECRET.encode(), clupy.read_settings("client"))
-        control.send("hello", "by hand", ((), ()), {}, True)
+        control.send("hello", "id", "by hand", ((), ()), {}, True)
         session, *_ = await until_said("welcome")
         waiting = [(number, ask_for(number)) for number in (7, 5, 6, 4)]
         assert ask_for(5).recv(1) == b""                       # a replay of what opens a slot
@@ -1726,6 +1783,43 @@ def test_a_server_has_a_slot_for_each_core_that_it_may_use():
     assert done.stdout == b"1\n"
 
 
+CGROUP = "/sys/fs/cgroup"
+
+
+@pytest.mark.parametrize("files, expected", [
+    ({}, 4),
+    ({"/proc/self/cgroup": "0::/\n", f"{CGROUP}/cpu.max": "150000 100000\n"}, 2),         # a container's own: rounded up
+    ({"/proc/self/cgroup": "0::/\n", f"{CGROUP}/cpu.max": "max 100000\n"}, 4),
+    ({"/proc/self/cgroup": "0::/a/b c\n", f"{CGROUP}/a/cpu.max": "300000 100000", f"{CGROUP}/a/b c/cpu.max": "max 100000"}, 3),
+    ({"/proc/self/cgroup": "0::/../x\n", f"{CGROUP}/cpu.max": "10000 100000"}, 1),
+    ({"/proc/self/cgroup": "3:cpu,cpuacct:/docker/x\n1:name=systemd:/\n0::/\n", f"{CGROUP}/cpu/cpu.cfs_quota_us": "200000",
+      f"{CGROUP}/cpu/cpu.cfs_period_us": "100000"}, 2),        # a container that sees its own group as the outermost
+    ({"/proc/self/cgroup": "1:cpu:/a\n", f"{CGROUP}/cpu/a/cpu.cfs_quota_us": "-1", f"{CGROUP}/cpu/a/cpu.cfs_period_us": "9"}, 4),
+    ({"/proc/self/cgroup": "1:cpu:/a\n", f"{CGROUP}/cpu/a/cpu.cfs_quota_us": "900000",
+      f"{CGROUP}/cpu/a/cpu.cfs_period_us": "100000"}, 4),
+])
+def test_the_cores_are_no_more_than_the_control_groups_leave(tmp_path, monkeypatch, files, expected):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4))
+    for name, text in files.items():
+        os.makedirs(os.path.dirname(f"{tmp_path}{name}"), exist_ok=True)
+        with open(f"{tmp_path}{name}", "w") as file:
+            file.write(text)
+    assert clupy.cores(str(tmp_path)) == expected
+
+
+def test_a_user_without_a_home_has_the_embedded_cluster_and_is_told_what_a_real_one_needs(tmp_path):
+    """HOME is unset, and no entry in the table of users has the number."""
+    hidden = "import os, pwd\nos.environ.pop('HOME', None)\ndef none(uid):\n    raise KeyError(uid)\npwd.getpwuid = none\n"
+    done = run_script(tmp_path, hidden + "import clupy\nprint(clupy.parallel(abs)(-1).result(30))", CLUPY_SECRET="")
+    assert (done.stdout, done.stderr) == ("1\n", "")
+    for command in "master", "serve", "status":
+        done = run_script(tmp_path, f"{hidden}import clupy\nraise SystemExit(clupy.main(['{command}']))", CLUPY_SECRET="",
+                          check=False)
+        assert done.returncode == 1 and re.match(f"clupy {command}: .*~/.clupy/secret: this user .* no home folder; set HOME",
+                                                 done.stderr), done.stderr
+    assert os.listdir(tmp_path) == ["script.py"]
+
+
 def test_numerical_libraries_get_the_cores_divided_by_the_slots_unless_the_user_says_otherwise(monkeypatch):
     names = "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"
     for name in names:
@@ -1838,7 +1932,7 @@ def test_every_address_is_one_of_ipv4_or_ipv6(tmp_path):
             server = stack.enter_context(Program(tmp_path / host, "-m", "clupy", "serve", "--master", f"{host}:{port}",
                                                  "--slots", 1))
             until(lambda host=host, server=server: f"connected to the master at {host}:{port}" in server.log)
-            assert "server listens on every address, port " in server.log
+            assert re.search(r"server \S+ \(\w+\) listens on every address, port ", server.log)
         assert f"master listens on every address, port {port}\n" in master.log
         for host in "127.0.0.1", "[::1]":
             clupy.connect(f"{host}:{port}")
@@ -1935,6 +2029,31 @@ def test_a_wrong_setting_is_refused_with_file_line_and_the_nearest_valid_one(tmp
     assert message in str(caught.value)
 
 
+def test_a_wrong_setting_is_called_as_the_user_calls_it_and_an_empty_variable_is_none(tmp_path, monkeypatch):
+    done = subprocess.run([sys.executable, "-m", "clupy", "master", "--listen", "abc:xyz"], env=environ(), capture_output=True,
+                          text=True)
+    assert done.stderr == "clupy master: --listen is 'abc:xyz', but must be an address: HOST, HOST:PORT or PORT\n"
+    with pytest.raises(clupy.ConfigurationError, match="^argument master is 'a:b', but must be an address"):
+        clupy.connect("a:b")
+    monkeypatch.setenv("CLUPY_SLOTS", "x")
+    with pytest.raises(clupy.ConfigurationError, match="^environment variable CLUPY_SLOTS is 'x', but must be a whole number"):
+        clupy.connect()
+    monkeypatch.setenv("CLUPY_SLOTS", "")
+    monkeypatch.setenv("CLUPY_MASTER", "")
+    settings = clupy.read_settings("client")
+    assert settings.master is None and settings.slots == clupy.cores() and not {"slots", "master"} & settings.given
+
+
+def test_where_pyyaml_is_missing_one_error_says_how_to_get_it(tmp_path):
+    (tmp_path / "yaml.py").write_text("raise ModuleNotFoundError(\"No module named 'yaml'\", name='yaml')")
+    (tmp_path / "clupy.client.yaml").write_text("slots: 2")
+    script = "import clupy, sys\n"
+    done = run_script(tmp_path, f"{script}clupy.connect()", check=False)
+    assert done.stderr.count("Traceback") == 1 and "run: python -m pip install pyyaml" in done.stderr.splitlines()[-1]
+    done = run_script(tmp_path, f"{script}sys.exit(clupy.main(['status']))", check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1) and done.stderr.endswith("pip install pyyaml\n")
+
+
 def test_a_variable_that_is_nearly_a_setting_is_told_of(monkeypatch, caplog):
     for name in ("CLUPY_SLOTZ", "CLUPY_SECRET", "CLUPY_SOMETHING_ELSE", "CLUPY_DRAIN_TIME"):
         monkeypatch.setenv(name, "3")
@@ -1970,7 +2089,7 @@ def row(wanted, since=0.0, unreachable=(), **share):
 
 
 def server_row(slots, held={}, **facts):
-    return clupy_master.ServerRow(("h", 1), slots, held, facts)
+    return clupy_master.ServerRow(("h", 1), slots, held, {"name": "name", "own": {}, **facts})
 
 
 def totals(shares):
@@ -2014,28 +2133,30 @@ def test_the_tables_of_a_new_master_leave_everybody_what_he_has_and_say_what_to_
     held = {"old": 2}
     assert tables.put_server("s1", server_row(2, held=held)) and not tables.put_server("s1", server_row(2, held=held))
     assert tables.put_server("s2", server_row(1, draining=True))
-    assert tables.put_client("old", "first connection", 5, [], False, 100.0)
+    assert tables.put_client("old", "first connection", "name", 5, [], False, 100.0)
     late = clupy_master.Tables()                            # it hears the client before the server
-    late.put_client("old", "its connection", 0, [], False, 100.0)
-    assert late.put_server("s1", server_row(2, held=held)) and late.share_of("old") == {"s1": (("h", 1), 2)}
+    late.put_client("old", "its connection", "name", 0, [], False, 100.0)
+    assert late.put_server("s1", server_row(2, held=held)) and late.share_of("old") == {"s1": (("h", 1), 2, "name")}
     tables.decide(100.0)
-    assert tables.share_of("old") == {"s1": (("h", 1), 2)} and not tables.starving()
-    assert tables.put_client("new", "its connection", 5, [], False, 100.0) and tables.starving()
-    assert not tables.put_client("new", "its connection", 5, [], False, 200.0)
+    assert tables.share_of("old") == {"s1": (("h", 1), 2, "name")} and not tables.starving()
+    assert tables.put_client("new", "its connection", "name", 5, [], False, 100.0) and tables.starving()
+    assert not tables.put_client("new", "its connection", "name", 5, [], False, 200.0)
     before = tables.decide(200.0)
-    assert tables.share_of("old", before["old"]) == tables.share_of("new") == {"s1": (("h", 1), 1)}
-    assert tables.put_client("new", "its connection", 0, ["s1"], False, 300.0)     # which says that it had no use for it
+    assert tables.share_of("old", before["old"]) == tables.share_of("new") == {"s1": (("h", 1), 1, "name")}
+    assert tables.put_client("new", "its connection", "name", 0, ["s1"], False, 300.0)     # which says that it had no use for it
     before = tables.decide(300.0)
-    assert tables.share_of("new", before["new"]) == {"s1": (("h", 1), 0)} and tables.share_of("old") == {"s1": (("h", 1), 2)}
+    assert tables.share_of("new", before["new"]) == {"s1": (("h", 1), 0, "name")}
+    assert tables.share_of("old") == {"s1": (("h", 1), 2, "name")}
     assert tables.put_server("s1", server_row(2, draining=True))
     before = tables.decide(300.0)
-    assert tables.share_of("old", before["old"]) == {"s1": (("h", 1), 0)} and tables.share_of("old") == {}
+    assert tables.share_of("old", before["old"]) == {"s1": (("h", 1), 0, "name")} and tables.share_of("old") == {}
     assert tables.silent(401.0) == []                       # nobody wants what it has
-    assert tables.put_client("new", "its connection", 5, [], False, 402.0) and tables.silent(402.0) == ["old"]
+    assert tables.put_client("new", "its connection", "name", 5, [], False, 402.0) and tables.silent(402.0) == ["old"]
     tables.restart_clocks(402.0)                            # the master was stopped, and hears it at once
     assert tables.silent(402.0) == []
-    assert tables.put_client("new", "its connection", 0, [], False, 402.0)
-    assert tables.put_client("old", "second connection", 5, [], False, 402.0) and not tables.drop("old", "first connection")
+    assert tables.put_client("new", "its connection", "name", 0, [], False, 402.0)
+    assert tables.put_client("old", "second connection", "name", 5, [], False, 402.0)
+    assert not tables.drop("old", "first connection")
     assert tables.drop("old", "second connection") and list(tables.clients) == ["new"]
 
 
@@ -2086,7 +2207,7 @@ def test_a_master_that_was_stopped_judges_nobody_by_the_time_that_passed():
     async def story():
         master = clupy_master.Master(clupy.default_settings("master", listen=("127.0.0.1", 0)), SECRET.encode())
         now = time.monotonic()
-        master.tables.put_client("one", "its connection", 1, [], False, now - 1000)
+        master.tables.put_client("one", "its connection", "name", 1, [], False, now - 1000)
         master._woke = now
         assert master._now() >= now and master.tables.clients["one"].heard == now - 1000       # it was awake all the time
         master._woke = now - 10
@@ -2938,7 +3059,8 @@ class HandEngine(clupy.BaseEngine):
         self.feeder, self.pool = clupy.Feeder(self), HandPool(self)
         self.starts = collections.Counter()
         self.links = [HandLink(id=id, name=id, engine=self, key=b"k", slots={}, connection=True, session=1, draining=False,
-                               placed=[], max_nested=3, retry_at=0.0, starts=self.starts, numbers=itertools.count(1), failures=0)
+                               placed=[], max_nested=3, retry_at=0.0, starts=self.starts, numbers=itertools.count(1), failures=0,
+                               lost_at=None, again=0)
                       for id in "ab"]
         self.pool.links = {link.id: link for link in self.links}
 
@@ -2976,7 +3098,7 @@ class Calls(hypothesis.stateful.RuleBasedStateMachine):
 
     @hypothesis.stateful.rule(a=hypothesis.strategies.integers(0, 3), b=hypothesis.strategies.integers(0, 2))
     def share(self, a, b):
-        self.engine.pool.share = {"a": (("h", 1), a), "b": (("h", 2), b)}
+        self.engine.pool.share = {"a": (("h", 1), a, "name"), "b": (("h", 2), b, "name")}
         self.engine.pool.balance()
 
     @hypothesis.stateful.rule(index=indices, what=hypothesis.strategies.sampled_from(
@@ -3200,7 +3322,8 @@ def test_a_memory_limit_gives_memory_errors_and_the_node_lives():
     clupy.connect(slots=1, memory_limit="600MB")
     with pytest.raises(MemoryError) as caught:
         clupy.parallel(lambda: len(bytearray(1 << 30)))().result(PATIENCE)
-    assert caught.value.__notes__ == [f"memory_limit is 600 MB for a worker on {socket.gethostname()}"]
+    note, = caught.value.__notes__
+    assert note.startswith(f"memory_limit is 600 MB for a worker on {socket.gethostname()}:")
     with pytest.raises(clupy.WorkerDied, match="no memory for 734003200 bytes"):         # before the call can begin
         clupy.parallel(len, retries=0)(bytes(700 << 20)).result(PATIENCE)
     assert clupy.parallel(square)(3).result(PATIENCE) == 9
@@ -3560,17 +3683,18 @@ def test_a_program_that_ends_at_whatever_moment_prints_nothing_of_ours(tmp_path)
     """Soon after its first call, while a daemon thread makes calls, in an Executor, by an exception."""
     kinds = ["results = [clupy.parallel(abs)(n) for n in range(50)]",
              "results = [clupy.Executor(2).submit(abs, n) for n in range(50)]",
-             "def loop():\n    while True:\n        clupy.parallel(abs)(1).wait()\n"
-             "threading.Thread(target=loop, daemon=True).start()"]
+             *(f"def loop():\n    while True:\n        {call}\nthreading.Thread(target=loop, daemon=True).start()"
+               for call in ("clupy.parallel(abs)(1).wait()", "list(clupy.map(abs, range(9)))",
+                            "clupy.Executor(1).submit(abs, 1).result()"))]
 
     def run(number):
         end = ["", "sys.exit(3)", "raise ValueError"][number % 3]
-        text = f"import clupy, sys, threading, time\n{kinds[number // 3 % 3]}\ntime.sleep({0.05 * number})\n{end}\n"
+        text = f"import clupy, sys, threading, time\n{kinds[number % 5]}\ntime.sleep({0.04 * number})\n{end}\n"
         done = subprocess.run([sys.executable, "-c", text], env=environ(), capture_output=True, text=True, timeout=60)
         expected = re.compile("program ended before|Traceback|<string>|ValueError")
         return [line for line in done.stderr.splitlines() if not expected.search(line)]
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
-        assert [said for said in pool.map(run, range(18)) if said] == []
+        assert [said for said in pool.map(run, range(25)) if said] == []
 
 
 def test_a_failure_that_nobody_looked_at_is_told_in_one_line_when_the_program_ends(tmp_path):
@@ -3660,9 +3784,11 @@ def test_a_forked_child_has_an_outcome_for_every_call_at_whatever_moment_it_was_
     """)
 
 
-def test_a_forked_child_gets_an_engine_of_its_own(tmp_path):
-    done = run_script(tmp_path, """
-        import clupy, os, warnings
+@pytest.mark.parametrize("selector", ["DefaultSelector", "PollSelector"])      # the latter has no descriptor, as gevent's
+def test_a_forked_child_gets_an_engine_of_its_own(tmp_path, selector):
+    done = run_script(tmp_path, f"""
+        import clupy, os, selectors, warnings
+        selectors.DefaultSelector = selectors.{selector}
         warnings.simplefilter("ignore")
         def pid():
             return os.getpid()
@@ -3856,8 +3982,8 @@ def test_a_server_that_is_cut_off_runs_no_call_twice_that_may_start_once(tmp_pat
             once.result(PATIENCE)
         assert not again.completed
         until(lambda: (tmp_path / "again").read_text() == "xx")            # on the other server
-        gone = r"is gone: its machine has not answered for \d+ s"           # on either side
-        until(lambda: re.search(f"server .* {gone}", master.log) and re.search(f"client .* {gone}", far.log))
+        why = r"its machine has not answered for \d+ s"           # on either side
+        until(lambda: re.search(f"server .* is lost: {why}", master.log) and re.search(f"client .* is gone: {why}", far.log))
         until(lambda: re.search(r"no master: .*: its machine has not answered for \d+ s", far.log))
         network.plug("up")
         (tmp_path / "go").touch()
@@ -5632,6 +5758,27 @@ def test_the_progress_line_is_for_terminals_only(capsys):
     assert len(screen[0]) < 500 and screen[1] == "\r\x1b[K"
 
 
+def test_who_waits_for_libraries_is_told_once_also_without_a_terminal(monkeypatch, caplog, capsys):
+    monkeypatch.setattr(clupy_master, "TELL_TIME", 0.1)
+
+    async def story():
+        engine = types.SimpleNamespace(loop=asyncio.get_running_loop(), backlog=types.SimpleNamespace(queued=3),
+                                       settings=clupy.default_settings("client"))
+        libraries = clupy_master.ClientLibraries(engine, None)
+        libraries.show_progress("Collecting one")
+        libraries.clear_progress()                 # quick enough
+        await asyncio.sleep(0.2)
+        assert not caplog.messages
+        for line in "one", "two":
+            libraries.show_progress(f"Collecting {line}")
+        await asyncio.sleep(0.2)
+        libraries.show_progress("Collecting three")
+        await asyncio.sleep(0.2)
+        assert caplog.messages == ["calls wait (3) until their libraries are there: Collecting two"]
+    asyncio.run(story())
+    assert capsys.readouterr().err == ""
+
+
 # -- in a cluster
 
 def calls(name="figures"):
@@ -5876,7 +6023,7 @@ def test_a_clients_list_waits_for_the_masters_and_no_answer_of_yesterday_comes_l
 
     def ask_master(master):
         own = list_of(index, "own")
-        master.on_client(connection, "id", 0, (), (own.hash, (own.libraries, own.pip_options, {})))
+        master.on_client(connection, "id", "name", 0, (), (own.hash, (own.libraries, own.pip_options, {})))
 
     async def answer(count):
         while len(answers) < count:
@@ -7294,11 +7441,13 @@ def test_folders_for_copies_that_somebody_else_made_first_are_passed_over(tmp_pa
 
 def test_without_a_redis_every_use_says_so_within_seconds(settings, monkeypatch):
     monkeypatch.setattr(clupy, "FIRST_CONTACT", 1.0)
-    settings(redis="")
+    monkeypatch.setattr(clupy, "_configured", {"redis": ""})
+    settings()
     for use in (lambda: clupy.put("x", 1), lambda: clupy.get("x"), clupy.counter("x").add, clupy.queue("x").get,
                 lambda: clupy.subscribe("x"), lambda: clupy.publish("x", 1), lambda: clupy.open("x"), clupy.keys):
         with raises_soon(clupy.Unavailable, "no Redis is configured.*CLUPY_REDIS.*to start a server"):
             use()
+    monkeypatch.setattr(clupy, "_configured", {})
     with silent_server() as silent:
         port = silent.getsockname()[1]
         for url in (f"redis://u:secret@127.0.0.1:{free_port()}/0", f"redis://:secret@127.0.0.1:{port}/3"):
@@ -7772,13 +7921,17 @@ def test_without_a_zookeeper_every_use_says_so_within_seconds(settings, monkeypa
     monkeypatch.setattr(clupy, "FIRST_CONTACT", 1.0)
     with silent_server() as silent:
         port = silent.getsockname()[1]
-        for hosts, says in [("", "no ZooKeeper is configured.*CLUPY_ZOOKEEPER"), ("h:x", "not a list of addresses"),
+        for hosts, says in [("h:x", "not a list of addresses"),
                             ("h:1/app", "not a list of addresses"),
                             (f"127.0.0.1:{free_port()}", "no answer within 1 s"),
                             (f"127.0.0.1:{port}", f"ZooKeeper at 127.0.0.1:{port}: no answer")]:
             settings(zookeeper=hosts)
             with raises_soon(clupy.Unavailable, says):
                 clupy.lock("x").__enter__()
+    monkeypatch.setattr(clupy, "_configured", {"zookeeper": ""})
+    settings()
+    with raises_soon(clupy.Unavailable, "no ZooKeeper is configured.*CLUPY_ZOOKEEPER"):
+        clupy.lock("x").__enter__()
 
 
 def test_an_absence_of_zookeeper_loses_no_lock_and_no_waiter(mortal_zookeeper, settings):
@@ -8189,6 +8342,10 @@ def test_the_commands_say_in_words_why_no_master_answers(tmp_path):
         assert done.stderr.startswith(f"clupy status: {bad['other secret']}: it has another secret")
 
 
+def test_no_reason_is_empty():
+    assert clupy.told({("h", 1): OSError(), ("h", 2): "it left"}) == "h:1: OSError; h:2: it left"
+
+
 def test_two_masters_that_stand_by_and_name_each_other_are_asked_once_between_two_pauses(monkeypatch):
     class Standby:                                 # stands by for ever
         name = "itself"
@@ -8248,7 +8405,7 @@ def test_patience_begins_when_the_last_master_that_led_is_lost(monkeypatch):
 
     class Client:
         def master_joined(self, connection):
-            connection.send("client", "c", 1, [], None)
+            connection.send("client", "c", "name", 1, [], None)
 
         def master_lost(self):
             pass
