@@ -144,6 +144,7 @@ dis = _Lazy("dis")
 fcntl = _Lazy("fcntl")
 fnmatch = _Lazy("fnmatch")
 inspect = _Lazy("inspect")
+joblib = _Lazy("joblib")                      # no library of CluPy's own, as tqdm: who calls register_joblib() has it
 kazoo = _Lazy("kazoo.client")
 kazoo_errors = _Lazy("kazoo.exceptions")
 kazoo_retry = _Lazy("kazoo.retry")
@@ -166,6 +167,7 @@ ssl = _Lazy("ssl")
 subprocess = _Lazy("subprocess")
 sysconfig = _Lazy("sysconfig")
 tempfile = _Lazy("tempfile")
+threadpoolctl = _Lazy("threadpoolctl")
 urls = _Lazy("urllib.parse")
 uuid = _Lazy("uuid")
 yaml = _Lazy("yaml")
@@ -227,6 +229,7 @@ CHUNK_TIME = 0.004                # seconds of work of `map` that go into one ca
 CHUNK_ITEMS = 5000                # ... and items
 CHUNK_BYTES = 1 << 20             # ... and bytes of their arguments
 PART_TIME = 0.01                  # after so long a chunk's results so far are sent; more holds them back, less is messages
+SHARED_ARRAY = 1 << 20            # bytes of an array that joblib gives to its calls; below, sending costs less than sharing
 REPEATED_BYTES = 1 << 20          # of one argument, and calls that are given it, before share() is advised; less is noise
 REPEATED_CALLS = 10
 
@@ -5870,9 +5873,107 @@ class Executor(concurrent.futures.Executor):
 threading._register_atexit(Executor._end_all)
 
 
+# ---- joblib
+# With it a joblib.Parallel runs in the cluster, scikit-learn's too.  A batch of joblib's is a call; a large array
+# is shared, so that each machine gets it once (an idea of dask's backend), until the joblib.Parallel ends.
+
 def register_joblib():
     """Let joblib, and with it scikit-learn, run in the cluster: `with joblib.parallel_config(backend="clupy"): ...`"""
-    clupy_master.register_joblib()
+    joblib.register_parallel_backend("clupy", _backend_class())
+
+
+def _joblib_backend(**options):
+    """A backend of joblib's.  Also what one is unpickled as in a call, for joblib.Parallel there: so it is known there, too."""
+    register_joblib()
+    return _backend_class()(**options)
+
+
+@functools.cache
+def _backend_class():
+    class Backend(joblib.parallel.AutoBatchingMixin, joblib.parallel.ParallelBackendBase):
+        default_n_jobs = -1
+        supports_retrieve_callback = supports_inner_max_num_threads = True
+
+        def __init__(self, **options):
+            super().__init__(**options)
+            self._make_executor = self._executor = None
+            self._shared = {}                     # {id of an array: (weak reference to it, its Ref)}
+
+        def __reduce__(self):
+            return functools.partial(_joblib_backend, nesting_level=self.nesting_level,
+                                     inner_max_num_threads=self.inner_max_num_threads), ()
+
+        def effective_n_jobs(self, n_jobs):
+            if n_jobs == 0:
+                raise ValueError("n_jobs == 0 in Parallel has no meaning")
+            if n_jobs is None:
+                return 1
+            return n_jobs if n_jobs > 0 else max(slots() + 1 + n_jobs, 1)
+
+        def configure(self, n_jobs=1, parallel=None, **options):
+            options = {**self.backend_kwargs, **options}
+            self.parallel, n_jobs = parallel, self.effective_n_jobs(n_jobs)
+            self._make_executor = functools.partial(Executor, n_jobs, initializer=options.get("initializer"),
+                                                    initargs=options.get("initargs", ()))
+            return n_jobs
+
+        def submit(self, func, callback=None):
+            func.items = [(item, [self._share(value) for value in args],
+                           {name: self._share(value) for name, value in kwargs.items()}) for item, args, kwargs in func.items]
+            self._executor = self._executor or self._make_executor()
+            future = self._executor.submit(_run_batch, func, self.inner_max_num_threads)
+            future.add_done_callback(callback)
+            return future
+
+        def _share(self, value):
+            """The value, or the Ref of a large array."""
+            size = getattr(value, "nbytes", 0)
+            if not isinstance(size, int) or size < SHARED_ARRAY:
+                return value
+            here, ref = self._shared.get(id(value), (None, None))
+            if not here or here() is not value:
+                try:
+                    here = weakref.ref(value, functools.partial(self._forget, id(value)))
+                    self._shared[id(value)] = here, share(value, ttl="1h")
+                except TypeError:                 # it takes no weak reference: then it is sent with each batch
+                    return value
+            return self._shared[id(value)][1]
+
+        def _forget(self, key, _):
+            self._shared.pop(key, None)
+
+        def retrieve_result_callback(self, out):
+            return out.result()
+
+        def abort_everything(self, ensure_ready=True):
+            executor, self._executor = self._executor, None        # the next batch makes another
+            if executor:
+                executor.kill_workers()
+
+        def stop_call(self):
+            for _, ref in self._shared.values():
+                ref.close()
+            self._shared.clear()
+
+        def terminate(self):
+            executor, self._executor = self._executor, None
+            if executor:
+                executor.shutdown(wait=False)
+            self.reset_batch_stats()
+
+        def get_nested_backend(self):
+            return _joblib_backend(nesting_level=(self.nesting_level or 0) + 1,
+                                   inner_max_num_threads=self.inner_max_num_threads), -1
+
+    return Backend
+
+
+def _run_batch(batch, threads):
+    """In a worker: the results of a batch of joblib's, for which libraries use so many threads; None: as many as for any call."""
+    if threads is None:
+        return batch()
+    with threadpoolctl.threadpool_limits(threads):
+        return batch()
 
 
 class ExecutorEngine(BaseEngine):

@@ -23,7 +23,6 @@ import asyncio
 import collections
 import contextlib
 import difflib
-import functools
 import hashlib
 import hmac
 import json
@@ -42,7 +41,6 @@ import threading
 import time
 import urllib.parse
 import warnings
-import weakref
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -52,9 +50,6 @@ from clupy import (HANDSHAKE_TIME, NONCE_SIZE, PORT, PREAMBLE_SIZE, PROOF_SIZE, 
                    Connection, DependencyError, LibraryMismatch, MasterUnreachable, ProtocolError, SecretError,
                    VersionMismatch, address_text, dial, find_secret, masters_of, plain_host, preamble, proof, read_exactly,
                    read_preamble)
-
-joblib = clupy._Lazy("joblib")                  # these two are no libraries of CluPy's own: who calls register_joblib() has them
-threadpoolctl = clupy._Lazy("threadpoolctl")
 
 log = logging.getLogger("clupy.master")
 log.addFilter(clupy.quiet_if_embedded)
@@ -1113,111 +1108,6 @@ class ClientLibraries:
         if broken and not any(slots or id not in broken for id, (_, slots, _) in share.items()):
             why = next(iter(broken.values()))
             self._engine.feeder.fail_waiting(DependencyError(why.partition("\n")[0], why.split("\n")[1:]))
-
-
-# ==== joblib =================================================================
-# With it a joblib.Parallel runs in the cluster, scikit-learn's too.  A batch of joblib's is a call; a large array
-# is shared, so that each machine gets it once (an idea of dask's backend), until the joblib.Parallel ends.
-
-SHARED_ARRAY = 1 << 20            # bytes; below, sending it again costs less than sharing it
-
-
-def register_joblib():
-    """Make "clupy" a name of joblib's."""
-    joblib.register_parallel_backend("clupy", _backend_class())
-
-
-def _joblib_backend(**options):
-    """A backend of joblib's.  Also what one is unpickled as in a call, for joblib.Parallel there: so it is known there, too."""
-    register_joblib()
-    return _backend_class()(**options)
-
-
-@functools.cache
-def _backend_class():
-    class Backend(joblib.parallel.AutoBatchingMixin, joblib.parallel.ParallelBackendBase):
-        default_n_jobs = -1
-        supports_retrieve_callback = supports_inner_max_num_threads = True
-
-        def __init__(self, **options):
-            super().__init__(**options)
-            self._make_executor = self._executor = None
-            self._shared = {}                     # {id of an array: (weak reference to it, its Ref)}
-
-        def __reduce__(self):
-            return functools.partial(_joblib_backend, nesting_level=self.nesting_level,
-                                     inner_max_num_threads=self.inner_max_num_threads), ()
-
-        def effective_n_jobs(self, n_jobs):
-            if n_jobs == 0:
-                raise ValueError("n_jobs == 0 in Parallel has no meaning")
-            if n_jobs is None:
-                return 1
-            return n_jobs if n_jobs > 0 else max(clupy.slots() + 1 + n_jobs, 1)
-
-        def configure(self, n_jobs=1, parallel=None, **options):
-            options = {**self.backend_kwargs, **options}
-            self.parallel, n_jobs = parallel, self.effective_n_jobs(n_jobs)
-            self._make_executor = functools.partial(clupy.Executor, n_jobs, initializer=options.get("initializer"),
-                                                    initargs=options.get("initargs", ()))
-            self._executor = self._make_executor()
-            return n_jobs
-
-        def submit(self, func, callback=None):
-            func.items = [(item, [self._share(value) for value in args],
-                           {name: self._share(value) for name, value in kwargs.items()}) for item, args, kwargs in func.items]
-            future = self._executor.submit(_run_batch, func, self.inner_max_num_threads)
-            future.add_done_callback(callback)
-            return future
-
-        def _share(self, value):
-            """The value, or the Ref of a large array."""
-            size = getattr(value, "nbytes", 0)
-            if not isinstance(size, int) or size < SHARED_ARRAY:
-                return value
-            here, ref = self._shared.get(id(value), (None, None))
-            if not here or here() is not value:
-                try:
-                    here = weakref.ref(value, functools.partial(self._forget, id(value)))
-                    self._shared[id(value)] = here, clupy.share(value, ttl="1h")
-                except TypeError:                 # it takes no weak reference: then it is sent with each batch
-                    return value
-            return self._shared[id(value)][1]
-
-        def _forget(self, key, _):
-            self._shared.pop(key, None)
-
-        def retrieve_result_callback(self, out):
-            return out.result()
-
-        def abort_everything(self, ensure_ready=True):
-            self._executor.kill_workers()
-            if ensure_ready:
-                self._executor = self._make_executor()
-
-        def stop_call(self):
-            for _, ref in self._shared.values():
-                ref.close()
-            self._shared.clear()
-
-        def terminate(self):
-            if self._executor:
-                self._executor.shutdown(wait=False)
-            self.reset_batch_stats()
-
-        def get_nested_backend(self):
-            return _joblib_backend(nesting_level=(self.nesting_level or 0) + 1,
-                                   inner_max_num_threads=self.inner_max_num_threads), -1
-
-    return Backend
-
-
-def _run_batch(batch, threads):
-    """In a worker: the results of a batch of joblib's, for which libraries use so many threads; None: as many as for any call."""
-    if threads is None:
-        return batch()
-    with threadpoolctl.threadpool_limits(threads):
-        return batch()
 
 
 # ==== Masters that stand in for each other ===================================
