@@ -435,7 +435,7 @@ def cores(root=""):
 
     root: where its /proc and /sys are."""
     mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min([mine, *map(math.ceil, _quotas(root))]))
+    return max(1, min([mine, *(math.ceil(quota) for quota in _quotas(root))]))
 
 
 SETTINGS = {   # key: (roles that have it, how it is read, default)

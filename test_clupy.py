@@ -4,6 +4,7 @@ A `Cluster` starts a master and servers as a user would, each in a folder of its
 Scripts run as programs of their own, because that is what users write.  After every test nothing may be left behind.
 """
 
+import ast
 import asyncio
 import builtins
 import collections
@@ -1784,6 +1785,12 @@ def test_a_server_has_a_slot_for_each_core_that_it_may_use():
 
 
 CGROUP = "/sys/fs/cgroup"
+
+
+def test_clupy_never_takes_its_own_map_and_open_for_python_s():
+    with open(clupy.__file__) as file:
+        calls = [node for node in ast.walk(ast.parse(file.read())) if isinstance(node, ast.Call)]
+    assert [f"line {call.lineno}" for call in calls if getattr(call.func, "id", "") in ("map", "open")] == []
 
 
 @pytest.mark.parametrize("files, expected", [
