@@ -1234,7 +1234,7 @@ def stands_by(leader):
 
 
 class MasterLink:
-    """A connection to the leading master, kept for ever: each address in turn, and after each round a pause with jitter.
+    """A connection to the leading master, kept as long as one may be ours: each address in turn, and a pause after each round.
 
     An address that is of no use is passed over, whatever is wrong with it.  The owner answers messages, and hears by
     master_joined(connection), by master_lost() when that has ended or a round was in vain, and by master_refused(error)
@@ -1266,6 +1266,7 @@ class MasterLink:
             self.why_lost = told(said)
             if error := hopeless(said):
                 owner.master_refused(error)
+                return
             owner.master_lost()
             if time.monotonic() - began > 1.0:
                 delay = 0.1
