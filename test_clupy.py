@@ -3842,8 +3842,8 @@ def test_on_a_terminal_an_unfinished_line_gives_way_and_is_there_again_when_it_g
 def test_where_nothing_can_be_taken_back_lines_of_several_are_not_mixed(monkeypatch):
     screen, file = clupy_master.Screen(), io.StringIO()
     monkeypatch.setattr(sys, "stdout", file)
-    for mark, text in ("[a] ", "one"), ("[a] ", " two"), ("[b] ", "x\n"), ("[a] ", " three\n"), ("[b] ", "\r1"), ("[a] ", "\r2"), (
-            "[b] ", "\r3\r\n"), ("[a] ", "\n\n"):
+    for mark, text in [("[a] ", "one"), ("[a] ", " two"), ("[b] ", "x\n"), ("[a] ", " three\n"),
+                       ("[b] ", "\r1"), ("[a] ", "\r2"), ("[b] ", "\r3\r\n"), ("[a] ", "\n\n")]:
         screen.show("out", mark, text)
     assert file.getvalue() == ("[a] one two\n[b] x\n[a] one two three\n\r[b] 1\r\r[a] 2\r\r[b] 1\r[b] 3\r\n\r[a] 2\n[a] \n")
 
