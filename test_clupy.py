@@ -3867,18 +3867,18 @@ def test_of_a_line_in_several_pieces_what_is_not_shown_goes_up_to_its_end():
     async def story():
         wire = Wire()
         printed = clupy_server.Printed(wire)
-        full = "x" * (clupy.UNSEEN_OUTPUT - clupy_server.ENTRY_SIZE - 10) + "\n"
-        for text in "begun", full, " dropped", " still\n", "dropped too", "... its end\n":
-            printed.show(1, "out", text)
-        printed.seen(printed._unseen)
-        for text in "dropped", ", all of it\n":                    # there is no room again before it was sent
-            printed.show(1, "out", text)
-        while seen := printed._unseen:
-            printed.seen(seen)
-        printed.show(1, "out", "shown\n")
+        for pid, text in (1, "begun"), (3, "x" * clupy.UNSEEN_OUTPUT + "\n"), (1, " lost"), (2, "lost too"):
+            printed.show(pid, "out", text)
         printed.flush()
-        text = "".join(text for _, entries, _, _ in wire for _, _, text, _ in entries)
-        assert text == "begun" + full + "dropped, all of it\nshown\n" and sum(message[2] for message in wire) == 2
+        printed.seen(printed._unseen)                  # there is room again, in the midst of these two lines
+        for pid, text in (1, " as well\nshown\n"), (2, "\rshown"), (2, " until its end\n"):
+            printed.show(pid, "out", text)
+        printed.flush()
+        texts = collections.defaultdict(str)
+        for _, entries, _, _ in wire:
+            for pid, _, text, _ in entries:
+                texts[pid] += text
+        assert (texts[1], texts[2]) == ("begun\nshown\n", "shown until its end\n") and sum(message[2] for message in wire) == 1
     asyncio.run(story())
 
 
