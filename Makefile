@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile
 MODULES = clupy.py clupy_master.py clupy_server.py
+SOURCES = $(MODULES) test_clupy.py examples setup.cfg pyproject.toml README.md CHANGELOG.md LICENSE Makefile .ci
 PYTEST = $(VENV)/bin/python -m pytest -q -p no:cacheprovider -n 4 --dist worksteal test_clupy.py     # four at a time: most of it is waiting
 
 help:  ## list the targets
@@ -24,8 +25,10 @@ bench: $(VENV)/test  ## measure against the process pools of the standard librar
 	$(VENV)/bin/python examples/benchmark.py
 
 dist: $(VENV)/test  ## build the files for a package index
-	$(PIP) build
-	$(VENV)/bin/python -m build --outdir dist .
+	@rm -rf build dist && mkdir build && cp -R $(SOURCES) build
+	@printf '%s\n' 'include *.md *.py Makefile' 'graft .ci' 'graft examples' 'global-exclude *.pyc' >build/MANIFEST.in
+	@$(VENV)/bin/python -m build --quiet --no-isolation --outdir dist build 2>build/log >&2 || { cat build/log; exit 1; }
+	@rm -rf build && ls dist/*
 
 clean:  ## remove what the other targets made
 	rm -rf $(VENV) build dist *.egg-info __pycache__ .pytest_cache .ruff_cache

@@ -12,7 +12,7 @@
 Without any set-up the calls run on the cores of this machine; `python -m clupy master` and `python -m clupy serve
 --master HOST` make a cluster of several.  Trusted networks only: whoever knows the secret can run code.
 
-    calls          parallel, map, wait_all, as_completed, everywhere, Future, Executor; connect, close, configure, slots
+    calls          parallel, map, wait_all, as_completed, everywhere, Future, Executor; connect, close, configure, slots, timeline
     data           put, get, put_many, get_many, add, update, delete, exists, keys, shared, open; counter, queue; publish,
                    subscribe; share, Ref
     coordination   lock, semaphore, election, barrier, event
@@ -69,6 +69,11 @@ This text is the view from above.  The file itself is read from below: each sect
 errors and settings over the wire, pickles and Future to the engine and what users call.
 """
 
+import sys
+
+if sys.platform not in ("linux", "darwin"):
+    raise ImportError(f"CluPy supports only Linux and macOS, not {sys.platform}; on Windows, use WSL")
+
 if __name__ == "__main__":                    # `python -m clupy`: run the module under its own name, once
     import clupy
     raise SystemExit(clupy.main())
@@ -104,7 +109,6 @@ import re
 import selectors
 import socket
 import struct
-import sys
 import threading
 import time
 import traceback
@@ -179,7 +183,7 @@ __version__ = "0.1.0"
 # are details, of which a worker (clupy_server.py) uses some and sets _engine, _sender and _note_session.
 __all__ = [
     "connect", "close", "slots", "parallel", "wait_all", "as_completed", "everywhere", "Future", "Executor",      # calls
-    "Cluster", "register_joblib",
+    "Cluster", "timeline", "register_joblib",
     "configure", "put", "get", "put_many", "get_many", "add", "update", "delete", "exists", "keys", "shared",   # data
     "share", "Ref", "counter", "Counter", "queue", "Queue", "publish", "subscribe", "Subscription",
     "lock", "semaphore", "election", "Election", "barrier", "event", "Event", "LockLost",                       # coordination
@@ -755,7 +759,8 @@ def find_secret(settings, create=False):
 #                             stack, base: the nested slot that has its
 #                             place now}
 # server -> client  late      number, call: it is over, or has not begun   -           asked again while it is out
-# server -> client  output    [(pid, stream, text)], dropped lines, bytes  seen        over UNSEEN_OUTPUT: dropped
+# server -> client  output    [(pid, stream, text, whether more comes at   seen        over UNSEEN_OUTPUT: dropped
+#                             once)], dropped lines, bytes
 # client -> server  seen      bytes                                        -
 # client -> server  release   names of Refs that nobody has any more       -           the session's end
 # any -> client     notice    what, text: draining, alive, renew (the      -
@@ -1467,6 +1472,12 @@ def _numbered(args, func):
         yield f"argument {i + 1}" + (f" ({names[i]!r})" if i < len(names) else ""), value
 
 
+def _refusal(error):
+    """Why something cannot be pickled, and what to do where that is known."""
+    is_lock = re.search(r"through inheritance|_thread\.R?Lock", str(error), re.IGNORECASE)
+    return f"{error}" + "; clupy.lock(name) keeps calls apart, and bars of tqdm's need no lock in them" * bool(is_lock)
+
+
 def pack_arguments(function_name, args, kwargs, func=None):
     """(the payload of (args, kwargs), the Refs and Futures among them).  Refs arrive as their values; for Futures the payload
     is `filled` with their results first.  Raises PicklingError that names the argument at fault and its type; with func also
@@ -1482,7 +1493,7 @@ def pack_arguments(function_name, args, kwargs, func=None):
     except Exception as error:      # whatever a class of the user's raises while it is pickled
         named = [*_numbered(args, func), *((f"argument {name!r}", kwargs[name]) for name in kwargs)]
         raise pickle.PicklingError(f"{function_name} cannot be called: {_culprit(named, 'its arguments', resolve=True)} "
-                                   f"cannot be pickled: {error}") from error
+                                   f"cannot be pickled: {_refusal(error)}") from error
 
 
 def _registered():
@@ -2181,7 +2192,7 @@ def _capture(func, trust=True):
             reads += [(_marks.get, name, None, mark) for name, mark in pickling.marks.items()]
     except Exception as error:                    # whatever a class of the user's raises while it is pickled
         raise pickle.PicklingError(f"{name} cannot be sent to a worker: {_culprit(_used(func), 'it')} cannot "
-                                   f"be pickled: {error}") from error
+                                   f"be pickled: {_refusal(error)}") from error
     finally:
         pickling.marks, pickling.trust = before
     views = [buffer.raw() for buffer in buffers]
@@ -3264,11 +3275,11 @@ def conclude(outcomes):
 #   verdicts     what becomes of the unanswered calls of a slot that ended                         a function
 #   Slot         what is under way in one worker                                                   one connection
 #   ServerLink   one server: closes and kills there, hears of deaths and of output                 one connection
-#   Output       what calls print                                                                  a thread
 #   Children     which calls wait for calls that they made
 #   Feeder       moves calls: from the Backlog into slots, back from them, out with their outcome
 #   Pool         which slots are open where, as the share says
-#   (ClientLibraries: its own list, and how its versions differ from the cluster's; it stands in clupy_master.py)
+#   (ClientLibraries: its own list, and how its versions differ from the cluster's; Output: what calls print, by a thread;
+#    Timeline; they stand in clupy_master.py)
 #   MasterSide   what this client wants, and what becomes of it without a master                   one connection
 #   Engine       thread and loop; what any thread may call; fork and end
 #
@@ -3294,6 +3305,7 @@ class BaseEngine:
     capacity = 0                                  # slots that there may be, as far as is known
     where = ""                                    # in a worker: "server pid"
     said = None                                   # {key: value} that a master said of Redis and ZooKeeper last
+    timeline = None                               # of all engines: the Timeline that they tell what becomes of calls
 
     def __init__(self):
         self.held = set()                         # calls that are not submitted yet: they wait for other calls, or for a while
@@ -3926,69 +3938,6 @@ class ServerLink:
             self.engine.libraries.cannot_be_built(self, text)
 
 
-def write_text(stream, text):
-    """Write whole lines at one stroke, so that what other threads print does not come in between.
-
-    Below the text layer where there is one below: up to 3.12.3 a write that finds its buffer full loses what another
-    thread writes meanwhile (python/cpython#119506)."""
-    stream.flush()
-    if buffer := getattr(stream, "buffer", None):
-        buffer.write(text.encode(stream.encoding, "backslashreplace"))
-    else:
-        stream.write(text)
-    stream.flush()
-
-
-class Output:
-    """What calls print, in the client's own output, by a thread that may block.
-
-    The thread is there before the first slot: when the interpreter ends, and the last lines come, none can be started."""
-
-    def __init__(self, engine):
-        self._engine, self._entries, self._thread = engine, SimpleQueue(), None
-
-    def start(self):
-        if self._thread is None and self._engine.settings.output:
-            thread = threading.Thread(target=self._print, name="clupy-output", daemon=True)
-            thread.start()                        # raises when the interpreter ends: nothing is left to join
-            self._thread = thread
-
-    def show(self, connection, server, entries, dropped, size):
-        """Show [(pid, stream, text)] of a server's host, and say to it that so many bytes are seen."""
-        self._entries.put((connection, server, entries, dropped, size))
-
-    def end(self):
-        """No more will come."""
-        self._entries.put(None)
-
-    def join(self):
-        """Wait until all is shown, for CLOSE_TIME at most."""
-        if self._thread:
-            self._thread.join(CLOSE_TIME)
-
-    def _print(self):
-        begun = {}                                # {(server, pid, stream): a line of which the end has not come}
-        for connection, server, entries, dropped, size in iter(self._entries.get, None):
-            for pid, stream, text in entries:
-                whole, end, rest = (begun.pop((server, pid, stream), "") + text).rpartition("\n")
-                if rest:
-                    begun[server, pid, stream] = rest
-                self._write(stream, f"[{server} {pid}]", whole.split("\n") if end else [])
-            if dropped:
-                self._write("err", f"[{server}]", [f"... {dropped} lines were not shown: more than {UNSEEN_OUTPUT >> 10} KiB "
-                                                   "were waiting"])
-            self._engine.soon(connection.send, "seen", size)
-
-    @staticmethod
-    def _write(stream, mark, lines):
-        target = sys.stderr if stream == "err" else sys.stdout
-        if target is not None and lines:
-            try:
-                write_text(target, "".join([f"{mark} {line}\n" for line in lines]))
-            except (OSError, ValueError) as error:      # a closed pipe or stream: output ends, calls do not
-                log.debug("output of %s cannot be shown: %s", mark, error)
-
-
 # ---- calls inside calls: made by a call that runs in a slot, queued here like any other, newest first
 
 class Children:
@@ -4016,6 +3965,8 @@ class Children:
                 self._engine.backlog.suspend(slot, slot.calls[parent], 1)
             slot.children[parent][number] = call
             self._engine.enqueue(call)
+            if self._engine.timeline is not None:
+                self._engine.timeline.made([call])
         self._engine.master_side.update_wanted()
         self._engine.pool.balance()
 
@@ -4203,6 +4154,10 @@ class Feeder:
             slot.load = 0.0                       # sums of floats are not exact
         if slot.recalled == "answered":
             slot.recalled = None
+        if self._engine.timeline is not None:
+            self._engine.timeline.ran(slot, [
+                (call, "cancelled" if call._state in _DONE else "succeeded" if succeeded else "failed")
+                for call, succeeded, _ in outcomes], heard, seconds)
         self.finish(outcomes)
         self._engine.pool.end_if_empty(slot)
         self._kill_cancelled(slot)
@@ -4213,7 +4168,10 @@ class Feeder:
     def slot_over(self, slot, how):
         """The unanswered calls of a slot that ended get what `verdicts` says."""
         outcomes, again, calls = [], [], list(slot.calls.values())
-        for call, (verdict, charged, spared) in zip(calls, verdicts(calls, how)):
+        found = list(zip(calls, verdicts(calls, how)))
+        if self._engine.timeline is not None:
+            self._engine.timeline.over(slot, how, found)
+        for call, (verdict, charged, spared) in found:
             self._engine.children.cancel_of(slot, call._number)
             self._remove(slot, call)
             call._tries += charged
@@ -4723,7 +4681,7 @@ class Engine(BaseEngine):
         self.joined = threading.Event()           # a first share, or a fatal error, is there
         self.pid = os.getpid()
         self.backlog = Backlog()
-        self.output = Output(self)
+        self.output = clupy_master.Output(self)
         self.children = Children(self)
         self.feeder = Feeder(self)
         self.pool = Pool(self)
@@ -4893,6 +4851,8 @@ class Engine(BaseEngine):
         """Take what is in the inbox."""
         self._awake = False
         inbox = self._inbox
+        if self.timeline is not None:
+            self.timeline.made(inbox.copy())
         for _ in range(len(inbox)):
             self.enqueue(inbox[0])                # in this order: a child that is forked off finds it in one or the other
             inbox.popleft()
@@ -5237,6 +5197,16 @@ def _result_of(future):
     return pack(future.result())
 
 
+def timeline(path):
+    """A block of which the file at `path` shows when and where each call ran that ended in it: JSON that ui.perfetto.dev opens.
+
+    A row is a worker, a bar a call, with the seconds that it waited and ran, its try and what became of it; deaths of workers
+    are marked.  The file is written when the block ends, however it does.  One block at a time; in the program, not in calls."""
+    if _engine is not None and not isinstance(_engine, Engine):
+        raise ClupyError("timeline() needs a cluster of its own: it works in the program, not on another executor, nor in a call")
+    return clupy_master.Timeline(path)
+
+
 def slots():
     """How many calls can run at once: the slots of the cluster, this machine's cores without one.
 
@@ -5334,37 +5304,32 @@ def _megabytes(size):
     return f"{size / 1e6:,.0f} MB" if size < 1e9 else f"{size / 1e9:,.1f} GB"
 
 
+def _shown(progress, *how, **more):
+    """A block in which progress is shown, if that is wanted; see clupy_master.progress."""
+    return clupy_master.progress(progress, *how, **more) if progress else contextlib.nullcontext()
+
+
 @_either_spelling
 def wait_all(results, time_out=None, progress=False):
     """Whether all the futures completed within `time_out` (None: for ever), their handlers included.
 
-    progress: show on standard error how many have."""
+    progress: show on standard error, if that is a terminal or a notebook's, how many have, have failed and run, how fast and
+    for how long: with tqdm where it is installed.  "always": wherever that is shown."""
     results = list(results)
     deadline = _deadline(time_out)
-    step = 0.5 if progress else math.inf
-    try:
-        for future in results:
-            while not future.wait(min(step, deadline - time.monotonic())):
-                if time.monotonic() >= deadline:
-                    return False
-                if progress:
-                    _show_progress(results, "")
-        return True
-    finally:
-        if progress:
-            _show_progress(results, "\n")
-
-
-def _show_progress(results, end):
-    print(f"\r{sum(future.completed for future in results)}/{len(results)} calls", end=end, file=sys.stderr, flush=True)
+    with _shown(progress, len(results), futures=results):
+        return all(future.wait(deadline - time.monotonic()) for future in results)
 
 
 @_either_spelling
-def as_completed(results, time_out=None):
-    """The futures, each as soon as it is done. Raises TimeoutError after `time_out` seconds in all (None: never)."""
+def as_completed(results, time_out=None, progress=False):
+    """The futures, each as soon as it is done. Raises TimeoutError after `time_out` seconds in all (None: never).
+
+    progress: as for wait_all()."""
     futures = list(results)
     try:
-        yield from concurrent.futures.as_completed(futures, _time_out(time_out))
+        with _shown(progress, len(futures), futures=futures):
+            yield from concurrent.futures.as_completed(futures, _time_out(time_out))
     except KeyboardInterrupt:
         for future in futures:
             future.cancel()
@@ -5580,6 +5545,7 @@ class _Map:
         self._changed = threading.Condition()     # for all below, and for what is in the chunks
         self._sending = threading.Lock()          # held by the thread that takes items and makes calls of them
         self._under_way = self._ahead = self._bytes = 0         # chunks; items that are not taken; bytes of their arguments
+        self._done = self._failed = 0             # items
         self._seconds = None                      # that an item takes
         self._item_bytes = None                   # of its arguments, at most
         self._closed = False
@@ -5650,7 +5616,7 @@ class _Map:
 
     def _over(self, chunk, call):
         """A chunk's call has its outcome: what is left of it is sent anew."""
-        rest, run, count = [], self._run, 1
+        rest, run, count, done = [], self._run, 1, 0
         try:
             first, results, chunk.failure, done, seconds = call.result()
             chunk.parts.append((first, results))
@@ -5670,6 +5636,8 @@ class _Map:
                 self._start(one, run)
         with self._changed:
             self._under_way -= 1
+            self._done += done
+            self._failed += chunk.failure is not None and not self._closed
             chunk.over = True
             self._changed.notify_all()
         self._send()
@@ -5730,23 +5698,33 @@ class _Map:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        todo = list(self._chunks)
+        for call in self._calls():
+            call.cancel()
+
+    def _calls(self):
+        """Those of which not all is taken."""
+        calls, todo = [], list(self._chunks)
         while todo:
             chunk = todo.pop()
             todo += chunk.rest
             if chunk.call:
-                chunk.call.cancel()
+                calls.append(chunk.call)
+        return calls
+
+    def look(self):
+        """(items done, failed, slots that run some)"""
+        return self._done, self._failed, len({call._slot for call in self._calls() if call._state == RUNNING})
 
 
 @_either_spelling
-def map(func, *iterables, max=None, timeout=None, retries=2, chunk_size=None):
+def map(func, *iterables, max=None, timeout=None, retries=2, chunk_size=None, progress=False):
     """The results of func over the iterables, in order, as an iterator; they may be of any length, or endless.
 
     Several items go into one call, as many as are a few milliseconds of work; a slow one among them holds nothing up.
     chunk_size: that many, and `timeout` bounds them together; without it, with a timeout or without retries it is one.
     Calls are made ahead of what is taken.  Lists and the like are read as needed; other iterables by a thread, so that one
     which is slow, or waits for results, holds nothing up.  An exception of the function, or of an iterable, is raised where
-    its result would be; the calls made ahead are cancelled then."""
+    its result would be; the calls made ahead are cancelled then.  progress: of the items, as for wait_all()."""
     chunk_size = _whole("chunk_size", chunk_size, 1) or (1 if timeout is not None or not retries else None)
 
     if not callable(func):
@@ -5757,12 +5735,15 @@ def map(func, *iterables, max=None, timeout=None, retries=2, chunk_size=None):
         _, timeout, retries, _ = whole._options
         return functools.partial(_call_chunk, engine, whole.func, whole._function, not chunk_size, timeout,
                                  retries if chunk_size else lost and retries - lost, whole._limit)
-    return _lazily(_Map(make, func, iterables, chunk_size))
+    job = _Map(make, func, iterables, chunk_size)
+    known = [length for each in iterables if (length := operator.length_hint(each, -1)) >= 0]
+    return _lazily(job, _shown(progress, min(known, default=None), job.look, unit="items"))
 
 
-def _lazily(job):
+def _lazily(job, shown):
     job.begin(_current_engine())
-    yield from job.results()
+    with shown:
+        yield from job.results()
 
 
 def _call_chunk(engine, func, function, gives_back, timeout, retries, limit, chunk):

@@ -14,6 +14,7 @@
            max-min fair by slots.
 - Lists    has the libraries that the master and its clients ask for resolved to exact versions, once for all.
 - Listener accepts connections, here and for a server; Leadership elects one of several masters.
+- Of a client, too: ClientLibraries, and what it shows: Output of its calls on the Screen, Progress, Timeline.
 
 A share is leave to ask.  A server alone counts its slots and lets a connection wait rather than exceed them, so a
 share that is out of date, or that two masters gave at once, does no harm.
@@ -22,6 +23,7 @@ share that is out of date, or that two masters gave at once, does no harm.
 import asyncio
 import collections
 import contextlib
+import datetime
 import difflib
 import hashlib
 import hmac
@@ -29,6 +31,7 @@ import json
 import logging
 import os
 import platform
+import queue
 import re
 import shlex
 import shutil
@@ -46,10 +49,10 @@ from importlib import metadata
 from pathlib import Path
 
 import clupy
-from clupy import (HANDSHAKE_TIME, NONCE_SIZE, PORT, PREAMBLE_SIZE, PROOF_SIZE, TO_MASTER, ClupyError, ConfigurationError,
-                   Connection, DependencyError, LibraryMismatch, MasterUnreachable, ProtocolError, SecretError,
-                   VersionMismatch, address_text, dial, find_secret, masters_of, plain_host, preamble, proof, read_exactly,
-                   read_preamble)
+from clupy import (CLOSE_TIME, HANDSHAKE_TIME, NONCE_SIZE, PORT, PREAMBLE_SIZE, PROOF_SIZE, TO_MASTER, UNSEEN_OUTPUT,
+                   ClupyError, ConfigurationError, Connection, DependencyError, LibraryMismatch, MasterUnreachable,
+                   ProtocolError, SecretError, VersionMismatch, Why, address_text, dial, find_secret, masters_of, plain_host,
+                   preamble, proof, read_exactly, read_preamble)
 
 log = logging.getLogger("clupy.master")
 log.addFilter(clupy.quiet_if_embedded)
@@ -60,6 +63,7 @@ WAKE_TIME = 1.0                # between looks at the own clock: who was stopped
 SILENT_CLIENT = 300.0      # a client that stated nothing for so long loses idle slots that others want
 WATCH_TIME = 0.1           # a leader asks itself so often whether it still leads
 LEARN_TIME = 1.0           # a master that stands by asks so often who leads; less is work for ZooKeeper, more sends people astray
+PROGRESS_TIME = 0.2        # between looks at calls of which progress is shown; less costs more
 FILE_TIME = 1.0            # the dependency file is looked at so often
 
 
@@ -1108,6 +1112,285 @@ class ClientLibraries:
         if broken and not any(slots or id not in broken for id, (_, slots, _) in share.items()):
             why = next(iter(broken.values()))
             self._engine.feeder.fail_waiting(DependencyError(why.partition("\n")[0], why.split("\n")[1:]))
+
+
+# ==== What a client shows =====================================================
+# Of its calls, on its own terminal and in a file: what they print, how far they are, and where and when they ran.
+
+def write_text(stream, text):
+    """Write it at one stroke, so that what other threads print does not come in between.
+
+    Below the text layer where there is one below: up to 3.12.3 a write that finds its buffer full loses what another
+    thread writes meanwhile (python/cpython#119506)."""
+    stream.flush()
+    if buffer := getattr(stream, "buffer", None):
+        buffer.write(text.encode(stream.encoding, "backslashreplace"))
+    else:
+        stream.write(text)
+    stream.flush()
+
+
+def is_terminal(stream):
+    return bool(getattr(stream, "isatty", bool)())
+
+
+def _marked(mark, line):
+    """The line with the mark at its beginning, and at every beginning to which a carriage return takes it back."""
+    return re.sub(r"[^\r]+", lambda text: mark + text[0], line) or mark
+
+
+class Screen:
+    """Standard output and error: lines of many writers, of which the last may be unfinished; any thread may write.
+
+    On a terminal an unfinished line gives way to whatever comes next, and is there again, whole, as soon as it goes on.  What
+    is no terminal cannot take anything back: there it is ended, and begun again."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._unfinished = {}                     # {(stream, mark): the line, from where it was rewritten last}
+        self._standing = {}                       # {stream, or "terminal": whose unfinished line ends at the cursor}
+
+    def show(self, stream, mark, text):
+        """What one writer, known by its mark, wrote next to "out" or "err"; its lines begin with the mark."""
+        target = sys.stderr if stream == "err" else sys.stdout
+        if target is None:
+            return
+        with self._lock:
+            try:
+                with _without_bars(target):
+                    write_text(target, self._next(is_terminal(target), (stream, mark), text))
+            except (OSError, ValueError) as error:      # a closed pipe or stream: output ends, calls do not
+                log.debug("output of %s cannot be shown: %s", mark, error)
+
+    def _next(self, terminal, writer, text):
+        """What to write so that this shows."""
+        stream, mark = writer
+        place = "terminal" if terminal else stream
+        before, standing = self._unfinished.pop(writer, ""), self._standing.pop(place, None)
+        *lines, rest = (before + text).split("\n")
+        shown = "".join([_marked(mark, line) + "\n" for line in lines])
+        last = re.search(r"\r?[^\r]*\r*$", rest)[0]
+        if rest:
+            self._unfinished[writer], self._standing[place] = last, writer
+        if terminal:
+            room = max(1, shutil.get_terminal_size().columns - 1 - len(mark))
+            return "\r\x1b[K" * bool(standing) + shown + (mark + last.strip("\r")[-room:] if rest else "")
+        shown += _marked(mark, rest) if rest else ""
+        if standing == writer:
+            return shown[len(_marked(mark, before)):]
+        return ("\r" if self._unfinished.get(standing, "").startswith("\r") else "\n") * bool(standing) + shown
+
+
+screen = Screen()
+os.register_at_fork(after_in_child=screen.__init__)
+
+
+def _without_bars(target):
+    """A block in which no bar of tqdm's stands where something is written."""
+    tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)
+    return tqdm.external_write_mode(target) if tqdm else contextlib.nullcontext()
+
+
+class Output:
+    """What calls print, in the client's own output, by a thread that may block.
+
+    The thread is there before the first slot: when the interpreter ends, and the last lines come, none can be started."""
+
+    def __init__(self, engine):
+        self._engine, self._entries, self._thread = engine, queue.SimpleQueue(), None
+
+    def start(self):
+        if self._thread is None and self._engine.settings.output:
+            thread = threading.Thread(target=self._print, name="clupy-output", daemon=True)
+            thread.start()                        # raises when the interpreter ends: nothing is left to join
+            self._thread = thread
+
+    def show(self, connection, server, entries, dropped, size):
+        """Show [(pid, stream, text, whether more comes at once)] of a server's host, and tell it that so many bytes are seen."""
+        self._entries.put((connection, server, entries, dropped, size))
+
+    def end(self):
+        """No more will come."""
+        self._entries.put(None)
+
+    def join(self):
+        """Wait until all is shown, for CLOSE_TIME at most."""
+        if self._thread:
+            self._thread.join(CLOSE_TIME)
+
+    def _print(self):
+        begun = {}                                # {(server, pid, stream): a line of which more comes at once}
+        for connection, server, entries, dropped, size in iter(self._entries.get, None):
+            for pid, stream, text, more in entries:
+                text = begun.pop((server, pid, stream), "") + text
+                if more:
+                    whole, end, begun[server, pid, stream] = text.rpartition("\n")
+                    text = whole + end
+                if text:
+                    screen.show(stream, f"[{server} {pid}] ", text)
+            if dropped:
+                screen.show("err", f"[{server}] ", f"... {dropped} lines were not shown: more than {UNSEEN_OUTPUT >> 10} KiB "
+                                                   "were waiting\n")
+            self._engine.soon(connection.send, "seen", size)
+
+
+# ---- how far they are
+
+def progress(wanted, total, look=None, futures=(), unit="calls"):
+    """A block in which the progress of these futures, or of what `look` says, is shown; total: None if it is not known.
+
+    wanted: "always"; or another true value, which means: if standard error is a terminal or a notebook's."""
+    looked_at = wanted == "always" or is_terminal(sys.stderr) or type(sys.stderr).__module__.startswith("ipykernel")
+    return Progress(look or _Calls(futures).look, total, unit) if looked_at else contextlib.nullcontext()
+
+
+class _Calls:
+    """Looks at futures, of which a look passes over those that it saw done."""
+
+    def __init__(self, futures):
+        self._open, self._done, self._failed = futures, 0, 0
+
+    def look(self):
+        """(done, failed, slots that run some)"""
+        still, slots = [], set()
+        for future in self._open:
+            if future.completed:
+                self._done += 1
+                self._failed += _has_failed(future)
+            else:
+                still.append(future)
+                if future._state == clupy.RUNNING:                     # or sent, behind one that runs in the same slot
+                    slots.add(future._slot)
+        self._open = still
+        return self._done, self._failed, len(slots)
+
+
+def _has_failed(future):
+    """Whether a call that is done has no result; not as somebody who looks, and without unpickling anything."""
+    packed = future._packed
+    return not packed[0] if packed else future._exception is not None
+
+
+class Progress:
+    """Shows how far something is, by a thread of its own, until its block ends: as tqdm's bar where tqdm is installed."""
+
+    def __init__(self, look, total, unit):
+        self._look, self._total, self._unit = look, total, unit
+        self._over = threading.Event()
+        self._width = 0                           # of the line that stands
+        self._thread = threading.Thread(target=self._run, name="clupy-progress", daemon=True)
+
+    def __enter__(self):
+        self._began, (self._done_before, *_) = time.monotonic(), self._look()
+        try:
+            from tqdm.auto import tqdm
+        except ImportError:
+            self._bar = None
+        else:
+            self._bar = tqdm(total=self._total, initial=self._done_before, unit=f" {self._unit}", dynamic_ncols=True)
+        self._thread.start()
+
+    def __exit__(self, *_):
+        self._over.set()
+        self._thread.join()
+        if self._bar is None:
+            screen.show("err", "", "\n")
+        else:
+            self._bar.close()
+
+    def _run(self):
+        over, took = False, 0.0
+        while not over:
+            over = self._over.wait(max(PROGRESS_TIME, 20 * took))      # at a million calls a look takes 0.2 s
+            looked = time.monotonic()
+            self._show(*self._look())
+            took = time.monotonic() - looked
+
+    def _show(self, done, failed, running):
+        words = f"{failed} failed, {running} running"
+        if self._bar is not None:
+            self._bar.n = done
+            self._bar.set_postfix_str(words)
+            return
+        rate = (done - self._done_before) / max(time.monotonic() - self._began, 1e-9)
+        text = f"\r{done}/{'?' if self._total is None else self._total} {self._unit}, {words}, {rate:.1f}/s"
+        if rate and self._total is not None:
+            text += f", {datetime.timedelta(seconds=round((self._total - done) / rate))} left"
+        screen.show("err", "", text.ljust(self._width))
+        self._width = len(text)
+
+
+# ---- where and when they ran
+
+class Timeline:
+    """A block of which a file shows all calls that ended in it: Chrome's trace events, with a row for each worker.
+
+    The engines of this process tell it what they hear; what has no time here has it by time.monotonic()."""
+
+    def __init__(self, path):
+        self._path = path
+        self._made = {}                           # {call: when its engine took it}, as long as it has no outcome
+        self._ends = {}                           # {(server, pid): when its last bar ends}
+        self._events = []
+
+    def __enter__(self):
+        if clupy.BaseEngine.timeline is not None:
+            raise RuntimeError("a timeline is being written already, to " + str(clupy.BaseEngine.timeline._path))
+        self._file = open(self._path, "w", encoding="utf-8")           # now: at the end it would be too late to hear why not
+        self._pid = os.getpid()
+        self._began = time.monotonic()
+        clupy.BaseEngine.timeline = self
+        return self
+
+    def __exit__(self, *_):
+        if os.getpid() != self._pid:              # a forked child: the file is its parent's
+            return
+        clupy.BaseEngine.timeline = None
+        with self._file:
+            json.dump({"traceEvents": self._finished(), "displayTimeUnit": "ms"}, self._file)
+
+    def made(self, calls):
+        """These wait from now on."""
+        self._made.update(dict.fromkeys(calls, time.monotonic()))
+
+    def ran(self, slot, ended, now, seconds):
+        """A worker has ended these [(call, outcome)], in this order; seconds: what all of them took, None: not known.
+
+        Of several that are heard of at once each has the part of the time that was expected of it."""
+        row, expected = (slot.link.name, slot.pid), sum(call._cost for call, _ in ended) or 1.0
+        for left, (call, outcome) in zip(range(len(ended) - 1, -1, -1), ended):
+            begin = max(call._sent_at, self._ends.get(row, self._began))       # it runs one call at a time
+            took = None if seconds is None else seconds * call._cost / expected
+            end = min(begin + (took or 0.0), now) if left else now
+            self._ends[row] = end
+            made = self._made.get(call) if outcome == "lost" else self._made.pop(call, None)
+            name = call._function.name + (f" ({outcome})" if outcome != "succeeded" else "")
+            self._add(row, begin, name, ph="X", dur=self._us(end) - self._us(begin), args={
+                "wait": made and round(call._sent_at - made, 6), "run": took and round(took, 6),
+                "server": row[0], "worker": row[1], "try": call._tries + 1, "outcome": outcome})
+
+    def over(self, slot, how, found):
+        """A slot ended, and what `verdicts` says of its calls: [(call, (verdict, charged, spared))]."""
+        now, names = time.monotonic(), {"done": "cancelled", "timeout": "timed out", "died": "worker died", "again": "lost"}
+        self.ran(slot, [(call, names[verdict]) for call, (verdict, charged, _) in found if charged], now, None)
+        if how["why"] in (Why.DIED, Why.TIMEOUT, Why.CANCELLED, Why.LOST) and slot.pid:
+            row = slot.link.name, slot.pid
+            self._ends.setdefault(row, now)
+            self._add(row, now, f"worker {how.get('reason', how['why'])}", ph="i", s="t")
+
+    def _add(self, row, when, name, **more):
+        self._events.append({"name": name, "ts": self._us(when), "pid": row[0], "tid": row[1], **more})
+
+    def _us(self, when):
+        return int((when - self._began) * 1e6)    # whole ones: what is rounded might overlap
+
+    def _finished(self):
+        """The events, with numbers for servers, as viewers want them, and the names of all rows."""
+        servers = {name: number for number, name in enumerate(sorted({name for name, _ in self._ends}), 1)}
+        names = [{"name": "process_name", "ph": "M", "pid": number, "args": {"name": name}} for name, number in servers.items()]
+        names += [{"name": "thread_name", "ph": "M", "pid": servers[server], "tid": pid, "args": {"name": f"{server} {pid}"}}
+                  for server, pid in self._ends]
+        return names + [{**event, "pid": servers[event["pid"]]} for event in self._events]
 
 
 # ==== Masters that stand in for each other ===================================

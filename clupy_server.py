@@ -44,6 +44,7 @@ import mmap
 import os
 import pickle
 import queue
+import re
 import select
 import signal
 import socket
@@ -86,6 +87,7 @@ LINE_SIZE = 16 << 10               # characters of one line that an error messag
 OUTPUT_FRAME = 16 << 10            # bytes of output that make a frame; less is sent after GATHER_TIME
 OUTPUT_PIECE = 4 << 10             # characters of output that are sent as one; a long line goes in pieces, as it is seen
 ENTRY_SIZE = 24                    # bytes on the wire of one entry of a frame, beside its text
+UNFINISHED_TIME = 0.2              # an unfinished line is passed on after so long; less is more frames, more is shown late
 LONGEST_LINE = 1 << 20             # characters after which a line is passed on without its end; more is memory for each worker
 
 
@@ -1444,7 +1446,8 @@ class Process:
 
 
 class Output:
-    """What a worker writes: lines for the client that has the slot, or for the log before; and, kept here, its stack.
+    """What a worker writes: for the client that has the slot, in whole lines and, after UNFINISHED_TIME, what has no end yet;
+    before it has one, for the log; and, kept here, its stack.
 
     pipes: {descriptor: "out", "err" or "stack"}, closed by `close`, or by `undo` if the start fails."""
 
@@ -1454,6 +1457,8 @@ class Output:
         self.last_lines = collections.deque(maxlen=LAST_LINES)     # of standard error, since this call began:
         self._call = 0
         self._tails = {"out": "", "err": ""}       # without a line's end yet
+        self._passed = {"out": 0, "err": 0}        # characters of these that were passed on all the same
+        self._timer = None                         # TimerHandle, while some were not
         self._decoders = {stream: codecs.getincrementaldecoder("utf-8")("replace") for stream in self._tails}
         loop = asyncio.get_running_loop()
         for fd in pipes:
@@ -1489,17 +1494,27 @@ class Output:
             text += "\n"
         end = text.rfind("\n") + 1 or (len(text) if len(text) > LONGEST_LINE else 0)
         lines, self._tails[stream] = text[:end], text[end:]
+        if self._tails[stream] and not self._timer:
+            self._timer = asyncio.get_running_loop().call_later(UNFINISHED_TIME, self._pass_tails)
         if not lines:
             return
+        passed, self._passed[stream] = self._passed[stream], 0
         if stream == "err":
             if self._call != (call := process.begun()[0]):
                 self._call = call
                 self.last_lines.clear()
             self.last_lines.extend(lines[-LINE_SIZE:].splitlines())
         if process.slot:
-            process.slot.session.printed.show(process.pid, stream, lines)
+            process.slot.session.printed.show(process.pid, stream, lines[passed:])
         else:
             log.info("worker %s: %s", process.pid, lines.rstrip())
+
+    def _pass_tails(self):
+        self._timer = None
+        for stream, tail in self._tails.items() if self.process.slot else ():
+            if len(tail) > self._passed[stream]:
+                self.process.slot.session.printed.show(self.process.pid, stream, tail[self._passed[stream]:])
+                self._passed[stream] = len(tail)
 
     def close(self):
         """Read what the pipes still hold, and close them: all that the worker wrote is there, whoever else has them."""
@@ -1509,6 +1524,8 @@ class Output:
                     break
             if fd in self.pipes:
                 self._close(fd)
+        if self._timer:
+            self._timer.cancel()
 
 
 def end_zookeeper_session(hosts, session, ended):
@@ -2044,6 +2061,12 @@ class NodeLibraries:
 
 # ==== Server =================================================================
 
+def _partition(text):
+    """(what comes before the first end of a line, this end or "", what comes after it)."""
+    end = re.search("[\r\n]", text)
+    return (text[:end.start()], end[0], text[end.end():]) if end else (text, "", "")
+
+
 class Printed:
     """What a client's calls print, on its way to the client: gathered, and never more on the wire than its kernel has room for.
 
@@ -2053,19 +2076,35 @@ class Printed:
     def __init__(self, connection):
         self.wanted = True                         # whether the client wants to see it
         self._connection = connection
-        self._waiting = collections.deque()        # (pid, stream, text, bytes on the wire) in pieces that were not sent
+        self._waiting = collections.deque()        # (pid, stream, text, whether more comes at once, bytes on the wire), not sent
         self._size = self._unseen = 0              # bytes of these; bytes that were sent, and the client has not shown
         self._dropped = 0                          # lines that were not sent, since the client had enough to show
+        self._begun = {}                           # {(pid, stream): whether the beginning of its unfinished line was sent}
         self._timer = None                         # TimerHandle, while more is gathered
 
     def show(self, pid, stream, text):
-        """Send lines on, unless the client has not seen what was sent before.  One line, however long, goes whole or not."""
-        if not self.wanted or self._size + self._unseen >= clupy.UNSEEN_OUTPUT:
-            self._dropped += self.wanted and text.count("\n")
+        """Send text on, unless the client has not seen what was sent before: then what is left out goes up to a line's end.
+        What comes at once goes whole or not."""
+        if not self.wanted:
+            return
+        begun = self._begun.pop((pid, stream), None)
+        if begun is False:                         # the rest of a line goes as its beginning did
+            left_out, end, text = _partition(text)
+            self._dropped += end == "\n"
+            if not end:
+                self._begun[pid, stream] = False
+        has_room = self._size + self._unseen < clupy.UNSEEN_OUTPUT
+        if text and text[-1] not in "\r\n":
+            self._begun[pid, stream] = has_room
+        if not has_room:
+            self._dropped += text.count("\n")
+            text = "\n" if begun else ""            # where its line stops
+        if not text:
             return
         for start in range(0, len(text), OUTPUT_PIECE):
             piece = text[start:start + OUTPUT_PIECE]
-            self._waiting.append((pid, stream, piece, len(piece.encode()) + ENTRY_SIZE))
+            more = start + OUTPUT_PIECE < len(text)
+            self._waiting.append((pid, stream, piece, more, len(piece.encode()) + ENTRY_SIZE))
             self._size += self._waiting[-1][-1]
         if self._size >= OUTPUT_FRAME:
             self._send()
@@ -2089,10 +2128,10 @@ class Printed:
             self._timer = None
         entries, before = [], self._unseen
         while self._waiting and self._unseen < room:
-            pid, stream, text, size = self._waiting.popleft()
+            pid, stream, text, more, size = self._waiting.popleft()
             if entries and entries[-1][:2] == (pid, stream):
                 text = entries.pop()[2] + text
-            entries.append((pid, stream, text))
+            entries.append((pid, stream, text, more))
             self._size -= size
             self._unseen += size
         if entries or self._dropped:

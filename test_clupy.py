@@ -45,9 +45,12 @@ import threading
 import time
 import traceback
 import types
+import urllib.error
+import urllib.request
 import uuid
 import weakref
 import zipfile
+import zlib
 
 import cloudpickle
 import hypothesis
@@ -151,6 +154,12 @@ def run_script(folder, text, timeout=60, check=True, args=(), **env):
     if check:
         assert done.returncode == 0, done.stdout + done.stderr
     return done
+
+
+def example(name):
+    """The text of a program in examples/."""
+    with open(os.path.join(HERE, "examples", f"{name}.py"), encoding="utf-8") as file:
+        return file.read()
 
 
 class Cluster:
@@ -274,13 +283,13 @@ def test_many_calls_each_give_their_own_result():
 
 
 def test_the_main_example_runs_unchanged_with_and_without_a_cluster(tmp_path, cluster):
-    with open(os.path.join(HERE, "examples", "primes.py")) as file:
-        text = file.read()
+    text = example("primes")
     alone = run_script(tmp_path / "alone", text, CLUPY_PORT=free_port()).stdout.splitlines()
     together = run_script(tmp_path / "client", text, CLUPY_MASTER=cluster.address).stdout.splitlines()
-    assert alone[:-1] == together[:-1]
-    assert "198 2 3 11" in alone and "199" in alone
-    assert alone[-1].startswith("100 calls ran in")
+    assert alone[:-2] == together[:-2] and alone[-3:-2] == ["199"] and "198 2 3 11" in alone and len(alone) < 10
+    assert alone[-2].startswith("100 larger ones ran in")
+    assert re.fullmatch(r"100 calls on \d+ cores? of this machine, \d+\.\d s", alone[-1])
+    assert together[-1].startswith(f"100 calls on 1 server, 2 slots at {cluster.address}, ")
 
 
 # ==== Futures, map, Executor: as concurrent.futures ==========================
@@ -1233,6 +1242,98 @@ def test_what_a_callback_calls_belongs_to_the_call_that_it_is_for():
         return chained.result(20)
     with clupy.Executor(1) as executor:
         assert list(executor.map(outer, range(4))) == [0, 1, 16, 81]
+
+
+# ==== What a client shows: progress, timeline =================================
+
+@pytest.fixture(params=["tqdm", "a plain line"])
+def bar(request, monkeypatch):
+    """What progress is shown with."""
+    if request.param == "tqdm":
+        monkeypatch.setattr(pytest.importorskip("tqdm").tqdm, "monitor_interval", 0)       # else it has a thread for ever
+    else:
+        monkeypatch.setitem(sys.modules, "tqdm.auto", None)
+    return request.param
+
+
+def on_screen(run, screen=None):
+    """What run() gives, and what it shows on standard error."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stderr", screen := screen or io.StringIO())
+        return run(), screen.getvalue()
+
+
+def test_progress_is_shown_while_calls_are_waited_for(bar):
+    futures = [clupy.parallel(sleepy)(0.3, n) for n in range(4)] + [clupy.parallel(fails)("x")]
+    assert on_screen(lambda: clupy.wait_all(futures, PATIENCE, progress=True)) == (True, "")       # nobody would see it
+    done, text = on_screen(lambda: clupy.wait_all(futures, PATIENCE, progress="always"))
+    assert done and "5/5" in text and "1 failed, 0 running" in text and text.endswith("\n")
+    assert futures[-1]._unseen and futures[-1].failure                                          # looking on is no asking
+    results, text = on_screen(lambda: list(clupy.map(sleepy, [0.3] * 9, itertools.count(), chunk_size=2, progress="always")))
+    assert results == list(range(9)) and "9/9" in text and re.search("0 failed, [12] running", text)
+    some, text = on_screen(lambda: sum(1 for _ in clupy.as_completed(iter(futures), progress="always")))
+    assert some == 5 and "5/5" in text
+    results, text = on_screen(lambda: list(clupy.map(square, (n for n in range(3)), progress="always")))
+    assert results == [0, 1, 4] and re.search("3 items|3/[?] items", text)
+    never = clupy.parallel(time.sleep)(100)
+    done, text = on_screen(lambda: clupy.wait_all([never], 0.5, progress=True), Terminal())
+    assert not done and "0/1" in text and "left" not in text
+    never.cancel()
+
+
+def test_a_progress_that_nobody_goes_on_with_ends_with_its_iterator(bar):
+    some = clupy.map(square, itertools.count(), progress="always")
+    assert on_screen(lambda: next(some))[0] == 0 and "clupy-progress" in {thread.name for thread in threading.enumerate()}
+    on_screen(some.close)
+    assert "clupy-progress" not in {thread.name for thread in threading.enumerate()}
+
+
+def die_once(path):
+    with contextlib.suppress(FileExistsError), open(path, "x"):
+        os._exit(3)
+    return "alive"
+
+
+def parent_of_four():
+    return [clupy.parallel(square)(n).result() for n in range(4)]
+
+
+def test_a_timeline_shows_what_became_of_each_call_and_where(tmp_path, cluster):
+    clupy.connect(cluster.address)
+    path = tmp_path / "run.json"
+    with pytest.raises(ZeroDivisionError), clupy.timeline(path):
+        with pytest.raises(RuntimeError, match="run.json"), clupy.timeline(path):
+            pass
+        futures = [clupy.parallel(square)(n) for n in range(500)]
+        assert clupy.wait_all(futures, PATIENCE)
+        futures += [clupy.parallel(sleepy)(0.05) for _ in range(10)]
+        futures += [clupy.parallel(die_once)(str(tmp_path / "died")), clupy.parallel(fails)("x"),
+                    clupy.parallel(time.sleep, timeout=0.2)(100), clupy.parallel(parent_of_four)()]
+        cancelled = clupy.parallel(sleepy)(100)
+        assert clupy.wait_all(futures, PATIENCE)
+        until(cancelled.running)
+        cancelled.cancel()
+        until(lambda: cancelled._slot.state == clupy.OVER)
+        1 / 0
+    assert clupy.BaseEngine.timeline is None
+    assert [type(future.failure) for future in futures[-3:]] == [ValueError, clupy.CallTimeout, type(None)]
+    events = json.loads(path.read_text())["traceEvents"]
+    names = {(event["pid"], event["tid"]): event["args"]["name"] for event in events if event["name"] == "thread_name"}
+    bars = [event for event in events if event["ph"] == "X"]
+    assert all(names[bar["pid"], bar["tid"]] == f"{bar['args']['server']} {bar['args']['worker']}" for bar in bars)
+    outcomes = collections.Counter((bar["name"], bar["args"]["try"]) for bar in bars)
+    assert outcomes == {("square", 1): 504, ("sleepy", 1): 10, ("parent_of_four", 1): 1, ("die_once (lost)", 1): 1,
+                        ("die_once", 2): 1, ("fails (failed)", 1): 1, ("sleep (timed out)", 1): 1, ("sleepy (cancelled)", 1): 1}
+    assert {event["name"] for event in events if event["ph"] == "i"} == {"worker exit code 3", "worker signal 9 (Killed)"}
+    for row in names:
+        mine = sorted((bar["ts"], bar["ts"] + bar["dur"]) for bar in bars if (bar["pid"], bar["tid"]) == row)
+        assert all(begin <= end for begin, end in mine) and all(one[1] <= two[0] for one, two in itertools.pairwise(mine))
+    slept = [bar for bar in bars if bar["name"] == "sleepy"]
+    assert all(bar["dur"] >= 50_000 and bar["args"]["run"] >= 0.05 and bar["args"]["wait"] >= 0 for bar in slept)
+    with pytest.raises(FileNotFoundError), clupy.timeline(tmp_path / "no" / "run.json"):
+        pass                                                             # before the run, and not after it
+    with pytest.raises(clupy.ClupyError, match="in the program"):
+        call(clupy.timeline, "run.json")
 
 
 # ==== A cluster of several processes =========================================
@@ -3631,7 +3732,7 @@ def test_output_that_a_client_has_not_seen_is_bounded_in_bytes_on_the_wire(line)
         shown, dropped, seen = "", 0, 0
         while seen < len(wire):                            # it goes on, and shows what was sent, until no more comes
             _, entries, more, size = wire[seen]
-            shown, dropped, seen = shown + "".join(text for _, _, text in entries), dropped + more, seen + 1
+            shown, dropped, seen = shown + "".join(text for _, _, text, _ in entries), dropped + more, seen + 1
             printed.seen(size)
         assert shown.count("\n") + dropped == 20_000 and shown == line * shown.count("\n") and shown
     asyncio.run(story())
@@ -3648,7 +3749,7 @@ def test_a_line_longer_than_what_may_wait_is_sent_whole_whatever_waits_before_it
         for line in "short\n", long, "dropped\n":
             printed.show(1, "out", line)
         printed.flush()
-        assert "".join(text for _, entries, _, _ in wire for _, _, text in entries) == "short\n" + long
+        assert "".join(text for _, entries, _, _ in wire for _, _, text, _ in entries) == "short\n" + long
         assert sum(dropped for _, _, dropped, _ in wire) == 1
     asyncio.run(story())
 
@@ -3674,6 +3775,118 @@ def test_a_flood_of_output_stops_nobody_and_says_how_much_was_not_shown(tmp_path
     notes = [line for line in (done.stdout + done.stderr).splitlines() if "not shown" in line]
     dropped = [int(line.split("... ")[1].split()[0]) for line in notes]
     assert shown + sum(dropped) == 1_000_000
+
+
+# ---- Unfinished lines
+
+def test_an_unfinished_line_appears_while_its_call_runs(tmp_path):
+    with Program(tmp_path, "-u", "-c", textwrap.dedent("""
+            import clupy, os, sys, time
+            def speak(end):
+                print("begun ...", end="", flush=True)
+                print("\\r 10%\\r 20%", end="", file=sys.stderr, flush=True)
+                while not os.path.exists(end):
+                    time.sleep(0.02)
+                print(" and ended")
+                print("\\r100%", file=sys.stderr)
+            clupy.parallel(speak)(os.path.abspath("end")).result()
+            clupy.close()
+            """)) as program:
+        until(lambda: program.out.read_text().endswith("begun ...") and program.err.read_text().endswith(" 20%"))
+        (tmp_path / "end").touch()
+        assert program.process.wait(PATIENCE) == 0
+        mark = program.out.read_text().partition("]")[0] + "] "
+        assert program.out.read_text() == f"{mark}begun ... and ended\n"
+        assert program.err.read_bytes().decode() == f"\r{mark} 10%\r{mark} 20%\r{mark}100%\n"
+
+
+class Terminal(io.StringIO):
+    """One that shows what it was written: lines, of which \\r goes to the beginning and ESC [K takes away what follows."""
+
+    def isatty(self):
+        return True
+
+    def lines(self):
+        shown = []
+        for line in self.getvalue().split("\n"):
+            cells = ""
+            for piece in re.split(r"(\r|\x1b\[K)", line):
+                if piece == "\r":
+                    column = 0
+                elif piece == "\x1b[K":
+                    cells = cells[:column]
+                else:
+                    column = 0 if cells == "" else column
+                    cells, column = cells[:column] + piece + cells[column + len(piece):], column + len(piece)
+            shown.append(cells)
+        return shown
+
+
+def test_on_a_terminal_an_unfinished_line_gives_way_and_is_there_again_when_it_goes_on(monkeypatch):
+    screen, terminal = clupy_master.Screen(), Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal), monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("COLUMNS", "20")
+    story = [("err", "[a] ", "\r 10%", ["[a]  10%"]),
+             ("err", "[a] ", "\r 20%", ["[a]  20%"]),
+             ("out", "[b] ", "whole\n", ["[b] whole", ""]),                        # a's bar gives way to a whole line
+             ("out", "[b] ", "no end", ["[b] whole", "[b] no end"]),
+             ("err", "[a] ", "\r 5%", ["[b] whole", "[a]  5%"]),                   # and one unfinished line to the other
+             ("out", "[b] ", " yet\nnext\n", ["[b] whole", "[b] no end yet", "[b] next", ""]),
+             ("err", "[a] ", "\n", ["[b] whole", "[b] no end yet", "[b] next", "[a]  5%", ""]),
+             ("out", "[b] ", "." * 18 + "end", ["[b] whole", "[b] no end yet", "[b] next", "[a]  5%", "[b] ............end"])]
+    for stream, mark, text, shown in story:
+        screen.show(stream, mark, text)
+        assert terminal.lines() == shown
+
+
+def test_where_nothing_can_be_taken_back_lines_of_several_are_not_mixed(monkeypatch):
+    screen, file = clupy_master.Screen(), io.StringIO()
+    monkeypatch.setattr(sys, "stdout", file)
+    for mark, text in [("[a] ", "one"), ("[a] ", " two"), ("[b] ", "x\n"), ("[a] ", " three\n"),
+                       ("[b] ", "\r1"), ("[a] ", "\r2"), ("[b] ", "\r3\r\n"), ("[a] ", "\n\n")]:
+        screen.show("out", mark, text)
+    assert file.getvalue() == ("[a] one two\n[b] x\n[a] one two three\n\r[b] 1\r\r[a] 2\r\r[b] 1\r[b] 3\r\n\r[a] 2\n[a] \n")
+
+
+def test_a_bar_of_the_program_s_own_is_out_of_the_way_while_calls_print(monkeypatch):
+    tqdm = pytest.importorskip("tqdm")
+    monkeypatch.setattr(tqdm.tqdm, "monitor_interval", 0)
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal), monkeypatch.setattr(sys, "stderr", terminal)
+    with tqdm.tqdm(total=4, file=terminal, ncols=60) as bar:
+        clupy_master.Screen().show("out", "[a] ", "a line\n")
+        assert terminal.lines()[0].rstrip() == "[a] a line" and "0/4" in terminal.lines()[1]
+        bar.update(4)
+
+
+def test_of_a_line_in_several_pieces_what_is_not_shown_goes_up_to_its_end():
+    class Wire(list):
+        def send(self, *message):
+            self.append(message)
+
+    async def story():
+        wire = Wire()
+        printed = clupy_server.Printed(wire)
+        for pid, text in (1, "begun"), (3, "x" * clupy.UNSEEN_OUTPUT + "\n"), (1, " lost"), (2, "lost too"):
+            printed.show(pid, "out", text)
+        printed.flush()
+        printed.seen(printed._unseen)                  # there is room again, in the midst of these two lines
+        for pid, text in (1, " as well\nshown\n"), (2, "\rshown"), (2, " until its end\n"):
+            printed.show(pid, "out", text)
+        printed.flush()
+        texts = collections.defaultdict(str)
+        for _, entries, _, _ in wire:
+            for pid, _, text, _ in entries:
+                texts[pid] += text
+        assert (texts[1], texts[2]) == ("begun\nshown\n", "shown until its end\n") and sum(message[2] for message in wire) == 1
+    asyncio.run(story())
+
+
+def test_tqdm_s_lock_for_processes_is_refused_with_the_advice_and_is_not_needed():
+    tqdm = pytest.importorskip("tqdm").tqdm
+    with pytest.raises(pickle.PicklingError, match="bars of tqdm's need no lock"):
+        clupy.Executor(1, initializer=tqdm.set_lock, initargs=(tqdm.get_lock(),))
+    assert "clupy.lock" in str(clupy.parallel(square)(multiprocessing.Lock()).failure)
 
 
 # ---- Leaving, forking, Ctrl-C
@@ -6798,10 +7011,8 @@ def test_a_ref_is_given_up_by_hand_by_who_made_it_and_by_calls(redis):
 def test_the_examples_run_on_the_embedded_cluster(redis, zookeeper, tmp_path, name, says):
     if name == "shared_data":
         pytest.importorskip("pyarrow"), pytest.importorskip("pandas")
-    with open(os.path.join(HERE, "examples", f"{name}.py")) as file:
-        text = file.read()
     mine = {name: value for name, value in os.environ.items() if name.startswith("CLUPY_")}
-    lines = run_script(tmp_path / "program", text, **{**mine, "CLUPY_SLOTS": 3}).stdout.splitlines()
+    lines = run_script(tmp_path / "program", example(name), **{**mine, "CLUPY_SLOTS": 3}).stdout.splitlines()
     assert all(any(line.startswith(text) for line in lines) for text in says) and clupy.keys() == []
 
 
@@ -8621,3 +8832,158 @@ def test_what_was_heard_of_a_handshake_opens_no_other(cluster):
         with pytest.raises(clupy.SecretError, match="another secret"):
             asyncio.run(clupy.dial(listener.getsockname(), clupy.TO_MASTER, secret, clupy.read_settings("client")))
         impostor.result(PATIENCE)
+
+
+# ==== What is told and shipped: examples, README, packages ======================
+
+def test_a_picture_is_calculated_in_bands_and_is_a_png(tmp_path):
+    assert "48 x 38 pixels" in run_script(tmp_path, example("mandelbrot"), args=("set.png", "48")).stdout
+    data = (tmp_path / "set.png").read_bytes()
+    assert data.startswith(b"\x89PNG\r\n\x1a\n") and struct.unpack(">II", data[16:24]) == (48, 38)
+    length, = struct.unpack(">I", data[33:37])
+    assert data[37:41] == b"IDAT" and len(zlib.decompress(data[41:41 + length])) == 38 * 49
+
+
+def test_words_of_files_are_counted_and_a_file_that_is_none_is_an_error(tmp_path):
+    (tmp_path / "one").write_text("a rose is a rose")
+    (tmp_path / "two").write_text("Rose: \u00fcber \u00dcBER")
+    lines = run_script(tmp_path, example("word_count"), args=("one", "two")).stdout.splitlines()
+    assert set(lines[:2]) == {"one: 5 words", "two: 3 words"} and lines[2] == "     3 rose" and "     2 \u00fcber" in lines
+    assert "absent" in run_script(tmp_path, example("word_count"), args=("one", "absent"), check=False).stderr
+
+
+def test_a_search_finds_the_best_parameters(tmp_path):
+    pytest.importorskip("sklearn")
+    lines = run_script(tmp_path, example("parameter_search"), timeout=120).stdout.splitlines()
+    assert len(lines) == 6 and lines[0].endswith("with gamma=0.001, C=10") and lines == sorted(lines, reverse=True)
+
+
+def test_a_web_service_awaits_calls(tmp_path):
+    pytest.importorskip("aiohttp")
+
+    def ask(path):
+        with contextlib.suppress(urllib.error.HTTPError), urllib.request.urlopen(address + path, timeout=PATIENCE) as answer:
+            return json.load(answer)
+    with Program(tmp_path, os.path.join(HERE, "examples", "web_service.py"), 0) as program:
+        line = until(lambda: re.search("http:.*", program.out.read_text()))
+        address = line[0]
+        with concurrent.futures.ThreadPoolExecutor() as threads:
+            found = list(threads.map(lambda n: ask(f"/factors?n={n}"), range(2, 30)))
+        assert [math.prod(answer["factors"]) for answer in found] == list(range(2, 30)) and ask("/factors?n=many") is None
+        program.process.send_signal(signal.SIGINT)
+        assert program.process.wait(PATIENCE) == 0 and not program.log
+
+
+def readme(*languages):
+    """The README's code blocks of these languages."""
+    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+        blocks = re.findall(r"^ *```(\w*)\n(.*?)^ *```$", file.read(), re.MULTILINE | re.DOTALL)
+    assert {language for language, _ in blocks} <= {"python", "yaml", "sh", "console"}, "a block that no test runs"
+    return [textwrap.dedent(text) for language, text in blocks if language in languages]
+
+
+# What the README's blocks take for granted: names, and others who wait at the barrier and publish on the topic.
+GIVEN = """
+import asyncio, clupy, contextlib, logging, threading, time
+f, x, items, log, anything, value, large_array = abs, -3, [1, -2], logging.warning, {"any": "thing"}, 1, bytes(100_000)
+futures = [clupy.parallel(f)(x)]
+class frame:
+    to_csv = staticmethod(lambda file: file.write("a,b"))
+def publish():
+    with contextlib.suppress(clupy.ClupyError):
+        while True:
+            clupy.publish("topic", value)
+            time.sleep(0.05)
+"""
+WITH_SERVICES = """
+for _ in range(7):
+    threading.Thread(target=clupy.barrier, args=("step", 8), daemon=True).start()
+threading.Thread(target=publish, daemon=True).start()
+"""
+
+
+def test_the_readme_s_python_runs_as_it_stands(redis, zookeeper, tmp_path, cluster):
+    mine = {name: value for name, value in os.environ.items() if name.startswith("CLUPY_")}
+    for number, text in enumerate(readme("python")):
+        if '__name__ == "__main__"' in text:       # a program of its own, with what it prints
+            printed = re.search(r"print\(.*# (.*)", text)[1]
+            assert run_script(tmp_path / str(number), text).stdout.strip() == printed
+        else:
+            body = textwrap.indent(text.replace("host:7878", cluster.address), "    ")
+            program = f"{GIVEN}{WITH_SERVICES * ('barrier' in text)}async def main():\n{body}\nasyncio.run(main())\nclupy.close()"
+            run_script(tmp_path / str(number), program, **mine, CLUPY_MASTER=cluster.address)
+
+
+def test_the_readme_s_yaml_is_what_its_readers_take(tmp_path):
+    for text in readme("yaml"):
+        (tmp_path / "my_own_package").mkdir(exist_ok=True)
+        (tmp_path / "file.yaml").write_text(text)
+        if "libraries" in text:
+            assert clupy_master.read_dependencies(str(tmp_path / "file.yaml")).libraries
+        else:
+            clupy.read_settings("client", str(tmp_path / "file.yaml"))
+
+
+def test_the_readme_s_commands_are_there_with_their_options(tmp_path, monkeypatch):
+    with open(os.path.join(HERE, "Makefile")) as file:
+        targets = re.findall(r"^([a-z-]+):.*##", file.read(), re.MULTILINE)
+    ran = []
+    for name in "_run_master", "_run_server", "_show_status", "_show_libraries":
+        monkeypatch.setattr(clupy, name, lambda settings, arguments: ran.append(arguments.command))
+    for line in "".join(readme("sh", "console")).splitlines():
+        command = line.partition("#")[0].removeprefix("$ ").split()
+        while command and "=" in command[0]:
+            assert command.pop(0).partition("=")[0].removeprefix("CLUPY_").lower() in clupy.SETTINGS, line
+        match command:
+            case ["make", target]:
+                assert target in targets, line
+            case ["python", "-m", "clupy", *arguments]:
+                assert clupy.main(arguments) == 0, line
+            case ["python", "your_program.py"] | []:
+                pass
+            case _:
+                pytest.fail(f"who checks this line? {line}")
+    assert {"master", "serve", "status", "libraries"} <= set(ran)
+
+
+def test_every_file_that_the_readme_names_is_there():
+    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+        text = file.read()
+    for name in re.findall(r"\]\((?!http)(.*?)\)", text):
+        assert os.path.exists(os.path.join(HERE, name)), name
+    assert os.path.getsize(os.path.join(HERE, "examples", "timeline.svg")) <= 100_000
+
+
+def test_what_make_dist_builds_is_whole_and_works_in_a_fresh_environment(tmp_path):
+    pytest.importorskip("build")
+    if int(clupy_master.installed("setuptools").split(".")[0]) < 77:
+        pytest.skip("setuptools is too old to build it")
+    tree, fresh = tmp_path / "tree", tmp_path / "fresh"
+    shutil.copytree(HERE, tree, ignore=lambda _, names: [name for name in names if name in ("dist", "build", ".git") or
+                                                         name.startswith((".venv", "__pycache__", ".ruff", ".pytest"))])
+    before = set(tree.rglob("*"))
+    done = subprocess.run(["make", "-s", "-o", f"{sys.prefix}/test", "dist", f"VENV={sys.prefix}"], cwd=tree, text=True,
+                          capture_output=True, timeout=120, env=environ(PYTHONPATH=""))
+    assert (done.returncode, done.stdout.split()) == (0, ["dist/clupy-0.1.0-py3-none-any.whl", "dist/clupy-0.1.0.tar.gz"]), done
+    assert {path.relative_to(tree).parts[0] for path in set(tree.rglob("*")) - before} == {"dist"} and not done.stderr
+    with tarfile.open(tree / "dist" / "clupy-0.1.0.tar.gz") as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"test_clupy.py", "CHANGELOG.md", "LICENSE", "Makefile", ".ci/services", "examples/timeline.svg"} <= names
+    assert not [name for name in names if "__pycache__" in name]
+
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", fresh], check=True)
+    site = next((fresh / "lib").glob("python*/site-packages"))
+    (site / "others.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
+    subprocess.run([sys.executable, "-m", "pip", "--disable-pip-version-check", "-q", "--python", fresh / "bin" / "python",
+                    "install", "--no-index", "--no-deps", "--ignore-installed", *(tree / "dist").glob("*.whl")], check=True)
+    (tmp_path / "program.py").write_text("import clupy\nprint(clupy.__file__, clupy.parallel(abs)(-3).result(30))")
+    for command, words in (("clupy", "--version"), f"clupy {clupy.__version__}"), (
+            ("python", "program.py"), f"{site / 'clupy.py'} 3"):
+        done = subprocess.run([fresh / "bin" / command[0], command[1]], cwd=tmp_path, env=environ(PYTHONPATH=""), text=True,
+                              capture_output=True, timeout=PATIENCE)
+        assert (done.stdout.strip(), done.stderr) == (words, "")
+
+
+def test_elsewhere_than_on_linux_and_macos_the_import_says_so_in_a_line(tmp_path):
+    done = run_script(tmp_path, "import sys\nsys.platform = 'win32'\nimport clupy", check=False)
+    assert done.stderr.splitlines()[-1] == "ImportError: CluPy supports only Linux and macOS, not win32; on Windows, use WSL"

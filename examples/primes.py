@@ -5,6 +5,7 @@
 Without a cluster it runs on the cores of this machine; with one (see the README) on all of its servers, unchanged."""
 
 import os
+import time
 from collections import Counter
 
 import clupy
@@ -17,20 +18,25 @@ def primes(n):
 
 
 if __name__ == "__main__":
+    cluster = clupy.connect()                   # optional: the first call does it; here to know what there is
+
     # 1. Wait for all, then look at each.
+    begun = time.monotonic()
     results = [clupy.parallel(primes, max=10)(n) for n in range(100, 200)]
     if not clupy.wait_all(results, time_out=30):
         raise SystemExit("not all calls were done within 30 s")
+    seconds = time.monotonic() - begun
     for n, r in zip(range(100, 200), results):
-        if r.successful:
-            print(n, *r.value[0])
-        else:
+        if not r.successful:
             print(n, "failed:", r.failure)
+        elif n >= 195:
+            print(n, *r.value[0])
 
     # 2. Say what is to happen with each, then wait until it has; larger numbers, so that there is work for all workers.
     workers = Counter()
-    results = [clupy.parallel(primes, max=10)(n) for n in range(100_000, 100_100)]
-    for r in results:
+    more = [clupy.parallel(primes, max=10)(n) for n in range(100_000, 100_100)]
+    for r in more:
         r.succeed(lambda value: workers.update([value[1]])).fail(lambda error: print("failed:", error))
-    clupy.wait_all(results, time_out=30)
-    print(f"{sum(workers.values())} calls ran in {len(workers)} worker processes: {dict(workers)}")
+    clupy.wait_all(more, time_out=30)
+    print(f"{sum(workers.values())} larger ones ran in {len(workers)} worker processes: {dict(workers)}")
+    print(f"{len(results)} calls on {cluster}, {seconds:.1f} s")
