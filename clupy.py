@@ -2932,9 +2932,9 @@ _handling = threading.local()     # .future: the one whose handlers this thread 
 _ending = False                   # whether the program's end has begun
 
 
-def leave_if_ending():
+def leave_if_ending(ending=False):
     """In a daemon thread of a program that ends: end it, as sys.exit() does, without a word."""
-    if _ending and threading.current_thread().daemon:
+    if (ending or _ending) and threading.current_thread().daemon:
         raise SystemExit
 
 
@@ -5805,6 +5805,7 @@ class Executor(concurrent.futures.Executor):
 
     def _open_engine(self):
         """The engine for another call.  Raises RuntimeError if there can be none."""
+        leave_if_ending(self._shut_by_end)
         if self._shut or self._shut_by_end:
             raise RuntimeError(f"cannot submit a call after {'shutdown()' if self._shut else 'the program has begun to end'}")
         if self._engine is None:                  # this process was forked off
