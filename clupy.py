@@ -6315,7 +6315,9 @@ def _zookeeper_client(hosts, patience):
     # Without a deadline every request to a server that is away blocks for ever, whatever its own time-out.
     again = kazoo_retry.KazooRetry(max_tries=-1, delay=0.05, backoff=1.5, max_delay=0.5, deadline=settings.patience)
     try:
-        client = kazoo.KazooClient(hosts, timeout=settings.session, connection_retry=again, logger=quiet)
+        # Each address three times: kazoo lets one connection attempt take a session's time, divided by the number of them, and
+        # a server that has just started may leave one without an answer: the session would be over.
+        client = kazoo.KazooClient(",".join([hosts] * 3), timeout=settings.session, connection_retry=again, logger=quiet)
     except (ValueError, kazoo_errors.KazooException):
         client = None
     if client is None or client.chroot or not client.hosts:

@@ -7970,6 +7970,40 @@ def test_an_absence_of_zookeeper_loses_no_lock_and_no_waiter(mortal_zookeeper, s
         until(lambda: contenders("barrier", "c") == [])
 
 
+def test_connections_that_nobody_answers_cost_a_part_of_the_session_only(zookeeper, settings):
+    """As a server may leave them that has just started."""
+    connections, mute = [], []
+
+    def pump(client):
+        connections.append(client)
+        with contextlib.suppress(OSError), client, socket.create_connection(("127.0.0.1", zookeeper.port)) as upstream:
+            while True:
+                for ready in select.select([client, upstream], [], [])[0]:
+                    if not (content := ready.recv(1 << 16)):
+                        return
+                    if client not in mute:
+                        (upstream if ready is client else client).sendall(content)
+
+    def serve():
+        with contextlib.suppress(OSError):
+            while True:
+                client = listener.accept()[0]
+                if len(connections) in (1, 2):
+                    mute.append(client)
+                threading.Thread(target=pump, args=(client,), daemon=True).start()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=serve, daemon=True).start()
+        settings(zookeeper=f"127.0.0.1:{listener.getsockname()[1]}", session=9)
+        with clupy.lock("x") as lock:
+            connections[0].shutdown(socket.SHUT_RDWR)
+            until(lambda: not lock.held)
+            until(lambda: lock.held)
+            lock.check()
+        assert len(connections) == 4 and len(mute) == 2
+        clupy.close_services()
+        listener.shutdown(socket.SHUT_RDWR)
+
+
 def test_a_lock_whose_release_was_answered_to_nobody_is_released_and_not_lost(zookeeper, settings):
     requests = []
     with losing_answers(zookeeper, requests, once=True) as port:
