@@ -17,7 +17,6 @@ import time
 import clupy
 
 SLOTS = 8                                         # of a server
-CHANGE = 5.0                                      # seconds between changes of what a client wants
 LIBRARIES = {"environments": [], "libraries": None, "fault": None}
 
 
@@ -48,17 +47,17 @@ class Server:
 class Client:
     """Wants now more, now less; takes what it is given, and holds it."""
 
-    def __init__(self, number, servers, most):
-        self.id, self.servers, self.most = f"c{number:015x}", servers, most
+    def __init__(self, number, servers, most, change):
+        self.id, self.servers, self.most, self.change = f"c{number:015x}", servers, most, change
         self.wanted, self.asked, self.share, self.waits, self.lost = 0, None, {}, [], {}
 
     async def run(self, connection):
         self.connection = connection
         asyncio.get_running_loop().create_task(connection.serve(self))
-        change = time.monotonic() + random.uniform(0, CHANGE)
+        change = time.monotonic() + random.uniform(0, self.change)
         while True:
             if time.monotonic() >= change:
-                change += CHANGE
+                change += self.change
                 before, self.wanted = self.wanted, random.randint(0, self.most)
                 self.asked = time.monotonic() if self.wanted > before else None
             connection.send("client", self.id, f"user@host simulate.py {self.id[-4:]}", self.wanted, [], None)
@@ -90,18 +89,18 @@ def processor_time(pid):
     return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
-async def simulate(address, pid, count, clients, seconds):
-    """A line of the table."""
+async def simulate(address, pid, count, clients, seconds, change):
+    """A line of the table; change: seconds between changes of what a client wants."""
     clupy.raise_descriptor_limit()
     settings, secret = clupy.read_settings("client"), os.environ["CLUPY_SECRET"].encode()
     servers = {server.id: server for server in [Server(number) for number in range(count)]}
-    clients = [Client(number, servers, max(1, 2 * SLOTS * count // clients)) for number in range(clients)]
+    clients = [Client(number, servers, max(1, 2 * SLOTS * count // clients), change) for number in range(clients)]
     tasks = []
     for party in (*servers.values(), *clients):
         connection = await clupy.dial(address, clupy.TO_MASTER, secret, settings)
         tasks.append(asyncio.get_running_loop().create_task(party.run(connection)))
         tasks[-1].party = party
-    await asyncio.sleep(2 * CHANGE)               # until all is in motion
+    await asyncio.sleep(2 * change)               # until all is in motion
     for client in clients:
         client.waits.clear()
     begun, before = time.monotonic(), processor_time(pid)
@@ -129,6 +128,7 @@ def main():
     parser.add_argument("--servers", type=int, default=100)
     parser.add_argument("--clients", type=int, default=50)
     parser.add_argument("--seconds", type=float, default=30)
+    parser.add_argument("--change", type=float, default=5, help="seconds between changes of what a client wants")
     options = parser.parse_args()
     os.environ["CLUPY_SECRET"] = os.urandom(16).hex()
     with socket.create_server(("127.0.0.1", 0)) as sock:
@@ -139,7 +139,8 @@ def main():
         while socket.socket().connect_ex(("127.0.0.1", port)) and time.monotonic() < deadline:
             time.sleep(0.05)
         print("servers clients master cores  grant p50/p99 ms  grants  lost in s  us/s a node")
-        print(asyncio.run(simulate(("127.0.0.1", port), master.pid, options.servers, options.clients, options.seconds)))
+        print(asyncio.run(simulate(("127.0.0.1", port), master.pid, options.servers, options.clients, options.seconds,
+                                   options.change)))
     finally:
         master.terminate()
         master.wait()
