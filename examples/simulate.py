@@ -133,7 +133,8 @@ def main():
     os.environ["CLUPY_SECRET"] = os.urandom(16).hex()
     with socket.create_server(("127.0.0.1", 0)) as sock:
         port = sock.getsockname()[1]
-    master = subprocess.Popen([sys.executable, "-m", "clupy", "master", "--listen", f"127.0.0.1:{port}"], stderr=subprocess.DEVNULL)
+    master = subprocess.Popen([sys.executable, "-m", "clupy", "master", "--listen", f"127.0.0.1:{port}"],
+                              stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 10
         while socket.socket().connect_ex(("127.0.0.1", port)) and time.monotonic() < deadline:
