@@ -26,6 +26,7 @@ import contextlib
 import datetime
 import difflib
 import hashlib
+import heapq
 import hmac
 import json
 import logging
@@ -242,45 +243,54 @@ def shares(servers, clients, now):
     servers: {id: ServerRow}; clients: {id: ClientRow}; now: seconds, monotonic.  Pure; called by the master's loop at
     most once in GATHER_TIME for a batch of changes.  A server that the client cannot reach is not in its share."""
     free = {id: row.slots for id, row in servers.items() if row.usable}
-    can_use = {id: sum(count for server, count in free.items() if server not in row.unreachable) for id, row in clients.items()}
-    amounts = fair_amounts({id: min(row.wanted, can_use[id]) for id, row in clients.items()}, sum(free.values()), clients, now)
+    total = sum(free.values())
+    wanted = {id: min(row.wanted, total - sum(free.get(server, 0) for server in row.unreachable)) for id, row in clients.items()}
+    amounts = fair_amounts(wanted, total, clients, now)
     result = {id: {} for id in clients}
     # First come the clients that cannot reach every server: the others can have their slots anywhere.
     picky = [id for id, row in clients.items() if row.unreachable]
     for group in picky, [id for id in clients if id not in picky]:
         for id in group:                           # what is held stays where it is, as far as the amount goes
-            for server, held in sorted(clients[id].share.items(), key=lambda item: -item[1]):
-                if server not in clients[id].unreachable:
-                    amounts[id] -= give(result[id], free, server, min(held, amounts[id]))
+            amounts[id] -= keep(result[id], free, clients[id], amounts[id])
         for id in sorted(group, key=amounts.get):
             spread(result[id], free, amounts[id], clients[id].unreachable)
-    for id in sorted(clients, key=lambda id: sum(result[id].values())):    # what the first could not reach is for all
-        spread(result[id], free, clients[id].wanted - sum(result[id].values()), clients[id].unreachable)
-    for id, row in clients.items():                # nobody wants the rest: who has it keeps it, with its workers warm
-        for server, held in row.share.items():
-            if server not in row.unreachable and now - row.heard < SILENT_CLIENT:
-                give(result[id], free, server, held - result[id].get(server, 0))
+    if any(free.values()):
+        for id in sorted(clients, key=lambda id: sum(result[id].values())):        # what the first could not reach is for all
+            spread(result[id], free, clients[id].wanted - sum(result[id].values()), clients[id].unreachable)
+        for id, row in clients.items():            # nobody wants the rest: who has it keeps it, with its workers warm
+            if now - row.heard < SILENT_CLIENT:
+                keep(result[id], free, row, total)
     return result
 
 
+def keep(share, free, row, count):
+    """Move up to `count` slots into the share of those that the client holds, most first where it holds most; how many."""
+    left = count
+    for server, held in sorted(row.share.items(), key=lambda item: -item[1]):
+        more = min(held - share.get(server, 0), free.get(server, 0), left)
+        if more > 0 and server not in row.unreachable:
+            share[server] = share.get(server, 0) + more
+            free[server] -= more
+            left -= more
+    return count - left
+
+
 def spread(share, free, count, unreachable):
-    """Move up to `count` slots into the share, each from the server that has the most free ones."""
-    while count > 0 and (server := roomiest(free, unreachable)) is not None:
-        count -= give(share, free, server, 1)
-
-
-def give(share, free, server, count):
-    """Move `count` slots of the server, or as many as are free, into the share; how many that were."""
-    count = max(0, min(count, free.get(server, 0)))
-    if count:
-        share[server] = share.get(server, 0) + count
-        free[server] -= count
-    return count
-
-
-def roomiest(free, unreachable):
-    """The server with the most free slots that can be reached, or None."""
-    return max((id for id, count in free.items() if count and id not in unreachable), key=free.get, default=None)
+    """Move up to `count` slots into the share, one by one, each from the server that has the most free ones."""
+    if count <= 0:
+        return
+    rooms = [(-room, id) for id, room in free.items() if room and id not in unreachable]
+    heapq.heapify(rooms)
+    for _ in range(count):
+        if not rooms:
+            return
+        room, id = rooms[0]
+        share[id] = share.get(id, 0) + 1
+        free[id] -= 1
+        if room < -1:
+            heapq.heapreplace(rooms, (room + 1, id))
+        else:
+            heapq.heappop(rooms)
 
 
 def fair_amounts(wanted, capacity, clients, now):
@@ -317,10 +327,12 @@ class Tables:
     def __init__(self):
         self.servers = {}              # {server id: ServerRow}
         self.clients = {}              # {client id: ClientRow}
+        self._holders = collections.defaultdict(set)               # {client id: ids of the servers that say it holds slots there}
 
     def put_server(self, id, row):
         """Replace what a server said; whether that asks for a decision."""
         before, self.servers[id] = self.servers.get(id), row
+        self._hold(id, before.held if before else {}, row.held)
         if row.facts["own"] is None:   # it said that when it came
             row.facts["own"] = before.facts["own"] if before else {}
         if before is None:             # a new master may have heard clients first: what they hold there, let them keep
@@ -341,16 +353,29 @@ class Tables:
         row.name, row.has_list = name, has_list
         return before != (row.wanted, row.unreachable, row.connection)
 
+    def _hold(self, server, before, now):
+        """By what a server says now, and said before, of who holds slots there."""
+        for client in before.keys() - now.keys():
+            self._holders[client].discard(server)
+            if not self._holders[client]:
+                del self._holders[client]
+        for client in now:
+            self._holders[client].add(server)
+
     def drop(self, id, connection):
         """Forget who was connected by this: the row, or None if it has a newer connection, or was not there."""
         for table in self.servers, self.clients:
             if id in table and table[id].connection is connection:
-                return table.pop(id)
+                row = table.pop(id)
+                if table is self.servers:
+                    self._hold(id, row.held, {})
+                return row
         return None
 
     def clear(self):
         self.servers.clear()
         self.clients.clear()
+        self._holders.clear()
 
     def decide(self, now):
         """Divide the slots anew, into the rows; {client id: the share before}."""
@@ -367,8 +392,11 @@ class Tables:
 
         A server of which it has nothing any more is named with 0 slots, which says: give them back."""
         row = self.clients[id]
-        return {server: (there.address, row.share.get(server, 0), there.facts["name"]) for server, there in self.servers.items()
-                if server in row.share or server in before or id in there.held or row.unreachable and there.usable}
+        named = {*row.share, *before, *self._holders.get(id, ())}
+        if row.unreachable:                        # else it would not hear that they may be tried again
+            named.update(server for server, there in self.servers.items() if there.usable)
+        return {server: (there.address, row.share.get(server, 0), there.facts["name"])
+                for server in named if (there := self.servers.get(server))}
 
     def size(self):
         """(servers that give slots, the slots that they have)."""
@@ -382,6 +410,8 @@ class Tables:
     def silent(self, now):
         """The clients that stated nothing for so long that they lose idle slots, while others want more than they have."""
         silent = [id for id, row in self.clients.items() if now - row.heard > SILENT_CLIENT]
+        if not silent:
+            return silent
         others = [row for id, row in self.clients.items() if id not in silent]
         return silent if any(row.wanted > sum(row.share.values()) for row in others) else []
 
@@ -1465,6 +1495,7 @@ class Master:
         self.leadership = None         # Leadership; None: there is no other master
         self._decision = None          # the timer of the next _decide
         self._decided = 0.0
+        self._asked = set()            # ids of clients that are answered by the next decision
         self._woke = time.monotonic()  # when this process ran last
         self._names = {}               # {Connection: ("server" or "client", id), or None until it has said that}
         self._tasks = Tasks("the master")
@@ -1576,6 +1607,7 @@ class Master:
             log.info("client %s is here, from %s", name, connection.peer)
         self._names[connection] = "client", id
         if self.tables.put_client(id, connection, name, wanted, unreachable, own is not None, time.monotonic()):
+            self._asked.add(id)
             self._change()
         else:
             self._send_share(id)
@@ -1610,6 +1642,7 @@ class Master:
         elif connection is None:
             for row in self.tables.servers.values():
                 self._send_cluster(row)
+            self._asked.update(self.tables.clients)
             self._change()
 
     # -- decisions
@@ -1632,8 +1665,10 @@ class Master:
             before = self.tables.decide(now)
             if self.tables.starving():             # slots pass on in turn
                 self._decide_in(TURN_TIME / 2)
-        for id in self.tables.clients:
-            self._send_share(id, before.get(id, ()))
+        asked, self._asked = self._asked, set()
+        for id, row in self.tables.clients.items():
+            if id in asked or row.share != before.get(id, row.share):
+                self._send_share(id, before.get(id, ()))
 
 
 def _reach_redis(ended):

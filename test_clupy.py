@@ -5633,6 +5633,34 @@ def test_whatever_cannot_be_sent_is_an_error_that_names_it_and_hurts_no_neighbou
     assert [neighbour.value for _, neighbour in calls] == [n * n for n in range(len(calls))]
 
 
+# ==== One master for many ====================================================
+
+def test_the_simulation_of_many_servers_and_clients_runs():
+    done = subprocess.run([sys.executable, os.path.join(HERE, "examples", "simulate.py"), "--servers", "12", "--clients", "4",
+                           "--seconds", "3", "--change", "0.5"], env=environ(), capture_output=True, text=True, timeout=60)
+    servers, clients, cores, grants, count, lost, _ = done.stdout.splitlines()[1].split()
+    assert (servers, clients) == ("12", "4") and int(count) > 4 and float(lost) < 10, done.stdout + done.stderr
+
+
+rows = hypothesis.strategies.dictionaries(hypothesis.strategies.sampled_from("cde"), hypothesis.strategies.integers(1, 3))
+
+
+@hypothesis.settings(deadline=None)
+@hypothesis.given(hypothesis.strategies.lists(hypothesis.strategies.tuples(hypothesis.strategies.sampled_from("xyz"), rows)))
+def test_a_client_is_told_of_each_server_that_says_it_holds_slots_there(said):
+    tables, connections = clupy_master.Tables(), {id: object() for id in "xyz"}
+    for id in "cde":
+        tables.put_client(id, None, id, 1, (), False, 0.0)
+    for id, held in said:
+        if not held:
+            tables.drop(id, connections[id])
+        else:
+            tables.put_server(id, clupy_master.ServerRow(("h", 1), 4, held, {"own": {}, "name": id}, connections[id]))
+        for client in "cde":
+            tables.clients[client].share = {}
+            assert tables.share_of(client).keys() == {server for server, row in tables.servers.items() if client in row.held}
+
+
 # ==== Libraries ==============================================================
 # The index is a folder of small wheels that these stories write, so that they need no network.  In a wheel, the module's
 # `version` is the library's.
