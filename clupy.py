@@ -2883,23 +2883,32 @@ class _Waiter:
 
 
 class Threads:
-    """Runs jobs in daemon threads, one more whenever all are busy, so that a job may block as long as it likes."""
+    """Runs jobs in daemon threads, one more whenever all are busy, so that a job may block as long as it likes.
+
+    The first one stays: when the interpreter ends, and none can be started, jobs wait for those that there are."""
 
     def __init__(self):
         self._jobs = SimpleQueue()
         self._lock = threading.Lock()
         self._idle = 0                 # threads that wait, less jobs that are theirs already
+        self._count = 0                # threads
 
     def run(self, job, *args):
         with self._lock:
-            if self._idle:
-                self._idle -= 1
+            self._idle -= 1
+            if self._idle >= 0:
                 self._jobs.put((job, args))
                 return
+            self._idle += 1
+            self._count += 1
         try:
             threading.Thread(target=self._work, args=(job, args), name="clupy-job", daemon=True).start()
-        except RuntimeError as error:  # the interpreter is ending: callbacks of what was still under way are lost
-            log.debug("%s is not run: %s", getattr(job, "__qualname__", job), error)
+        except RuntimeError as error:  # the interpreter is ending
+            with self._lock:
+                self._count -= 1
+                self._idle -= 1
+                self._jobs.put((job, args))
+            log.debug("%s waits for a thread: %s", getattr(job, "__qualname__", job), error)
 
     def _work(self, job, args):
         while job is not None:
@@ -2913,14 +2922,15 @@ class Threads:
             job, args = self._next()
 
     def _next(self):
-        """The next job, or None after a while without one."""
+        """The next job, or None after a while without one, if others are left."""
         while True:
             try:
                 return self._jobs.get(timeout=10)
             except Empty:
                 with self._lock:
-                    if self._jobs.empty():
+                    if self._jobs.empty() and self._count > 1:
                         self._idle -= 1
+                        self._count -= 1
                         return None, None
 
 
@@ -3344,13 +3354,25 @@ class BaseEngine:
                 call.cancel()
 
     def settle(self, limit):
-        """Wait until no call of this limit is unfinished, and their callbacks have run, which may make more."""
+        """Wait until no call of this limit is unfinished, and their callbacks have run, which may make more; or none can run."""
         ended = threading.Semaphore(0)
         while calls := [call for call in self.calls() if call._limit == limit]:
             for call in calls:
                 call.add_done_callback(lambda _: ended.release())
             for _ in calls:
-                ended.acquire()
+                idle = 0
+                while not ended.acquire(timeout=1.0):
+                    idle = 0 if self.works else idle + 1
+                    if idle == 3:
+                        return
+
+    @property
+    def works(self):
+        """Whether there is, or may soon be, what runs calls."""
+        return True
+
+    def prepare(self):
+        """Start what could not be started once the interpreter has begun to end."""
 
     def services(self, patience):
         """What a master says of Redis and ZooKeeper, waited for `patience` seconds; {}: there is none that could."""
@@ -4744,6 +4766,15 @@ class Engine(BaseEngine):
         self.soon(self._grow, slots)
 
     @property
+    def works(self):
+        return not self.embedded or bool(self.embedded[1].workers.processes)
+
+    def prepare(self):
+        threads.run(self.joined.wait, UNSERVED_TIME)           # whose thread stays
+        if self.joined.wait(UNSERVED_TIME):
+            self.soon(self.output.start)
+
+    @property
     def capacity(self):
         return self.master_side.size[1]
 
@@ -5773,6 +5804,7 @@ class Executor(concurrent.futures.Executor):
         _executors.add(self)
         self._setup = None if initializer is None else capture(functools.partial(initializer, *initargs))
         self._shut = False                        # shutdown() was called
+        self._prepared = False                    # its engine is, for the program's end
         if max_workers:
             self._engine.grow(max_workers)
 
@@ -5815,6 +5847,9 @@ class Executor(concurrent.futures.Executor):
         elif self._engine.closed:
             leave_if_ending()
             raise RuntimeError("cannot submit a call after its cluster was closed; make another Executor")
+        if not self._prepared:                    # from Python 3.12 on a program that ends can start no thread and no process
+            self._prepared = True
+            self._engine.prepare()
         return self._engine
 
     def shutdown(self, wait=True, *, cancel_futures=False):
