@@ -8912,7 +8912,7 @@ def readme(*languages):
 
 # What the README's blocks take for granted: names, and others who wait at the barrier and publish on the topic.
 GIVEN = """
-import asyncio, clupy, contextlib, logging, threading, time
+import asyncio, clupy, contextlib, joblib, logging, threading, time
 f, x, items, log, anything, value, large_array = abs, -3, [1, -2], logging.warning, {"any": "thing"}, 1, bytes(100_000)
 futures = [clupy.parallel(f)(x)]
 class frame:
