@@ -20,6 +20,8 @@ test-fast: $(VENV)/test  ## run the tests; those that need Redis or ZooKeeper on
 
 lint: $(VENV)/test  ## look for mistakes that can be seen without running anything
 	$(VENV)/bin/ruff check --select E,F,W,B --ignore B006,B018,B023,B904,B905,E701,E731 --line-length 130 .
+	MYPYPATH=. $(VENV)/bin/mypy --cache-dir=/dev/null --follow-imports=silent --warn-unused-ignores examples/typed.py
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python examples/typed.py
 
 bench: $(VENV)/test  ## measure against the process pools of the standard library
 	$(VENV)/bin/python examples/benchmark.py

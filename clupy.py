@@ -69,6 +69,8 @@ This text is the view from above.  The file itself is read from below: each sect
 errors and settings over the wire, pickles and Future to the engine and what users call.
 """
 
+from __future__ import annotations
+
 import sys
 
 if sys.platform not in ("linux", "darwin"):
@@ -118,6 +120,38 @@ import weakref
 from collections.abc import MutableMapping
 from concurrent.futures import BrokenExecutor, CancelledError
 from queue import Empty, Full, SimpleQueue
+
+
+TYPE_CHECKING = False             # as typing has it, which takes 5 ms to import: who checks types takes it for true
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
+    from typing import IO, Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, overload
+    P = ParamSpec("P")
+    Q = ParamSpec("Q")
+    R = TypeVar("R")
+    T = TypeVar("T")
+    Time = float | str | None                      # seconds, "10s", or None: without end
+
+    class Wrapped(Protocol[P, T]):
+        """What parallel() makes of a function of P that returns T."""
+        func: Callable[P, T]
+
+        def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Future[T]: ...
+        @overload
+        def __get__(self, instance: None, owner: Any = None) -> Wrapped[P, T]: ...
+        @overload
+        def __get__(self: Wrapped[Concatenate[R, Q], T], instance: R, owner: Any = None) -> Wrapped[Q, T]: ...
+
+    class Decorator(Protocol):
+        """What parallel(max=2) and the like give."""
+
+        @overload
+        def __call__(self, func: Callable[P, Coroutine[Any, Any, T]]) -> Wrapped[P, T]: ...
+        @overload
+        def __call__(self, func: Callable[P, T]) -> Wrapped[P, T]: ...
+else:
+    def overload(func):
+        """For types alone."""
 
 
 class _Lazy:
@@ -645,7 +679,7 @@ _LOCAL = {"redis": "redis://localhost:6379/0", "zookeeper": "localhost:2181"}
 _configured = {}        # what configure() was given; replaced, never changed
 
 
-def configure(**settings):
+def configure(**settings: Any) -> None:
     """Set redis, zookeeper, prefix, ttl, session or patience for this process, over all other places.
 
     Any thread may call; clients that are in use already stay as they are.  Raises ConfigurationError."""
@@ -2845,7 +2879,7 @@ def _one_of(name, timeout, time_out):
     return timeout if time_out is None else time_out
 
 
-def _either_spelling(func):
+def _either_spelling(func: T) -> T:
     """func, which takes `time_out` where it has `timeout`, and the other way round."""
     own, other = ("time_out", "timeout") if "time_out" in func.__code__.co_varnames else ("timeout", "time_out")
 
@@ -2988,7 +3022,7 @@ class Failures:
 failures = Failures()
 
 
-class Future(concurrent.futures.Future):
+class Future(concurrent.futures.Future["T"]):
     """The outcome of one call, to come: a concurrent.futures.Future that can also be awaited.
 
     .completed, .successful   bools
@@ -3089,7 +3123,7 @@ class Future(concurrent.futures.Future):
             raise
 
     @_either_spelling
-    def wait(self, timeout=10):
+    def wait(self, timeout: Time = 10) -> bool:
         """Whether it completed, its handlers included, within `timeout` seconds: 10 by default, after which it returns False,
         where result(), exception() and wait_all() wait for ever; None: for ever, too.
 
@@ -3122,7 +3156,7 @@ class Future(concurrent.futures.Future):
             if self._packed is packed:
                 self._result, self._exception, self._packed = result, exception, None
 
-    def result(self, timeout=None, *, time_out=None):
+    def result(self, timeout: Time = None, *, time_out: Time = None) -> T:
         """The result.  Raises the call's exception, CancelledError, or TimeoutError after `timeout` seconds."""
         exception = self.exception(timeout, time_out=time_out)
         if exception is not None:
@@ -3132,7 +3166,7 @@ class Future(concurrent.futures.Future):
                 exception = self = None         # no reference cycle through the traceback
         return self._result
 
-    def exception(self, timeout=None, *, time_out=None):
+    def exception(self, timeout: Time = None, *, time_out: Time = None) -> BaseException | None:
         """The call's exception, or None.  Raises CancelledError, or TimeoutError after `timeout` seconds."""
         if not self._wait(timeout := _time_out(_one_of("exception", timeout, time_out))):
             raise TimeoutError(f"{self!r} has no result after {timeout:g} s")
@@ -3147,21 +3181,21 @@ class Future(concurrent.futures.Future):
         return self._exception
 
     @property
-    def completed(self):
+    def completed(self) -> bool:
         return self._state in _DONE
 
     @property
-    def failure(self):
+    def failure(self) -> BaseException | None:
         if self._state == CANCELLED:
             return CancelledError()
         return self.exception() if self._state == FINISHED else None
 
     @property
-    def successful(self):
+    def successful(self) -> bool:
         return self._state == FINISHED and self.exception() is None
 
     @property
-    def value(self):
+    def value(self) -> T | None:
         return self._result if self._succeeded() else None
 
     def _succeeded(self):
@@ -3173,11 +3207,11 @@ class Future(concurrent.futures.Future):
 
     # -- handlers
 
-    def succeed(self, handler):
+    def succeed(self, handler: Callable[[T], Any]) -> Future[T]:
         """Call handler(result), once, in a thread of its own, when the call has succeeded; returns this future."""
         return self._handle(True, handler)
 
-    def fail(self, handler):
+    def fail(self, handler: Callable[[BaseException], Any]) -> Future[T]:
         """Call handler(exception), once, in a thread of its own, when the call has failed; returns this future."""
         return self._handle(False, handler)
 
@@ -4979,7 +5013,8 @@ _executors = weakref.WeakSet()
 _engine_lock = threading.Lock()
 
 
-def connect(master=None, *, executor=None, config=None, **settings):
+def connect(master: str | None = None, *, executor: concurrent.futures.Executor | None = None, config: str | None = None,
+            **settings: Any) -> Any:
     """Connect this process to a cluster; optional, since the first call does it by itself.
 
     master: "host", "host:port" or several with commas; None: that of clupy.client.yaml or CLUPY_MASTER, else one that
@@ -5108,6 +5143,15 @@ def _is_complete(func):
     return func.__globals__.get(func.__name__) is func
 
 
+@overload
+def parallel(func: Callable[P, Coroutine[Any, Any, T]], *, max: int | None = None, timeout: Time = None, retries: int = 2,
+             retry_on: Any = (), delay: Time = 1, time_out: Time = None) -> Wrapped[P, T]: ...
+@overload
+def parallel(func: Callable[P, T], *, max: int | None = None, timeout: Time = None, retries: int = 2,
+             retry_on: Any = (), delay: Time = 1, time_out: Time = None) -> Wrapped[P, T]: ...
+@overload
+def parallel(*, max: int | None = None, timeout: Time = None, retries: int = 2,
+             retry_on: Any = (), delay: Time = 1, time_out: Time = None) -> Decorator: ...
 def parallel(func=_ABSENT, *, max=None, timeout=None, retries=2, retry_on=(), delay=1, time_out=None):
     """The function, wrapped so that its calls run in the cluster; also a decorator, with or without options.
 
@@ -5228,7 +5272,7 @@ def _result_of(future):
     return pack(future.result())
 
 
-def timeline(path):
+def timeline(path: str) -> contextlib.AbstractContextManager[Any]:
     """A block of which the file at `path` shows when and where each call ran that ended in it: JSON that ui.perfetto.dev opens.
 
     A row is a worker, a bar a call, with the seconds that it waited and ran, its try and what became of it; deaths of workers
@@ -5238,7 +5282,7 @@ def timeline(path):
     return clupy_master.Timeline(path)
 
 
-def slots():
+def slots() -> int:
     """How many calls can run at once: the slots of the cluster, this machine's cores without one.
 
     Waits for the master as connect() does, and raises what that raises."""
@@ -5249,7 +5293,7 @@ def slots():
 FETCHES["slots"] = slots
 
 
-def everywhere(func, *args):
+def everywhere(func: Callable[..., T], *args: Any) -> dict[str, Future[T]]:
     """{server: Future}: func(*args) runs once on each server of which this client has a slot, or can have one now.
 
     To warm caches there, or to look around.  A call has one try."""
@@ -5341,7 +5385,7 @@ def _shown(progress, *how, **more):
 
 
 @_either_spelling
-def wait_all(results, time_out=None, progress=False):
+def wait_all(results: Iterable[Future[Any]], time_out: Time = None, progress: bool | Literal["always"] = False) -> bool:
     """Whether all the futures completed within `time_out` (None: for ever), their handlers included.
 
     progress: show on standard error, if that is a terminal or a notebook's, how many have, have failed and run, how fast and
@@ -5353,7 +5397,8 @@ def wait_all(results, time_out=None, progress=False):
 
 
 @_either_spelling
-def as_completed(results, time_out=None, progress=False):
+def as_completed(results: Iterable[Future[T]], time_out: Time = None,
+                 progress: bool | Literal["always"] = False) -> Iterator[Future[T]]:
     """The futures, each as soon as it is done. Raises TimeoutError after `time_out` seconds in all (None: never).
 
     progress: as for wait_all()."""
@@ -5748,7 +5793,8 @@ class _Map:
 
 
 @_either_spelling
-def map(func, *iterables, max=None, timeout=None, retries=2, chunk_size=None, progress=False):
+def map(func: Callable[..., T], *iterables: Iterable[Any], max: int | None = None, timeout: Time = None, retries: int = 2,
+        chunk_size: int | None = None, progress: bool | Literal["always"] = False) -> Iterator[T]:
     """The results of func over the iterables, in order, as an iterator; they may be of any length, or endless.
 
     Several items go into one call, as many as are a few milliseconds of work; a slow one among them holds nothing up.
@@ -5792,7 +5838,8 @@ class Executor(concurrent.futures.Executor):
 
     _shut_by_end = False                          # of all: the program has begun to end
 
-    def __init__(self, max_workers=None, master=None, initializer=None, initargs=()):
+    def __init__(self, max_workers: int | None = None, master: str | None = None,
+                 initializer: Callable[..., Any] | None = None, initargs: tuple[Any, ...] = ()) -> None:
         if max_workers is not None and max_workers <= 0:
             raise ValueError(f"max_workers must be greater than 0, or None, not {max_workers}")
         max_workers = _whole("max_workers", max_workers, 1)
@@ -5813,10 +5860,11 @@ class Executor(concurrent.futures.Executor):
         """As the standard executors have it: dask and others ask for it."""
         return self._limit[1] or self._engine.join().slots
 
-    def submit(self, fn, /, *args, **kwargs):
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         return start(self._open_engine(), fn, self._capture(fn), args, kwargs, None, 2, self._limit)
 
-    def map(self, fn, *iterables, timeout=None, chunksize=None, buffersize=None):
+    def map(self, fn: Callable[..., T], *iterables: Iterable[Any], timeout: Time = None, chunksize: int | None = None,
+            buffersize: int | None = None) -> Iterator[T]:
         """As the standard executors' map, buffersize as from Python 3.14 on.  chunksize: items of one call; None: as measured,
         which is best."""
         size, room = _whole("chunksize", chunksize, 1), _whole("buffersize", buffersize, 1)
@@ -5895,7 +5943,7 @@ threading._register_atexit(Executor._end_all)
 # With it a joblib.Parallel runs in the cluster, scikit-learn's too.  A batch of joblib's is a call; a large array
 # is shared, so that each machine gets it once (an idea of dask's backend), until the joblib.Parallel ends.
 
-def register_joblib():
+def register_joblib() -> None:
     """Let joblib, and with it scikit-learn, run in the cluster: `with joblib.parallel_config(backend="clupy"): ...`"""
     joblib.register_parallel_backend("clupy", _backend_class())
 
@@ -6397,7 +6445,7 @@ def use_client(client, serve=served.__setitem__, fetch=None):
     _client, _serve, _fetch = client, serve, fetch
 
 
-def put(name, value, ttl=None):
+def put(name: str, value: Any, ttl: Time = None) -> None:
     """Keep `value` under `name` for the whole cluster, at one stroke instead of whatever had that name.
 
     value: anything pickle or cloudpickle takes, of any size.  ttl: seconds since the last access after which it is gone;
@@ -6405,7 +6453,7 @@ def put(name, value, ttl=None):
     _store(_key(name), name, "value", _buffers_of(value), _ttl(ttl))
 
 
-def get(name, default=_ABSENT):
+def get(name: str, default: Any = _ABSENT) -> Any:
     """The value put under `name`; of a file: its bytes.  Without one: `default`, or KeyError if there is none.
 
     Never half of an old and half of a new value.  Unpickling runs code: whoever writes to this Redis is trusted."""
@@ -6421,12 +6469,12 @@ def _value_in(stored):
     return b"".join(stored.buffers) if stored.kind == "file" else unpack((stored.buffers[0], stored.buffers[1:]))
 
 
-def add(name, value, ttl=None):
+def add(name: str, value: Any, ttl: Time = None) -> bool:
     """Whether the value was put, as nothing had that name: of several that try at once, one succeeds."""
     return _store(_key(name), name, "value", _buffers_of(value), _ttl(ttl), b"")
 
 
-def update(name, change, default=_ABSENT):
+def update(name: str, change: Callable[[Any], T], default: Any = _ABSENT) -> T:
     """The value change(old) that is put in place of the old one at one stroke: done again if another was first.
 
     default: what is changed where there is no value; without it that is a KeyError.  The time to live stays as it was."""
@@ -6441,7 +6489,7 @@ def update(name, change, default=_ABSENT):
             return value
 
 
-def put_many(values, ttl=None):
+def put_many(values: Mapping[str, Any], ttl: Time = None) -> None:
     """Keep each value of a mapping under its name, as put() does; small ones in one round trip.  Each at one stroke, not all
     of them: of those that Redis refuses others may be there."""
     lives = _ttl(ttl)
@@ -6455,7 +6503,7 @@ def put_many(values, ttl=None):
                 _store(key, name, "value", buffers, lives)
 
 
-def get_many(names):
+def get_many(names: Iterable[str]) -> dict[str, Any]:
     """{name: value} of those that are there, as get() gives them; small ones in one round trip."""
     found, names = {}, iter(dict.fromkeys(names))
     while batch := list(itertools.islice(names, BATCH)):
@@ -6478,18 +6526,18 @@ def _in_one_go(commands):
     return _retried(send) if commands else []
 
 
-def delete(*names):
+def delete(*names: str) -> int:
     """How many of the names were there; they are gone then, be they values, files, counters or queues."""
     stored = [_key(name) for name in names]
     return _retried(lambda client: client.unlink(*stored)) if stored else 0
 
 
-def exists(name):
+def exists(name: str) -> bool:
     """Whether there is a value, file, counter or queue of that name.  An empty queue does not exist."""
     return bool(_retried(lambda client: client.exists(_key(name))))
 
 
-def keys(pattern="*"):
+def keys(pattern: str = "*") -> list[str]:
     """All names that match, in order; pattern as in fnmatch: * ? [abc]."""
     return _names(pattern, None)
 
@@ -6718,7 +6766,8 @@ def _memory(sizes):
     return [memory(size) for size in sizes]
 
 
-def open(name, mode="r", encoding="utf-8", newline=None, errors=None, ttl=None):
+def open(name: str, mode: str = "r", encoding: str = "utf-8", newline: str | None = None, errors: str | None = None,
+         ttl: Time = None) -> IO[Any]:
     """A file kept in Redis, for whatever takes an open file: csv, pandas, numpy.  Modes r w x a, with b for bytes.
 
     Read whole when opened, so seekable and never mixed from two versions.  A written one appears, whole, when it is closed,
@@ -6831,7 +6880,7 @@ def _append(key, name, content, ttl):
 
 # ---- Refs
 
-def share(value, ttl=None):
+def share(value: Any, ttl: Time = None) -> Any:
     """A Ref to `value`, to be passed to any number of calls: it is sent to each machine once, not with each call.
 
     With Redis configured it lives `ttl` seconds after its last use (None: the setting, 0: for ever), also without this
@@ -7237,7 +7286,7 @@ class Queue(_Used):
 queue = Queue
 
 
-def publish(topic, value):
+def publish(topic: str, value: Any) -> int:
     """How many subscribers were listening; they get `value`, others never do.  At most once, as with a counter."""
     return _once(topic, "PUBLISH", _key(topic, "topic"), _item(value))
 
@@ -7578,7 +7627,7 @@ class _Holding:
 
 
 @_either_spelling
-def lock(name, timeout=None, shared=False):
+def lock(name: str, timeout: Time = None, shared: bool = False) -> _Holding:
     """`with clupy.lock("x") as l:` one holder at a time in the cluster, in the order of asking.
 
     shared: any number of such holders, and no other.  timeout: seconds to wait, then TimeoutError.  l.held, l.token and
@@ -7592,7 +7641,7 @@ def lock(name, timeout=None, shared=False):
 
 
 @_either_spelling
-def semaphore(name, n, timeout=None):
+def semaphore(name: str, n: int, timeout: Time = None) -> _Holding:
     """As lock, with at most n holders at a time; ValueError on entering if others say another n."""
     n = operator.index(n)
     if n < 1:
@@ -7604,7 +7653,7 @@ def semaphore(name, n, timeout=None):
 
 
 @_either_spelling
-def election(name, data="", timeout=None):
+def election(name: str, data: Any = "", timeout: Time = None) -> Election:
     """`with clupy.election("x", data=me) as e:` entered by one at a time, the leader.
 
     Check e.held or e.check() in its loop, since leadership ends with the session.  e.leader() is the data of the present
@@ -7632,7 +7681,7 @@ class Election(_Holding):
 
 
 @_either_spelling
-def barrier(name, n, timeout=None):
+def barrier(name: str, n: int, timeout: Time = None) -> None:
     """Return when n callers have come, in all n of them; then the name is free for the next n.
 
     Callers that died or gave up do not count.  Raises TimeoutError after `timeout` seconds, ValueError if those who came before
@@ -7735,7 +7784,7 @@ event = Event
 # ==== Ends ===================================================================
 # What close() ends, a program's end too, and what a forked child must not take for its own.
 
-def close():
+def close() -> None:
     """End this process's calls and give its slots back; returns when their last output was shown.
 
     The next call connects anew.  In a worker nothing is closed but what its calls use: its client is connected."""

@@ -8974,6 +8974,11 @@ def test_the_readme_s_commands_are_there_with_their_options(tmp_path, monkeypatc
     assert {"master", "serve", "status", "libraries"} <= set(ran)
 
 
+def test_the_typed_example_runs_as_it_is_typed(tmp_path):
+    with open(os.path.join(HERE, "examples", "typed.py")) as file:
+        assert run_script(tmp_path, file.read(), CLUPY_SLOTS=2).stdout == "1.5 1 [1] {'slots': 2}\n"
+
+
 def test_every_file_that_the_readme_names_is_there():
     with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
         text = file.read()
