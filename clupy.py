@@ -5147,12 +5147,12 @@ def _is_complete(func):
 def parallel(func: Callable[P, Coroutine[Any, Any, T]], *, max: int | None = None, timeout: Time = None, retries: int = 2,
              retry_on: Any = (), delay: Time = 1, time_out: Time = None) -> Wrapped[P, T]: ...
 @overload
-def parallel(func: Callable[P, T], *, max: int | None = None, timeout: Time = None, retries: int = 2,
+def parallel(func: Callable[P, T], *, max: int | None = None, timeout: Time = None, retries: int = 2,          # noqa: F811
              retry_on: Any = (), delay: Time = 1, time_out: Time = None) -> Wrapped[P, T]: ...
 @overload
-def parallel(*, max: int | None = None, timeout: Time = None, retries: int = 2,
+def parallel(*, max: int | None = None, timeout: Time = None, retries: int = 2,                                # noqa: F811
              retry_on: Any = (), delay: Time = 1, time_out: Time = None) -> Decorator: ...
-def parallel(func=_ABSENT, *, max=None, timeout=None, retries=2, retry_on=(), delay=1, time_out=None):
+def parallel(func=_ABSENT, *, max=None, timeout=None, retries=2, retry_on=(), delay=1, time_out=None):         # noqa: F811
     """The function, wrapped so that its calls run in the cluster; also a decorator, with or without options.
 
     max: how many calls of it may run at once, over the whole cluster; None: as many as there are slots.
