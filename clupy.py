@@ -476,31 +476,33 @@ def cores(root=""):
     return max(1, min([mine, *(math.ceil(quota) for quota in _quotas(root))]))
 
 
-SETTINGS = {   # key: (roles that have it, how it is read, default)
-    "listen": ("master server", parse_address, None),           # None: every address; a master's PORT, a server's free one
-    "master": ("server client", _addresses, None),
-    "port": ("server client", _port, PORT),                     # the master's, where its address names none
-    "secret_file": ("master server client", _text, "~/.clupy/secret"),
-    "tls_cert": ("master server", _text, None),
-    "tls_key": ("master server", _text, None),
-    "tls_ca": ("master server client", _text, None),
-    "slots": ("server client", _count, cores()),                # client: of the embedded cluster
-    "max_nested": ("server client", _count, 64),                # workers beyond the slots, for one client's calls inside calls
-    "drain_time": ("server", _duration, 60.0),
-    "memory_limit": ("server client", _size, None),             # bytes of one worker
-    "output": ("client", _switch, True),
-    "environments_dir": ("server client", _text, None),         # None: below the user's cache folder
-    "environments_kept": ("server client", _count, 10),         # complete ones per machine; those in use stay in any case
-    "sync_interval": ("master server client", _duration, 60.0),
-    # What a client does about libraries that differ.  Not off, because arguments and results travel as pickles, and
-    # what one version of cloudpickle or numpy wrote, another may fail to read, or read wrongly.
-    "library_check": ("client", _level, "warn"),
-    "patience": ("master server client", _duration, 60.0),
-    "redis": ("master client", _text, None),
-    "zookeeper": ("master client", _text, None),
-    "prefix": ("master client", _some_text, "clupy"),
-    "ttl": ("master client", _duration, 604800.0),
-    "session": ("master client", _duration, 10.0),
+SETTINGS = {   # key: (roles that have it, how it is read, default, what it is, as `-h` shows it)
+    "listen": ("master server", parse_address, None,
+               f"where to listen, HOST:PORT, or the port (default: every address; a master {PORT}, a server a free port)"),
+    "master": ("server client", _addresses, None, "the master, HOST:PORT, or several with commas (default: localhost)"),
+    "port": ("server client", _port, PORT, "the master's, where its address names none"),
+    "status_port": ("master", parse_address, None, "a page to look at, on this machine alone; HOST:PORT: for others, too"),
+    "secret_file": ("master server client", _text, "~/.clupy/secret", "the secret, unless CLUPY_SECRET has it"),
+    "tls_cert": ("master server", _text, None, "file of the certificate, to encrypt connections"),
+    "tls_key": ("master server", _text, None, "file of its key, without a passphrase"),
+    "tls_ca": ("master server client", _text, None, "file of the certificate to trust"),
+    "slots": ("server client", _count, cores(), "calls that run at once; a client's: on its own machine"),
+    "max_nested": ("server client", _count, 64, "workers beyond the slots, for one client's calls inside calls"),
+    "drain_time": ("server", _duration, 60.0, "after SIGTERM running calls may finish for so long"),
+    "memory_limit": ("server client", _size, None, 'of one worker, such as "2GB" (default: none)'),
+    "output": ("client", _switch, True, "on or off: show what calls print"),
+    "environments_dir": ("server client", _text, None, "where libraries are built (default: below the user's cache folder)"),
+    "environments_kept": ("server client", _count, 10, "so many complete ones are kept, and those in use"),
+    "sync_interval": ("master server client", _duration, 60.0, "libraries are checked so often"),
+    # Not off, because arguments and results travel as pickles, and what one version of cloudpickle or numpy wrote, another
+    # may fail to read, or read wrongly.
+    "library_check": ("client", _level, "warn", "what to do about libraries that differ: warn, error or off"),
+    "patience": ("master server client", _duration, 60.0, "without a master calls that have no slot fail after so long"),
+    "redis": ("master client", _text, None, "redis://:PASSWORD@HOST:PORT/0 (better in a file or variable: others see options)"),
+    "zookeeper": ("master client", _text, None, "HOST:PORT, or several with commas"),
+    "prefix": ("master client", _some_text, "clupy", "of all names in Redis and ZooKeeper"),
+    "ttl": ("master client", _duration, 604800.0, "data that nobody used for so long is gone"),
+    "session": ("master client", _duration, 10.0, "what a lost program held in ZooKeeper is free after so long"),
 }
 
 
@@ -524,7 +526,7 @@ def masters_of(settings):
 
 def default_settings(role, **values):
     """The Settings of a role without any file or variable: the defaults, and those of `values` that it has."""
-    known = {key: values.get(key, default) for key, (roles, _, default) in SETTINGS.items() if role in roles.split()}
+    known = {key: values.get(key, default) for key, (roles, _, default, _) in SETTINGS.items() if role in roles.split()}
     return Settings(known, ())
 
 
@@ -549,13 +551,13 @@ def home_path(path):
     return full
 
 
-def read_settings(role, file=None, option="argument ", **arguments):
+def read_settings(role, file=None, named="argument {}".format, **arguments):
     """The Settings of a "master", "server" or "client".
 
     file: a YAML file that must exist; None: clupy.<role>.yaml in the working directory, if there is one.
-    arguments: settings that win over all others; None stands for one that was not given; option: what messages call them.
+    arguments: settings that win over all others; None stands for one that was not given; named(key): what messages call it.
     Raises ConfigurationError, naming file, line and the nearest valid key."""
-    values = {key: default for key, (roles, _, default) in SETTINGS.items() if role in roles.split()}
+    values = {key: default for key, (roles, _, default, _) in SETTINGS.items() if role in roles.split()}
     given = set()
 
     def take(key, value, where, name=None):
@@ -579,7 +581,7 @@ def read_settings(role, file=None, option="argument ", **arguments):
             log.warning("the environment variable %s is no setting; did you mean CLUPY_%s?", variable, near[0].upper())
     for key, value in arguments.items():
         if value is not None:
-            take(key, value, "argument", f"{option}{key}")
+            take(key, value, "argument", named(key))
     if values.get("slots") == 0:
         raise ConfigurationError("slots is 0, but must be at least 1")
     if (values.get("memory_limit") or MIN_MEMORY) < MIN_MEMORY:
@@ -7847,40 +7849,63 @@ os.register_at_fork(after_in_child=_after_fork)
 
 # ==== Command line ===========================================================
 
+REACHING = "master", "port", "secret_file", "tls_ca"      # the settings by which a command only looks at a cluster
+
+
 def main(argv=None):
     """`python -m clupy`, and the console script `clupy`: the exit code."""
-    parser = argparse.ArgumentParser(prog="clupy", description="A small cluster for Python calls.")
-    parser.add_argument("--version", action="version", version=f"clupy {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    master = commands.add_parser("master", help="run the cluster's master")
-    master.add_argument("--listen", metavar="HOST:PORT", help=f"where to listen, or the port (default: every address, {PORT})")
-    serve = commands.add_parser("serve", help="run a server: the workers of this machine")
-    serve.add_argument("--master", metavar="HOST", help="the master, or several with commas (default: localhost)")
-    serve.add_argument("--port", type=int, help=f"the master's port (default: {PORT})")
-    serve.add_argument("--listen", metavar="HOST:PORT", help="where clients reach it (default: every address, a free port)")
-    serve.add_argument("--slots", type=int, metavar="N", help="calls that run at once (default: the number of cores)")
-    status = commands.add_parser("status", help="show the cluster's servers and clients")
-    status.add_argument("--master", metavar="HOST:PORT", help="the master (default: localhost)")
-    status.add_argument("--json", action="store_true", help="for scripts")
-    libraries = commands.add_parser("libraries", help="show the cluster's libraries, and how those here differ")
-    libraries.add_argument("--master", metavar="HOST:PORT", help="the master (default: localhost)")
-    for command, role, run in ((master, "master", _run_master), (serve, "server", _run_server),
-                               (status, "client", _show_status), (libraries, "client", _show_libraries)):
-        command.add_argument("--config", metavar="FILE", help=f"a YAML file instead of clupy.{role}.yaml here")
-        command.set_defaults(role=role, run=run)
-
-    arguments = parser.parse_args(argv)
+    arguments = command_line().parse_args(argv)
     given = {key: value for key, value in vars(arguments).items() if key in SETTINGS}
-    logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s", level=logging.INFO)
+    logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s", level=arguments.log_level.upper())
     try:
-        arguments.run(read_settings(arguments.role, arguments.config, "--", **given), arguments)
-        return 0
+        return arguments.run(read_settings(arguments.role, arguments.config, _option, **given), arguments) or 0
     except (ClupyError, ModuleNotFoundError) as error:        # the latter of a package that is not installed, with what to do
         print(f"clupy {arguments.command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+def command_line():
+    """The parser of `python -m clupy`."""
+    layout = functools.partial(argparse.HelpFormatter, max_help_position=29)
+    parser = argparse.ArgumentParser(prog="clupy", description="A small cluster for Python calls.", formatter_class=layout)
+    parser.add_argument("--version", action="version", version=f"clupy {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name, role, run, text, keys=SETTINGS, level="info"):
+        made = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", formatter_class=layout,
+                                   usage="%(prog)s [OPTION ...]")
+        made.set_defaults(role=role, run=run)
+        made.add_argument("--config", metavar="FILE", help=f"a YAML file instead of clupy.{role}.yaml here")
+        made.add_argument("--log-level", default=level, choices=("debug", "info", "warning", "error"), metavar="LEVEL",
+                          help=f"debug, info, warning or error (default: {level})")
+        group = made.add_argument_group(
+            "settings", f"--secret-file, say, is also `secret_file:` in clupy.{role}.yaml, and the variable CLUPY_SECRET_FILE")
+        for key in keys:
+            _add_setting(group, role, key)
+        return made
+
+    command("master", "master", _run_master, "run the cluster's master")
+    command("serve", "server", _run_server, "run a server: the workers of this machine")
+    status = command("status", "client", _show_status, "show the cluster's servers and clients", REACHING, "warning")
+    status.add_argument("--json", action="store_true", help="for scripts")
+    status.add_argument("--expect", type=int, metavar="N", help="fail unless so many servers are there, and take calls")
+    command("libraries", "client", _show_libraries, "show the cluster's libraries, and how those here differ", REACHING, "warning")
+    return parser
+
+
+def _option(key):
+    return f"--{key.replace('_', '-')}"
+
+
+def _add_setting(parser, role, key):
+    """The option of a setting, if the role has it; read_settings reads its value."""
+    roles, read, default, text = SETTINGS[key]
+    if role in roles.split():
+        shown = {None: "", True: " (default: on)"}.get(
+            default, f" (default: {default:g} s)" if read is _duration else f" (default: {default})")
+        parser.add_argument(_option(key), metavar=read.__name__.rpartition("_")[2].upper(), help=text + shown)
 
 
 def _run_master(settings, _):
@@ -7905,6 +7930,9 @@ def _await_secret(settings):
 def _show_status(settings, arguments):
     tables = asyncio.run(clupy_master.ask_master(settings, "status"))
     print(json.dumps(tables, indent=2) if arguments.json else clupy_master.status_text(tables))
+    there = sum(not row["draining"] for row in tables["servers"].values())
+    if there < (arguments.expect or 0):
+        raise ClupyError(f"{there} servers are there and take calls, but {arguments.expect} are expected")
 
 
 def _show_libraries(settings, _):

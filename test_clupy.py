@@ -2152,6 +2152,45 @@ def test_a_wrong_setting_is_called_as_the_user_calls_it_and_an_empty_variable_is
     assert settings.master is None and settings.slots == clupy.cores() and not {"slots", "master"} & settings.given
 
 
+def command(*arguments, **env):
+    """`python -m clupy` with these arguments, as a subprocess.CompletedProcess."""
+    return subprocess.run([sys.executable, "-m", "clupy", *map(str, arguments)], env=environ(**env), timeout=60,
+                          capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("name, role", [("master", "master"), ("serve", "server")])
+def test_every_setting_of_a_role_is_an_option_of_its_command(tmp_path, name, role):
+    keys = {key for key, (roles, *_) in clupy.SETTINGS.items() if role in roles.split()}
+    shown = command(name, "-h").stdout
+    assert all(f"  --{key.replace('_', '-')} " in shown for key in keys) and max(map(len, shown.splitlines())) < 100
+    parsed = vars(clupy.command_line().parse_args([name, *[f"--{key.replace('_', '-')}=1" for key in keys]]))
+    assert {key for key, value in parsed.items() if value == "1"} == keys
+    done = command(name, "--patience", "soon")
+    assert done.returncode == 1 and done.stderr.startswith(f"clupy {name}: --patience is 'soon', but must be a duration")
+
+
+def test_status_fails_unless_the_expected_servers_are_there_and_take_calls(tmp_path):
+    with Cluster(tmp_path, servers=2, slots=1) as cluster:
+        assert command("status", "--master", cluster.address, "--expect", 2).returncode == 0
+        done = command("status", "--master", cluster.address, "--expect", 3)
+        assert (done.returncode, done.stderr) == (1, "clupy status: 2 servers are there and take calls, but 3 are expected\n")
+        clupy.connect(cluster.address)
+        calls = list(clupy.everywhere(sleepy, 60).values())        # so that none can drain at once
+        until(lambda: sum(row["used"] for row in cluster.status()["servers"].values()) == 2)
+        cluster.servers[0].process.terminate()
+        until(lambda: any(row["draining"] for row in cluster.status()["servers"].values()))
+        assert command("status", "--master", cluster.address, "--expect", 2).returncode == 1
+        assert all(call.cancel() for call in calls)
+
+
+def test_the_log_says_as_much_as_was_asked_for(tmp_path):
+    for level in "info", "error":
+        address = f"127.0.0.1:{free_port()}"
+        with Program(tmp_path / level, "-m", "clupy", "master", "--listen", address, "--log-level", level) as master:
+            until(lambda address=address: answers(address))
+        assert ("master listens" in master.log) == (level == "info") and (level == "info" or not master.log)
+
+
 def test_where_pyyaml_is_missing_one_error_says_how_to_get_it(tmp_path):
     (tmp_path / "yaml.py").write_text("raise ModuleNotFoundError(\"No module named 'yaml'\", name='yaml')")
     (tmp_path / "clupy.client.yaml").write_text("slots: 2")
