@@ -12,10 +12,10 @@ help:  ## list the targets
 demo: $(VENV)/ready  ## run the main example on this machine's cores
 	$(VENV)/bin/python examples/primes.py
 
-test: $(VENV)/test services  ## run all tests, with real Redis and ZooKeeper
+test: $(VENV)/test services  ## run all tests, with real Redis, ZooKeeper and Chromium
 	CLUPY_TEST_SERVICES=required $(PYTEST)
 
-test-fast: $(VENV)/test  ## run the tests; those that need Redis or ZooKeeper only where these are installed
+test-fast: $(VENV)/test  ## run the tests; those that need Redis, ZooKeeper or Chromium only where these are installed
 	$(PYTEST)
 
 lint: $(VENV)/test  ## look for mistakes that can be seen without running anything
@@ -35,7 +35,7 @@ dist: $(VENV)/test  ## build the files for a package index
 clean:  ## remove what the other targets made
 	rm -rf $(VENV) build dist *.egg-info __pycache__ .pytest_cache .ruff_cache
 
-services:  ## install redis-server and ZooKeeper where they are missing (Debian; elsewhere it says how)
+services:  ## install redis-server, ZooKeeper and Chromium where they are missing (Debian; elsewhere it says how)
 	@sh .ci/services
 
 $(VENV)/bin/python:

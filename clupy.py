@@ -444,7 +444,7 @@ def _addresses(value):
     return [parse_address(part, None) for part in parts]
 
 
-def _content(path):
+def file_text(path):
     """The text of a small file; "" if it cannot be read."""
     try:
         with io.open(path, errors="replace") as file:
@@ -455,7 +455,7 @@ def _content(path):
 
 def _quotas(root):
     """How many cores' time each control group around this process may take, of those of both versions that have a limit."""
-    for line in _content(f"{root}/proc/self/cgroup").splitlines():
+    for line in file_text(f"{root}/proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers and "cpu" not in controllers.split(","):
             continue
@@ -463,7 +463,7 @@ def _quotas(root):
         names = path.split("/")
         for count in range(len(names), 0, -1):    # of these a container sees only some
             folder = f"{root}/sys/fs/cgroup{mount}{'/'.join(names[:count])}"
-            words = " ".join(_content(f"{folder}/{file}") for file in files).split()
+            words = " ".join(file_text(f"{folder}/{file}") for file in files).split()
             if len(words) == 2 and words[0].isdigit():        # else "max" or -1: as much as it likes
                 yield int(words[0]) / int(words[1])
 
@@ -775,7 +775,9 @@ def find_secret(settings, create=False):
 # server -> master  server    id, address, slots, held {client: n},        cluster     next master of the list
 #                             facts {load, draining, ...}
 # client -> master  client    id, name, wanted slots, unreachable          share       back-off; `patience` without slots
-#                             servers, own libraries: (hash, list) or None
+#                             servers, own libraries: (hash, list) or
+#                             None, calls: (done, failed of these,
+#                             running, waiting)
 # master -> client  share     {server: (address, n, name)}, services,      -           stands until replaced
 #                             libraries: (hash, exact list, error), size:
 #                             (servers, their slots, slots wanted by now)
@@ -4073,6 +4075,7 @@ class Feeder:
     def __init__(self, engine):
         self._engine, self._backlog = engine, engine.backlog
         self._watching = False                    # `_recall_stalled` is about to look
+        self.failed = 0                           # calls that ended with an error, and were not cancelled
 
     def feed(self):
         """Give the slots that run out of work their next calls."""
@@ -4249,7 +4252,11 @@ class Feeder:
         conclude(outcomes)
         answers = collections.defaultdict(list)
         for call, succeeded, value in outcomes:
-            if self._backlog.finish(call) and call._parent:
+            if not self._backlog.finish(call):
+                continue
+            if not succeeded and type(value) is not CancelledError:
+                self.failed += 1
+            if call._parent:
                 slot, number = call._parent
                 self._engine.children.ended(call)
                 if (parent := slot.calls.get(call._outer)) and parent.completed:       # cancelled: it must not go on meanwhile
@@ -4622,7 +4629,7 @@ class MasterSide:
         if self.link and self.link.connection:
             unreachable = [link.id for link in self._engine.pool.links.values() if link.lost_at is not None]
             self.link.connection.send("client", self._engine.id, self._engine.name, self._wanted[0], unreachable,
-                                      self._engine.libraries.statement(self.link.connection))
+                                      self._engine.libraries.statement(self.link.connection), self._engine.count_calls())
 
     def count_wanted(self):
         """How many slots the unfinished calls could use now; all of them, as long as a call is for one server alone."""
@@ -4748,7 +4755,7 @@ class Engine(BaseEngine):
         self._inbox = collections.deque()         # calls from any thread, not yet seen by the loop
         self._awake = False                       # the loop will look at the inbox
         self._least_slots = 0                     # of an embedded server, as `grow` said
-        self._numbers = itertools.count(1)        # of calls
+        self._number = 0                          # of the call made last
         self._selector = selectors.DefaultSelector()
         self.loop = asyncio.SelectorEventLoop(self._selector)
         self._thread = threading.Thread(target=self._main, name=ENGINE_THREAD, daemon=True)
@@ -4939,12 +4946,18 @@ class Engine(BaseEngine):
         """The call's first step in the loop."""
         if call._state in _DONE:
             return
-        call._number = next(self._numbers)
+        self._number += 1
+        call._number = self._number
         self.backlog.add(call)
         if call._place is not None:
             self.loop.call_soon(self.pool.balance)                     # there may be no slot there
         if self.fatal or self.closed:
             self.feeder.finish([(call, False, self.fatal or Closed("the client was closed"))])
+
+    def count_calls(self):
+        """What a statement says of this client's calls: (done, failed of these, running, waiting)."""
+        unfinished, running = len(self.backlog.calls), sum(bool(slot.calls) for slot in self.pool.slots())
+        return self._number - unfinished, self.feeder.failed, running, unfinished - running
 
     async def _calls(self):
         self._pump()
@@ -7670,14 +7683,20 @@ class Election(_Holding):
 
     def leader(self):
         """The present leader's data; None if there is none.  Any process may ask."""
-        wait = _Wait(self._what, self._path, None)
+        return next(iter(self.candidates(1)), None)
+
+    def candidates(self, most=None):
+        """[data of each who leads or waits to lead], the leader's first; of `most` of them.  Any process may ask."""
+        wait, most = _Wait(self._what, self._path, None), math.inf if most is None else most
 
         def look():
+            found = []
             with contextlib.suppress(kazoo_errors.NoNodeError):        # nobody ever wanted to lead
                 for node in wait.children():
-                    with contextlib.suppress(kazoo_errors.NoNodeError):    # gone meanwhile: the next one leads
-                        return wait.ask("get", f"{self._path}/{node}")[0].decode()
-            return None
+                    if len(found) < most:
+                        with contextlib.suppress(kazoo_errors.NoNodeError):    # gone meanwhile: the next one leads
+                            found.append(wait.ask("get", f"{self._path}/{node}")[0].decode())
+            return found
 
         return wait.persist(look)
 
@@ -7891,7 +7910,8 @@ def command_line():
     status = command("status", "client", _show_status, "show the cluster's servers and clients", REACHING, "warning")
     status.add_argument("--json", action="store_true", help="for scripts")
     status.add_argument("--expect", type=int, metavar="N", help="fail unless so many servers are there, and take calls")
-    command("libraries", "client", _show_libraries, "show the cluster's libraries, and how those here differ", REACHING, "warning")
+    command("libraries", "client", _show_libraries, "show the cluster's libraries, and how those here differ", REACHING,
+            "warning")
     return parser
 
 

@@ -3,7 +3,7 @@
                        statements                              statements
       clients -------- wants -------->  +------------------+  <----- slots, held ------ servers
               <------- share ---------  |      Master      |  ------ cluster --------->
-      `clupy status` <--- tables -----  +------------------+
+      `clupy status` <--- tables -----  +------------------+ ------ tables ---> Page: a browser, Prometheus
                                           |             |
                                        Tables         Lists
                                       shares()     Resolutions, pip
@@ -15,6 +15,7 @@
 - Lists    has the libraries that the master and its clients ask for resolved to exact versions, once for all.
 - Listener accepts connections, here and for a server; Leadership elects one of several masters.
 - Of a client, too: ClientLibraries, and what it shows: Output of its calls on the Screen, Progress, Timeline.
+- Page     shows the tables to a browser and to Prometheus, by HTTP; nothing can be changed by it.
 
 A share is leave to ask.  A server alone counts its slots and lets a connection wait rather than exceed them, so a
 share that is out of date, or that two masters gave at once, does no harm.
@@ -22,14 +23,18 @@ share that is out of date, or that two masters gave at once, does no harm.
 
 import asyncio
 import collections
+import concurrent.futures
 import contextlib
 import datetime
 import difflib
 import hashlib
 import heapq
 import hmac
+import http.server
+import ipaddress
 import json
 import logging
+import operator
 import os
 import platform
 import queue
@@ -38,6 +43,7 @@ import shlex
 import shutil
 import signal
 import socket
+import socketserver
 import ssl
 import sys
 import tempfile
@@ -65,6 +71,9 @@ SILENT_CLIENT = 300.0      # a client that stated nothing for so long loses idle
 WATCH_TIME = 0.1           # a leader asks itself so often whether it still leads
 LEARN_TIME = 1.0           # a master that stands by asks so often who leads; less is work for ZooKeeper, more sends people astray
 PROGRESS_TIME = 0.2        # between looks at calls of which progress is shown; less costs more
+PAGE_TIME = 5.0            # a request for the page, and what it waits for, take no longer; less refuses slow networks
+PAGE_REQUESTS = 32         # at a time; more are threads for strangers
+RATES = 90                 # of a client are kept, one for each statement or so: 3 minutes
 FILE_TIME = 1.0            # the dependency file is looked at so often
 
 
@@ -235,6 +244,18 @@ class ClientRow:
     since: float = 0.0         # since when it has had slots, or has waited for its first one
     heard: float = 0.0
     connection: Connection = None
+    calls: tuple = (0, 0, 0, 0)                    # done, failed of these, running, waiting
+    rates: collections.deque = field(default_factory=lambda: collections.deque(maxlen=RATES))      # calls done a second, lately
+    rated: tuple = None        # (when, how many were done) when the last rate was taken
+
+    def count(self, calls, now):
+        """Its calls by now, and every STATEMENT_TIME or so how many of them a second were done."""
+        self.calls = calls
+        since, done = self.rated or (now, calls[0])
+        if now - since >= clupy.STATEMENT_TIME * 0.9:
+            self.rates.append(round((calls[0] - done) / (now - since), 2))
+        if self.rated is None or now - since >= clupy.STATEMENT_TIME * 0.9:
+            self.rated = now, calls[0]
 
 
 def shares(servers, clients, now):
@@ -340,7 +361,7 @@ class Tables:
                 self.clients[client].share.setdefault(id, row.held[client])
         return before is None or (before.slots, before.usable) != (row.slots, row.usable)
 
-    def put_client(self, id, connection, name, wanted, unreachable, has_list, now):
+    def put_client(self, id, connection, name, wanted, unreachable, has_list, calls, now):
         """Replace what a client said; whether that asks for a decision."""
         row = self.clients.get(id)
         if row is None:                # what it holds is from a master before this one: let it keep that
@@ -351,6 +372,7 @@ class Tables:
         before = row.wanted, row.unreachable, row.connection
         row.wanted, row.unreachable, row.connection, row.heard = wanted, frozenset(unreachable), connection, now
         row.name, row.has_list = name, has_list
+        row.count(calls, now)
         return before != (row.wanted, row.unreachable, row.connection)
 
     def _hold(self, server, before, now):
@@ -421,12 +443,17 @@ class Tables:
             row.heard = now
 
     def status(self, now):
-        """Their part of what `python -m clupy status` shows."""
+        """Their part of what `python -m clupy status` and the page show."""
+        names = {id: row.name for id, row in self.clients.items()}
         return {
             "servers": {id: {"address": address_text(row.address[0] or socket.gethostname(), row.address[1]), "slots": row.slots,
-                             "used": sum(row.held.values()), **row.facts} for id, row in self.servers.items()},
+                             "used": sum(row.held.values()), **row.facts,
+                             "runs": {names.get(client, client): count for client, count in row.held.items()}}
+                        for id, row in self.servers.items()},
             "clients": {id: {"name": row.name, "address": row.connection.peer, "wanted": row.wanted,
-                             "share": sum(row.share.values()), "silent": now - row.heard} for id, row in self.clients.items()}}
+                             "share": sum(row.share.values()), "silent": now - row.heard, "rates": list(row.rates),
+                             **dict(zip(("done", "failed", "running", "waiting"), row.calls))}
+                        for id, row in self.clients.items()}}
 
 
 # ==== Libraries: what is asked for, and pip ==================================
@@ -1433,6 +1460,7 @@ class Leadership:
 
     def __init__(self, name, session):
         self.leader = None             # "host:port" of who leads, as far as is known
+        self.masters = []              # ... and of all who stand, as the leader sees it
         self.name, self._session = name, session
         self._until = 0.0              # monotonic; sure of leading until then
         self._stopped = threading.Event()
@@ -1450,7 +1478,7 @@ class Leadership:
                 with election:
                     self._lead(election)
             except TimeoutError:       # somebody else leads
-                leader, self.leader = self.leader, self._ask(election)
+                leader, self.leader = self.leader, self._ask(election.leader)
                 if self.leader != leader:
                     log.info("standing by: %s leads", self.leader)
             except (clupy.LockLost, clupy.Unavailable) as error:
@@ -1464,12 +1492,13 @@ class Leadership:
             if not self.sure(asked):
                 log.info("this master leads")
             self._until, self.leader = asked + self._session * 2 / 3, self.name
+            self.masters = self._ask(election.candidates) or [self.name]
             self._stopped.wait(self._session / 6)
         self._until = 0.0
 
-    def _ask(self, election):
+    def _ask(self, question):
         try:
-            return election.leader()
+            return question()
         except clupy.Unavailable:
             return None
 
@@ -1479,6 +1508,356 @@ class Leadership:
         self._stopped.set()
         self._thread.join(1.0)
         clupy.close_services()         # ends the session, and so the candidature if the thread still waits
+
+
+# ==== The page ===============================================================
+# What a browser shows of the tables, and what Prometheus reads of them.  It is off unless `status_port` is set, and can
+# change nothing.  On loopback, other programs of this machine may read it, but no web page of elsewhere: the Host header
+# must name this machine, not a name that somebody has made point here.  On other addresses whoever reads it has to have a
+# token that is made of the secret; under TLS, if the master has a certificate.
+
+def reached_at(host, port):
+    """The address at which others reach what listens there."""
+    return address_text(socket.gethostname() if host in ("0.0.0.0", "::") else host, port)
+
+
+def leads(master):
+    """Whether it is the leader, by its row in the tables."""
+    return master["leader"] == master["address"]
+
+
+def bare_tables(tables):
+    """Without what each server has installed, which is much, and the same for long."""
+    return {**tables, "servers": {id: {key: value for key, value in row.items() if key != "own"}
+                                  for id, row in tables["servers"].items()}}
+
+
+METRICS = (   # for Prometheus: (whose, None: the cluster's; name, kind, meaning, how its value is read of a row of these)
+    (None, "leads", "gauge", "1 where this master leads", lambda tables: leads(tables["master"])),
+    (None, "servers", "gauge", "servers that are there", lambda tables: len(tables["servers"])),
+    (None, "clients", "gauge", "clients that are there", lambda tables: len(tables["clients"])),
+    (None, "faults", "gauge", "faults of the master's libraries", lambda tables: len(tables["faults"])),
+    ("servers", "slots", "gauge", "slots that a server has", operator.itemgetter("slots")),
+    ("servers", "slots_used", "gauge", "slots that clients hold there", operator.itemgetter("used")),
+    ("servers", "draining", "gauge", "1 where a server takes no new slots", operator.itemgetter("draining")),
+    ("servers", "server_faults", "gauge", "faults of its libraries", lambda row: len(row["faults"])),
+    ("servers", "load", "gauge", "processes that want to run, in the last minute", operator.itemgetter("load")),
+    ("servers", "memory_used_bytes", "gauge", "memory in use on its machine", lambda row: (row["memory"] or ["NaN"])[0]),
+    ("clients", "slots_wanted", "gauge", "slots that a client could use", operator.itemgetter("wanted")),
+    ("clients", "calls_done_total", "counter", "its calls that have an outcome", operator.itemgetter("done")),
+    ("clients", "calls_failed_total", "counter", "of these, failed", operator.itemgetter("failed")),
+    ("clients", "calls_running", "gauge", "its calls that run", operator.itemgetter("running")),
+    ("clients", "calls_waiting", "gauge", "its calls that wait", operator.itemgetter("waiting")))
+
+
+def metrics_text(tables):
+    """The tables as Prometheus reads them."""
+    escaped, lines = str.maketrans({"\\": r"\\", '"': r'\"', "\n": r"\n"}), []
+    for where, name, kind, meaning, read in METRICS:
+        lines += [f"# HELP clupy_{name} {meaning}", f"# TYPE clupy_{name} {kind}"]
+        for row in tables[where].values() if where else [tables]:
+            label = '{%s="%s"}' % (where[:-1], row["name"].translate(escaped)) if where else ""
+            value = read(row)
+            lines.append(f"clupy_{name}{label} {int(value) if isinstance(value, bool) else value}")
+    return "\n".join(lines) + "\n"
+
+
+PAGE = r"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>CluPy</title><link rel="icon" href="data:,">
+<style>
+:root { color-scheme: light dark; --back: #f4f5f7; --card: #fff; --text: #1b2230; --soft: #5d6879; --line: #e3e6eb;
+        --fill: #dbe6fb; --main: #2a63d4; --good: #16794f; --bad: #c0312b; --wait: #95610a }
+@media (prefers-color-scheme: dark) { :root { --back: #12151b; --card: #1b2029; --text: #e6e9ef; --soft: #97a2b4; --line: #2c333f;
+        --fill: #2b416b; --main: #7aa7ff; --good: #56c596; --bad: #ff8078; --wait: #e0ad55 } }
+* { box-sizing: border-box }
+body { margin: 0 auto; padding: 1.2rem; max-width: 82rem; font: 15px/1.45 system-ui, sans-serif; color: var(--text);
+       background: var(--back); font-variant-numeric: tabular-nums }
+header { display: flex; flex-wrap: wrap; gap: .2rem 1rem; align-items: baseline }
+h1 { font-size: 1.4rem; margin: 0 } h2 { font-size: 1rem; margin: 1.6rem 0 .5rem }
+.soft { color: var(--soft); font-size: .87rem } .bad { color: var(--bad) } .good { color: var(--good) }
+.wait { color: var(--wait) }
+.box { background: var(--card); border: 1px solid var(--line); border-radius: 10px; overflow: hidden }
+.pad { padding: .7rem .9rem } .pad + .pad { border-top: 1px solid var(--line) }
+#alarm { margin: .9rem 0 0; border-color: var(--bad); color: var(--bad) }
+#sums { display: grid; grid-template-columns: repeat(auto-fit, minmax(8rem, 1fr)); gap: .7rem; margin-top: 1rem }
+#sums b { display: block; font-size: 1.55rem; line-height: 1.25 }
+table { width: 100%; border-collapse: collapse }
+th { text-align: left; font-weight: 500; color: var(--soft); font-size: .82rem }
+th, td { padding: .5rem .9rem; border-bottom: 1px solid var(--line); vertical-align: top } tr:last-child td { border-bottom: 0 }
+.number { text-align: right } td div, .words { overflow-wrap: anywhere }
+.bar { position: relative; min-width: 6.5rem; padding: 0 .5rem; border-radius: 5px; background: var(--back); overflow: hidden;
+       white-space: nowrap }
+.bar i { position: absolute; inset: 0 auto 0 0; background: var(--fill) } .bar span { position: relative }
+.rate { display: flex; gap: .7rem; align-items: center } .rate b { font-weight: 400; min-width: 3.2rem; text-align: right }
+svg { width: 10rem; height: 1.9rem; background: var(--back); border-radius: 5px }
+svg path { fill: var(--fill); stroke: var(--main); stroke-width: 1.2; vector-effect: non-scaling-stroke }
+code { font: .87rem ui-monospace, monospace } .stale { opacity: .55 }
+@media (max-width: 46rem) {
+  body { padding: .8rem } thead { display: none } tr { display: grid; grid-template-columns: repeat(6, 1fr); gap: .45rem .8rem;
+         padding: .7rem .9rem; border-bottom: 1px solid var(--line) } tr:last-child { border-bottom: 0 }
+  td { display: block; padding: 0; border: 0; grid-column: span 2; min-width: 0 } td.wide { grid-column: span 6 }
+  td.half { grid-column: span 3 } td.number { text-align: left } td::before { content: attr(data-is); display: block;
+         color: var(--soft); font-size: .78rem } td.wide.first::before { content: none } td.rest { grid-column: span 4 }
+  svg { flex: 1 } .rate b { text-align: left } .bar { min-width: 0 }
+  #sums { grid-template-columns: 1fr 1fr 1fr; gap: .5rem } #sums .pad { padding: .5rem .6rem } #sums b { font-size: 1.25rem } }
+</style>
+<header><h1>CluPy</h1><span id="where" class="soft words"></span></header>
+<p id="alarm" class="box pad" role="alert" hidden></p>
+<main><div id="sums"></div>
+<h2>Servers</h2><div class="box" id="servers"></div>
+<h2>Clients</h2><div class="box" id="clients"></div>
+<h2>Libraries</h2><div class="box" id="libraries"></div>
+<h2>Masters</h2><div class="box" id="masters"></div></main>
+<script>
+"use strict";
+// What comes from the cluster is text: it is given to text nodes and properties, never read as HTML.
+const at = id => document.getElementById(id);
+const make = (tag, look, ...parts) => {
+  const made = document.createElement(tag);
+  made.className = look;
+  made.append(...parts);
+  return made;
+};
+const soft = text => make("div", "soft", text);
+const count = (n, digits = 0) => n.toLocaleString("en", {maximumFractionDigits: digits});
+const memory = bytes => count(bytes / 2 ** 30, 1);
+const sum = values => values.reduce((all, one) => all + one, 0);
+const rate = row => row.silent > 6 ? 0 : row.rates.at(-1) ?? 0;
+const span = s => s < 120 ? `${count(s)} s` : s < 7200 ? `${count(s / 60)} min` : s < 172800 ? `${count(s / 3600)} h`
+                                            : `${count(s / 86400)} days`;
+
+function bar(used, all, text) {
+  const part = make("i", "");
+  part.style.width = `${Math.min(100, all ? 100 * used / all : 0)}%`;
+  return make("div", "bar", part, make("span", "", text));
+}
+
+function picture(rates, room = 90) {
+  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg"), most = Math.max(...rates, 1e-9);
+  const path = document.createElementNS(svg.namespaceURI, "path"), title = document.createElementNS(svg.namespaceURI, "title");
+  const points = rates.map((one, n) => `${room - rates.length + n + 1},${(29 - 27 * one / most).toFixed(1)}`);
+  title.textContent = `calls done a second, the last ${span(2 * rates.length)}; at most ${count(most, 1)}`;
+  path.setAttribute("d", points.length ? `M${room - rates.length + 1},30 L${points.join(" L")} L${room},30` : "");
+  svg.setAttribute("viewBox", `0 0 ${room} 31`);
+  svg.setAttribute("preserveAspectRatio", "none");
+  svg.setAttribute("role", "img");
+  svg.append(title, path);
+  return svg;
+}
+
+// heads: [[title, classes]]; rows: [[content of a cell]]
+function table(place, heads, rows, otherwise) {
+  const line = cells => make("tr", "", ...cells.map((content, n) => {
+    const cell = make("td", heads[n][1], content ?? "");
+    cell.dataset.is = heads[n][0];
+    return cell;
+  }));
+  const head = make("thead", "", make("tr", "", ...heads.map(([title, look]) => make("th", look, title))));
+  at(place).replaceChildren(rows.length ? make("table", "", head, make("tbody", "", ...rows.map(line)))
+                                        : make("div", "pad soft", otherwise));
+}
+
+function several(...parts) {
+  const all = document.createDocumentFragment();
+  all.append(...parts);
+  return all;
+}
+
+// "user@host program pid" -> [user@host, program, pid]
+const client = name => name.match(/^(\S+) (.*) (\d+)$/)?.slice(1) ?? ["", name, "?"];
+const byName = rows => Object.values(rows).sort((a, b) => a.name.localeCompare(b.name, "en", {numeric: true}));
+
+function show({master, servers, clients, environments, environment, faults}) {
+  servers = byName(servers);
+  clients = byName(clients);
+  const running = sum(clients.map(row => row.running)), waiting = sum(clients.map(row => row.waiting));
+  document.title = running + waiting ? `${count(running)} running, ${count(waiting)} waiting - CluPy` : "CluPy";
+  at("where").textContent =
+    `master ${master.address}, up ${span(master.uptime)}, CluPy ${master.version}, Python ${master.python}`;
+  at("sums").replaceChildren(...[
+    ["servers", count(servers.length)],
+    ["slots in use", `${sum(servers.map(row => row.used))} of ${sum(servers.map(row => row.slots))}`],
+    ["clients", count(clients.length)], ["calls running", count(running)], ["calls waiting", count(waiting)],
+    ["calls a second", count(sum(clients.map(rate)), 1)],
+  ].map(([what, value]) => make("div", "box pad", make("b", "", value), make("span", "soft", what))));
+  table("servers", [["Server", "wide first"], ["Slots", ""], ["Load", ""], ["Memory, GB", ""], ["Runs", "wide"],
+                    ["Python", "half"], ["State", "half"]],
+    servers.map(row => [
+      several(make("div", "", row.name), soft(row.address)), bar(row.used, row.slots, `${row.used} of ${row.slots}`),
+      bar(row.load, row.cores, `${count(row.load, 1)} of ${row.cores}`),
+      row.memory ? bar(row.memory[0], row.memory[1], `${memory(row.memory[0])} of ${memory(row.memory[1])}`) : "",
+      several(...Object.entries(row.runs).map(([name, n]) => {
+        const [who, program] = client(name);
+        return make("div", "", `${count(n)} × ${program} `, make("span", "soft", who));
+      }), Object.keys(row.runs).length ? "" : soft("nothing")),
+      several(row.python, soft(row.environment ?? "own libraries")),
+      row.draining ? make("span", "wait", "draining") : row.building ? make("span", "wait", "building libraries")
+                   : make("span", "good", "ready")]),
+    "No server is there. Start one on each machine that is to run calls: python -m clupy serve --master HOST");
+  table("clients", [["Client", "wide first"], ["Calls a second", "wide"], ["Done", "number"], ["Failed", "number"],
+                    ["Running", "number"], ["Waiting", "number"], ["Slots", "rest"]],
+    clients.map(row => {
+      const [who, program, pid] = client(row.name);
+      return [several(make("div", "", program), soft(`${who}, pid ${pid}`),
+                      row.silent > 6 ? make("div", "wait", `silent for ${span(row.silent)}`) : ""),
+        make("div", "rate", make("b", "", count(rate(row), 1)), picture(row.rates)), count(row.done),
+        make("span", row.failed ? "bad" : "", count(row.failed)), count(row.running), count(row.waiting),
+        several(`${row.share} `, make("span", "soft", `of ${count(row.wanted)} wanted`))];
+    }), "No program is connected.");
+  const wrong = [...faults.map(text => ["master", text]), ...servers.flatMap(row => row.faults.map(text => [row.name, text]))];
+  const lists = Object.entries(environments).map(([hash, pins]) => {
+    const names = servers.filter(row => row.environments.includes(hash)).map(row => row.name);
+    return make("div", "pad words", soft(`${hash}${hash == environment ? ", the cluster's," : ""} on ${names.join(", ")}`),
+                make("code", "", pins.map(([name, version]) => `${name} ${version}`).join(",  ")));
+  });
+  at("libraries").replaceChildren(
+    ...wrong.map(([where, text]) => make("div", "pad bad words", `${where}: ${text}`)), ...lists,
+    ...lists.length ? [] : [make("div", "pad soft", "No list is built: calls have what each server's own Python has, which "
+                                                    + "`python -m clupy libraries` shows.")]);
+  const masters = [...new Set([master.address, ...master.masters, ...master.leader ? [master.leader] : []])];
+  at("masters").replaceChildren(...masters.map(address => make("div", "pad", `${address} `,
+    make("span", address == master.leader ? "good" : "soft", address == master.leader ? "leads" : "stands by"))));
+}
+
+function alarm(text) {
+  at("alarm").hidden = !text;
+  at("alarm").textContent = text;
+  document.querySelector("main").classList.toggle("stale", !!text);
+}
+
+let seen = "";
+async function look() {
+  try {
+    const answer = await fetch("status.json" + location.search, {signal: AbortSignal.timeout(8000)});
+    if (!answer.ok) throw new Error(`it says ${answer.status}`);
+    const tables = await answer.json();
+    show(tables);
+    seen = ` What you see is of ${new Date().toLocaleTimeString()}.`;
+    const {address, leader} = tables.master;
+    alarm(address == leader ? "" : `This master stands by and knows nothing: ${leader ?? "no other that is known"} leads.`);
+  } catch (error) {
+    alarm(`The master does not answer (${error.message}).${seen}`);
+  }
+  setTimeout(look, 2000);
+}
+look();
+</script></html>
+"""
+
+ANSWERS = {   # path: (type, what a function of the tables gives)
+    "/": ("text/html", lambda tables: PAGE),
+    "/status.json": ("application/json", lambda tables: json.dumps(bare_tables(tables))),
+    "/metrics": ("text/plain; version=0.0.4", metrics_text)}
+HEADERS = {"Cache-Control": "no-store", "Referrer-Policy": "no-referrer", "X-Content-Type-Options": "nosniff",
+           "Content-Security-Policy": "default-src 'none'; connect-src 'self'; script-src 'unsafe-inline'; "
+                                      "style-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'"}
+
+
+class _Request(http.server.BaseHTTPRequestHandler):
+    """One request, in a thread of its own."""
+
+    timeout = PAGE_TIME                # of each read and write
+    server_version, sys_version = "CluPy", ""
+
+    def do_GET(self):
+        path, _, query = self.path.partition("?")
+        page = self.server.page
+        if not page.allows(self.headers.get("Host", ""), query):
+            self._answer(403, "text/plain", "The address lacks its token, or is not this machine's; `python -m clupy status` "
+                                            "shows the right one.\n")
+        elif path not in ANSWERS:
+            self._answer(404, "text/plain", f"There is {', '.join(ANSWERS)}.\n")
+        else:
+            kind, make = ANSWERS[path]
+            self._answer(200, kind, make(page.tables()))
+
+    def _answer(self, status, kind, text):
+        body = text.encode()
+        self.send_response(status)
+        for name, value in {"Content-Type": f"{kind}; charset=utf-8", "Content-Length": len(body), **HEADERS}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, form, *args):
+        log.debug("the page, asked by %s: " + form, self.client_address[0], *args)
+
+
+class _Web(http.server.ThreadingHTTPServer):
+    """The threads of the page: one that accepts, and one for each request."""
+
+    daemon_threads = False             # so that server_close waits for them
+    request_queue_size = 128           # the 5 of HTTPServer let others wait for seconds
+
+    def __init__(self, address, page):
+        self.page, self.sockets = page, set()      # of requests under way; added by the thread that accepts
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        super().__init__(address, _Request)
+
+    def server_bind(self):
+        socketserver.TCPServer.server_bind(self)   # HTTPServer's asks DNS for a name, which may take long
+
+    def verify_request(self, sock, _):
+        return len(self.sockets) < PAGE_REQUESTS   # else it is closed
+
+    def process_request(self, sock, address):
+        self.sockets.add(sock)
+        super().process_request(sock, address)
+
+    def shutdown_request(self, sock):
+        self.sockets.discard(sock)
+        super().shutdown_request(sock)
+
+    def handle_error(self, _, address):
+        gone = isinstance(sys.exception(), (OSError, concurrent.futures.CancelledError))       # the browser, or the loop
+        log.log(logging.DEBUG if gone else logging.ERROR, "no page for %s", address[0], exc_info=True)
+
+    def close(self):
+        self.shutdown()
+        for sock in self.sockets.copy():
+            with contextlib.suppress(OSError):     # it has ended just now
+                sock.shutdown(socket.SHUT_RDWR)
+        self.server_close()
+
+
+class Page:
+    """What a browser is shown, at `url`, until close().  Made in the loop; close() is for another thread, while the loop runs.
+
+    address: (host, port), host "": loopback; key: of which the token is made; status: a coroutine function, the tables."""
+
+    def __init__(self, address, key, tls, status):
+        host, port = address[0] or "127.0.0.1", address[1]
+        self._loop, self._status = asyncio.get_running_loop(), status
+        try:
+            self._web = _Web((host, port), self)
+        except OSError as error:
+            raise ConfigurationError(f"status_port is {address_text(host, port)}, but there cannot be listened: "
+                                     f"{error.strerror}; --status-port takes another address") from None
+        host, port = self._web.server_address[:2]
+        self._token = "" if ipaddress.ip_address(host).is_loopback else proof(key, b"page").hex()[:32]
+        if tls and self._token:
+            self._web.socket = tls.wrap_socket(self._web.socket, server_side=True, do_handshake_on_connect=False)
+        self._where = f"http{'s' if tls and self._token else ''}://{reached_at(host, port)}/"
+        self.url = self._where + (f"?token={self._token}" if self._token else "")
+        self._thread = threading.Thread(target=self._web.serve_forever, args=(0.1,), name="clupy-page", daemon=True)
+        self._thread.start()
+        log.info("the status page is at %s%s", self._where, "; `python -m clupy status` shows its token" if self._token else "")
+
+    def allows(self, host, query):
+        """Whether who asks for this host, with this query, may see it."""
+        if self._token:                            # which nobody's web page knows, whatever its host
+            given = urllib.parse.parse_qs(query).get("token", [""])[0]
+            return hmac.compare_digest(given.encode(), self._token.encode())
+        return re.fullmatch(r"(localhost|127(\.\d+){3}|\[::1\])(:\d+)?", host) is not None
+
+    def tables(self):
+        """The tables as they are now; for the threads of requests."""
+        return asyncio.run_coroutine_threadsafe(self._status(), self._loop).result(PAGE_TIME)
+
+    def close(self):
+        self._web.close()
+        self._thread.join()
 
 
 # ==== Master =================================================================
@@ -1502,8 +1881,8 @@ class Master:
         self._listener = Listener(settings.listen or ("", PORT), self._greet, settings.admit_tls)
         self.address = self._listener.address
         self._tasks.repeat(WAKE_TIME, self._now)
-        host, port = self.address
-        self.name = address_text(socket.gethostname() if host in ("0.0.0.0", "::") else host, port)
+        self.name = reached_at(*self.address)
+        self.page = settings.status_port and Page(settings.status_port, secret, settings.admit_tls, self._status)
         log.info("master listens on %s", self._listener.where)
 
     def __repr__(self):
@@ -1511,6 +1890,8 @@ class Master:
 
     async def close(self):
         await self._listener.close()
+        if self.page:
+            await asyncio.to_thread(self.page.close)
         if self.leadership:
             await asyncio.to_thread(self.leadership.close)
         await self._tasks.close()
@@ -1598,7 +1979,7 @@ class Master:
         if changed:
             self._change()
 
-    def on_client(self, connection, id, name, wanted, unreachable, own):
+    def on_client(self, connection, id, name, wanted, unreachable, own, calls):
         if not self._leads(connection):
             return
         if own and own[1]:
@@ -1606,7 +1987,7 @@ class Master:
         if id not in self.tables.clients:
             log.info("client %s is here, from %s", name, connection.peer)
         self._names[connection] = "client", id
-        if self.tables.put_client(id, connection, name, wanted, unreachable, own is not None, time.monotonic()):
+        if self.tables.put_client(id, connection, name, wanted, unreachable, own is not None, calls, time.monotonic()):
             self._asked.add(id)
             self._change()
         else:
@@ -1614,11 +1995,20 @@ class Master:
 
     def on_status(self, connection):
         if self._leads(connection):
-            environments = {hash for row in self.tables.servers.values() for hash in row.facts["environments"]}
-            connection.send("tables", {
-                "master": {"address": self.name, "python": clupy.PYTHON_VERSION,
-                           "version": clupy.__version__, "uptime": time.time() - self.started},
-                **self.lists.status(environments), **self.tables.status(time.monotonic())})
+            connection.send("tables", self.status())
+
+    def status(self):
+        """All that is known, as `python -m clupy status --json` and the page have it."""
+        environments = {hash for row in self.tables.servers.values() for hash in row.facts["environments"]}
+        leadership = self.leadership
+        return {"master": {"address": self.name, "python": clupy.PYTHON_VERSION, "version": clupy.__version__,
+                           "uptime": time.time() - self.started, "time": time.time(), "page": self.page and self.page.url,
+                           "leader": leadership.leader if leadership else self.name,
+                           "masters": leadership.masters if leadership else [self.name]},
+                **self.lists.status(environments), **self.tables.status(time.monotonic())}
+
+    async def _status(self):
+        return self.status()
 
     # -- statements to servers and clients
 
@@ -1749,7 +2139,7 @@ def status_text(tables):
     """The master's tables for people."""
     master = tables["master"]
     lines = [f"master {master['address']}  Python {master['python']}  CluPy {master['version']}  "
-             f"up {master['uptime']:.0f} s", ""]
+             f"up {master['uptime']:.0f} s", *([f"page   {master['page']}"] if master["page"] else []), ""]
     lines += _table(("SERVER", "ADDRESS", "SLOTS", "USED", "LOAD", "PYTHON", "ENVIRONMENT", "STATE"),
                     [(row["name"], row["address"], row["slots"], row["used"], f"{row['load']:.1f}", row["python"],
                       row["environment"] or "own", "draining" if row["draining"] else "building" if row["building"] else "ready")

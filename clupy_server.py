@@ -2201,6 +2201,15 @@ class Session:
         self.printed.seen(size)
 
 
+def memory_used():
+    """(bytes in use, bytes that there are) of this machine; None where the system does not say."""
+    lines = dict(re.findall(r"(\w+): +(\d+) kB", clupy.file_text("/proc/meminfo")))
+    if "MemAvailable" not in lines:
+        return None
+    total, available = (int(lines[name]) << 10 for name in ("MemTotal", "MemAvailable"))
+    return total - available, total
+
+
 class Server:
     """One node: listens for clients, has their sessions, and says to the master what it has.  For its loop alone."""
 
@@ -2320,7 +2329,8 @@ class Server:
         host = None if host in ("0.0.0.0", "::", "") else host
         told, self._told = self._told, self.link.connection
         self.link.connection.send("server", self.id, (host, port), self.workers.usable_slots, dict(held), {
-            "name": self.name, "load": os.getloadavg()[0], "draining": self.draining,
+            "name": self.name, "load": os.getloadavg()[0], "draining": self.draining, "cores": os.cpu_count(),
+            "memory": memory_used(), "version": clupy.__version__,
             "own": None if told is self.link.connection else self.own,
             **self.versions, **self.libraries.state()})
 

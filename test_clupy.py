@@ -36,6 +36,7 @@ import select
 import shutil
 import signal
 import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -2235,6 +2236,9 @@ def row(wanted, since=0.0, unreachable=(), **share):
     return clupy_master.ClientRow(wanted=wanted, since=since, heard=100.0, unreachable=frozenset(unreachable), share=share)
 
 
+IDLE = 0, 0, 0, 0                                 # what a client says of its calls
+
+
 def server_row(slots, held={}, **facts):
     return clupy_master.ServerRow(("h", 1), slots, held, {"name": "name", "own": {}, **facts})
 
@@ -2280,17 +2284,17 @@ def test_the_tables_of_a_new_master_leave_everybody_what_he_has_and_say_what_to_
     held = {"old": 2}
     assert tables.put_server("s1", server_row(2, held=held)) and not tables.put_server("s1", server_row(2, held=held))
     assert tables.put_server("s2", server_row(1, draining=True))
-    assert tables.put_client("old", "first connection", "name", 5, [], False, 100.0)
+    assert tables.put_client("old", "first connection", "name", 5, [], False, IDLE, 100.0)
     late = clupy_master.Tables()                            # it hears the client before the server
-    late.put_client("old", "its connection", "name", 0, [], False, 100.0)
+    late.put_client("old", "its connection", "name", 0, [], False, IDLE, 100.0)
     assert late.put_server("s1", server_row(2, held=held)) and late.share_of("old") == {"s1": (("h", 1), 2, "name")}
     tables.decide(100.0)
     assert tables.share_of("old") == {"s1": (("h", 1), 2, "name")} and not tables.starving()
-    assert tables.put_client("new", "its connection", "name", 5, [], False, 100.0) and tables.starving()
-    assert not tables.put_client("new", "its connection", "name", 5, [], False, 200.0)
+    assert tables.put_client("new", "its connection", "name", 5, [], False, IDLE, 100.0) and tables.starving()
+    assert not tables.put_client("new", "its connection", "name", 5, [], False, IDLE, 200.0)
     before = tables.decide(200.0)
     assert tables.share_of("old", before["old"]) == tables.share_of("new") == {"s1": (("h", 1), 1, "name")}
-    assert tables.put_client("new", "its connection", "name", 0, ["s1"], False, 300.0)     # which says that it had no use for it
+    assert tables.put_client("new", "its connection", "name", 0, ["s1"], False, IDLE, 300.0)     # so it had no use for it
     before = tables.decide(300.0)
     assert tables.share_of("new", before["new"]) == {"s1": (("h", 1), 0, "name")}
     assert tables.share_of("old") == {"s1": (("h", 1), 2, "name")}
@@ -2298,11 +2302,11 @@ def test_the_tables_of_a_new_master_leave_everybody_what_he_has_and_say_what_to_
     before = tables.decide(300.0)
     assert tables.share_of("old", before["old"]) == {"s1": (("h", 1), 0, "name")} and tables.share_of("old") == {}
     assert tables.silent(401.0) == []                       # nobody wants what it has
-    assert tables.put_client("new", "its connection", "name", 5, [], False, 402.0) and tables.silent(402.0) == ["old"]
+    assert tables.put_client("new", "its connection", "name", 5, [], False, IDLE, 402.0) and tables.silent(402.0) == ["old"]
     tables.restart_clocks(402.0)                            # the master was stopped, and hears it at once
     assert tables.silent(402.0) == []
-    assert tables.put_client("new", "its connection", "name", 0, [], False, 402.0)
-    assert tables.put_client("old", "second connection", "name", 5, [], False, 402.0)
+    assert tables.put_client("new", "its connection", "name", 0, [], False, IDLE, 402.0)
+    assert tables.put_client("old", "second connection", "name", 5, [], False, IDLE, 402.0)
     assert not tables.drop("old", "first connection")
     assert tables.drop("old", "second connection") and list(tables.clients) == ["new"]
 
@@ -2354,7 +2358,7 @@ def test_a_master_that_was_stopped_judges_nobody_by_the_time_that_passed():
     async def story():
         master = clupy_master.Master(clupy.default_settings("master", listen=("127.0.0.1", 0)), SECRET.encode())
         now = time.monotonic()
-        master.tables.put_client("one", "its connection", "name", 1, [], False, now - 1000)
+        master.tables.put_client("one", "its connection", "name", 1, [], False, IDLE, now - 1000)
         master._woke = now
         assert master._now() >= now and master.tables.clients["one"].heard == now - 1000       # it was awake all the time
         master._woke = now - 10
@@ -5689,7 +5693,7 @@ rows = hypothesis.strategies.dictionaries(hypothesis.strategies.sampled_from("cd
 def test_a_client_is_told_of_each_server_that_says_it_holds_slots_there(said):
     tables, connections = clupy_master.Tables(), {id: object() for id in "xyz"}
     for id in "cde":
-        tables.put_client(id, None, id, 1, (), False, 0.0)
+        tables.put_client(id, None, id, 1, (), False, IDLE, 0.0)
     for id, held in said:
         if not held:
             tables.drop(id, connections[id])
@@ -6310,7 +6314,7 @@ def test_a_clients_list_waits_for_the_masters_and_no_answer_of_yesterday_comes_l
 
     def ask_master(master):
         own = list_of(index, "own")
-        master.on_client(connection, "id", "name", 0, (), (own.hash, (own.libraries, own.pip_options, {})))
+        master.on_client(connection, "id", "name", 0, (), (own.hash, (own.libraries, own.pip_options, {})), IDLE)
 
     async def answer(count):
         while len(answers) < count:
@@ -8724,7 +8728,7 @@ def test_patience_begins_when_the_last_master_that_led_is_lost(monkeypatch):
 
     class Client:
         def master_joined(self, connection):
-            connection.send("client", "c", "name", 1, [], None)
+            connection.send("client", "c", "name", 1, [], None, IDLE)
 
         def master_lost(self):
             pass
@@ -8789,6 +8793,9 @@ def test_these_two_thirds_begin_with_the_question_not_with_the_answer():
             self.asked = time.monotonic()
             time.sleep(0.1)                                # the answer is on its way
 
+        def candidates(self):
+            raise clupy.Unavailable("asked in vain, which costs no office")
+
     class Looks(list):
         """What stops the leader: it looks once how long that is sure of its office."""
         def is_set(self):
@@ -8800,6 +8807,186 @@ def test_these_two_thirds_begin_with_the_question_not_with_the_answer():
     leadership._until, leadership._session, leadership.name, leadership._stopped = 0.0, 3.0, "me", Looks()
     leadership._lead(election)
     assert leadership._stopped[0] <= election.asked + 2.0 and not leadership.sure(time.monotonic())
+
+
+# ==== The page ===============================================================
+
+@contextlib.contextmanager
+def browser(address, width=1200, **features):
+    """A Chromium without a window that shows the address; features: what its user prefers, as style sheets ask for it."""
+    driver, program = needed("chromedriver"), needed("chromium")
+    from selenium import webdriver
+    options = webdriver.ChromeOptions()
+    options.binary_location = program
+    for option in "headless=new", "no-sandbox", "disable-dev-shm-usage", "disable-gpu":
+        options.add_argument(f"--{option}")
+    chromium = webdriver.Chrome(options, webdriver.ChromeService(driver))
+    try:
+        chromium.execute_cdp_cmd("Emulation.setDeviceMetricsOverride",
+                                 {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500})
+        chromium.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [
+            {"name": name.replace("_", "-"), "value": value} for name, value in features.items()]})
+        chromium.get(address)
+        yield chromium
+    finally:
+        chromium.quit()
+
+
+def seen(page, id):
+    """The text of a part of the page, all of one moment: it may be drawn anew at any time."""
+    return page.execute_script("return document.getElementById(arguments[0]).innerText", id)
+
+
+def fetched(address, host=None):
+    """(status, text) that an HTTP server answers; host: what the request calls it."""
+    request = urllib.request.Request(address, headers={"Host": host} if host else {})
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    try:
+        with urllib.request.urlopen(request, timeout=PATIENCE, context=context) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
+
+
+HOSTILE = "<img src=x onerror=alert(1)>.py"
+
+BUSY = f"""if True:
+    import sys, time, clupy
+    sys.argv[0] = {HOSTILE!r}
+    def work(n):
+        time.sleep(0.05)
+        return 1 // (n % 10)
+    while True:
+        calls = [clupy.parallel(work)(n) for n in range(20)]
+        clupy.wait_all(calls)
+        [call.failure for call in calls]
+    """
+
+
+def test_a_browser_sees_who_joins_and_who_dies_and_how_calls_get_on(tmp_path):
+    port = free_port()
+    with Cluster(tmp_path, CLUPY_STATUS_PORT=port) as cluster, browser(f"http://localhost:{port}/") as page:
+        def names():
+            return set(re.findall(r"\S+:\d+ \(\w{4}\)", seen(page, "servers")))
+
+        def numbers():
+            """Done, failed and running calls of the one client."""
+            cells = page.execute_script("return [...document.querySelectorAll('#clients td.number')].map(cell => cell.innerText)")
+            return [int(text.replace(",", "")) for text in cells[:3]]
+
+        until(lambda: names() == {row["name"] for row in cluster.status()["servers"].values()})
+        assert "No program is connected" in seen(page, "clients")
+        cluster.add_server()
+        until(lambda: len(names()) == 2)
+        with Program(tmp_path / "client", "-c", BUSY, CLUPY_MASTER=cluster.address):
+            done, failed, _ = until(lambda: (found := numbers()) and all(found) and found)
+            until(lambda: numbers() > [done + 20, failed])
+            until(lambda: "L" in page.execute_script("return document.querySelector('#clients path').getAttribute('d')"))
+            assert HOSTILE in seen(page, "clients") and HOSTILE in seen(page, "servers")
+            assert not page.find_elements("css selector", "main img")
+        cluster.servers[0].process.kill()
+        until(lambda: len(names()) == 1)
+        assert page.get_log("browser") == []
+        cluster.master.process.kill()
+        until(lambda: "does not answer" in seen(page, "alarm"))
+
+
+def test_the_page_fits_a_phone_and_is_dark_for_who_likes_that(tmp_path):
+    port = free_port()
+    with Cluster(tmp_path, CLUPY_STATUS_PORT=port), \
+            browser(f"http://localhost:{port}/", 360, prefers_color_scheme="dark") as page:
+        until(lambda: "ready" in seen(page, "servers"))
+        assert page.execute_script("return document.documentElement.scrollWidth") == 360
+        colour = page.execute_script("return getComputedStyle(document.body).backgroundColor")
+        assert all(int(part) < 64 for part in re.findall(r"\d+", colour)), colour
+
+
+def test_on_loopback_the_page_is_for_who_calls_it_by_a_name_of_this_machine(tmp_path):
+    """A web page of elsewhere, whose name was made to point here, gets nothing."""
+    port = free_port()
+    with Cluster(tmp_path, CLUPY_STATUS_PORT=port) as cluster:
+        here = f"http://127.0.0.1:{port}/"
+        assert cluster.status()["master"]["page"] == here and f"the status page is at {here}\n" in cluster.master.log
+        for path in "", "status.json", "metrics":
+            assert fetched(here + path)[0] == fetched(here + path, f"localhost:{port}")[0] == 200
+            for host in f"evil.example:{port}", "127.0.0.1.evil.example", "localhost.evil.example", "evil.example/localhost":
+                assert fetched(here + path, host)[0] == 403
+        assert fetched(here + "other") == (404, "There is /, /status.json, /metrics.\n")
+        name, = [row["name"] for row in cluster.status()["servers"].values()]
+        assert [row["name"] for row in json.loads(fetched(here + "status.json")[1])["servers"].values()] == [name]
+        assert f'\nclupy_slots{{server="{name}"}} 2\n' in fetched(here + "metrics")[1]
+        assert "src=" not in clupy_master.PAGE and "@import" not in clupy_master.PAGE        # it loads nothing from elsewhere
+
+
+@pytest.mark.parametrize("tls", [False, True])
+def test_elsewhere_the_page_is_for_who_has_its_token_which_the_secret_makes(tmp_path, certificates, tls):
+    files = {"CLUPY_TLS_CERT": "good.pem", "CLUPY_TLS_KEY": "good.key", "CLUPY_TLS_CA": "good.pem"} if tls else {}
+    options = {name: str(certificates / file) for name, file in files.items()}
+    with Cluster(tmp_path, servers=0, CLUPY_STATUS_PORT=f"0.0.0.0:{(port := free_port())}", **options) as cluster:
+        page = cluster.status()["master"]["page"].replace(socket.gethostname(), "127.0.0.1")
+        where, token = page.split("?token=")
+        assert where == f"http{'s' * tls}://127.0.0.1:{port}/"
+        assert len(token) == 32 and token not in cluster.master.log
+        for path in "", "status.json", "metrics":
+            assert [fetched(f"{where}{path}?{query}")[0] for query in ("", "token=", f"token={token[:-1]}x", f"token={token}")] == [
+                403, 403, 403, 200]
+
+
+def test_what_asks_for_the_page_and_says_nothing_holds_up_neither_the_others_nor_the_end(tmp_path):
+    port = free_port()
+    with Cluster(tmp_path, servers=0, CLUPY_STATUS_PORT=port) as cluster, contextlib.ExitStack() as stack:
+        silent = [stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+                  for _ in range(clupy_master.PAGE_REQUESTS - 1)]
+        assert fetched(f"http://127.0.0.1:{port}/")[0] == 200
+        extra = [stack.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(2)]
+        extra[1].settimeout(clupy_master.PAGE_TIME / 2)
+        assert extra[1].recv(1) == b""             # one too many
+        cluster.master.process.terminate()
+        assert cluster.master.process.wait(PATIENCE) == 0 and "ERROR" not in cluster.master.log
+        assert silent[0].recv(1) == b""
+
+
+def test_a_page_where_none_can_be_is_an_error_in_words(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        done = command("master", "--listen", "127.0.0.1:0", "--status-port", other.getsockname()[1])
+    assert done.returncode == 1 and re.search("^clupy master: status_port is 127.0.0.1:.* in use.*--status-port", done.stderr, re.M)
+
+
+def test_names_are_quoted_for_prometheus():
+    tables = {"master": {"leader": "a", "address": "b"}, "servers": {}, "faults": [], "clients": {
+        "id": {"name": 'a "b"\\c\nd', "wanted": 1, "done": 2, "failed": 0, "running": 0, "waiting": 0}}}
+    lines = clupy_master.metrics_text(tables).splitlines()
+    assert r'clupy_calls_done_total{client="a \"b\"\\c\nd"} 2' in lines and "clupy_leads 0" in lines
+
+
+def test_the_rate_of_a_client_is_of_what_it_did_since_some_time():
+    """However often it says something; from the first statement on, which may be to a new master."""
+    row = clupy_master.ClientRow()
+    for now, done in (10.0, 1000), (10.02, 1001), (12.0, 1010), (12.5, 1020), (14.5, 1020), (16.5, 1020):
+        row.count((done, 0, 1, 2), now)
+    assert list(row.rates) == [5.0, 4.0, 0.0] and row.calls == (1020, 0, 1, 2)
+
+
+def test_the_page_of_each_of_several_masters_says_who_leads(tmp_path, zookeeper_server):
+    options = {"CLUPY_ZOOKEEPER": zookeeper_server.hosts, "CLUPY_SESSION": SESSION, "CLUPY_PREFIX": f"test-{free_port()}"}
+    ports, addresses = [free_port(), free_port()], [f"127.0.0.1:{free_port()}" for _ in range(2)]
+    with contextlib.ExitStack() as stack:
+        for port, address in zip(ports, addresses):
+            stack.enter_context(Program(tmp_path / address, "-m", "clupy", "master", "--listen", address, "--status-port", port,
+                                        **options))
+            until(lambda address=address: answers(address))
+
+        def said():
+            return [json.loads(fetched(f"http://localhost:{port}/status.json")[1])["master"] for port in ports]
+        one, two = until(lambda: (found := said()) and found[0]["leader"] and found[0]["leader"] == found[1]["leader"] and found)
+        assert (one["address"], two["address"]) == tuple(addresses) and one["leader"] in addresses
+        leader = addresses.index(one["leader"])
+        until(lambda: said()[leader]["masters"] == [addresses[leader], addresses[1 - leader]])
+        assert "\nclupy_leads 1\n" in fetched(f"http://localhost:{ports[leader]}/metrics")[1]
+        with browser(f"http://localhost:{ports[1 - leader]}/") as page:
+            until(lambda: f"{addresses[leader]} leads" in seen(page, "alarm"))
 
 
 # ==== The wire: bytes by hand ================================================

@@ -32,6 +32,7 @@ class Server:
         while True:
             connection.send("server", self.id, ("10.0.0.1", 10_000 + self.number), SLOTS, dict(self.held), {
                 "name": f"10.0.0.1:{10_000 + self.number} ({self.id[-4:]})", "load": 0.0, "draining": False, "own": None,
+                "cores": SLOTS, "memory": None, "version": clupy.__version__,
                 "python": clupy.PYTHON_VERSION, "cloudpickle": "3", **LIBRARIES})
             self.changed.clear()
             try:
@@ -60,7 +61,8 @@ class Client:
                 change += self.change
                 before, self.wanted = self.wanted, random.randint(0, self.most)
                 self.asked = time.monotonic() if self.wanted > before else None
-            connection.send("client", self.id, f"user@host simulate.py {self.id[-4:]}", self.wanted, [], None)
+            connection.send("client", self.id, f"user@host simulate.py {self.id[-4:]}", self.wanted, [], None,
+                            (0, 0, 0, self.wanted))
             await asyncio.sleep(min(clupy.STATEMENT_TIME, max(0.0, change - time.monotonic())))
 
     def on_share(self, _, share, services, libraries, size):
