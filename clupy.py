@@ -7871,18 +7871,58 @@ os.register_at_fork(after_in_child=_after_fork)
 REACHING = "master", "port", "secret_file", "tls_ca"      # the settings by which a command only looks at a cluster
 
 
-def main(argv=None):
-    """`python -m clupy`, and the console script `clupy`: the exit code."""
-    arguments = command_line().parse_args(argv)
-    given = {key: value for key, value in vars(arguments).items() if key in SETTINGS}
-    logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s", level=arguments.log_level.upper())
-    try:
-        return arguments.run(read_settings(arguments.role, arguments.config, _option, **given), arguments) or 0
-    except (ClupyError, ModuleNotFoundError) as error:        # the latter of a package that is not installed, with what to do
-        print(f"clupy {arguments.command}: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+def _option(key):
+    return f"--{key.replace('_', '-')}"
+
+
+def _settings_of(arguments):
+    """The settings among the arguments of the command line."""
+    return {key: value for key, value in vars(arguments).items() if key in SETTINGS}
+
+
+def _run_master(settings, _):
+    asyncio.run(clupy_master.run(settings, find_secret(settings, create=True)))
+
+
+def _await_secret(settings):
+    """The secret; waited for as long as `patience` where the first master of this machine may be about to make it."""
+    deadline = time.monotonic() + settings.patience
+    if not os.environ.get("CLUPY_SECRET") and not os.path.exists(path := home_path(settings.secret_file)):
+        log.warning("there is no %s yet: the first master of this machine makes it; on another machine, copy it from there",
+                    path)
+        while not os.path.exists(path) and time.monotonic() < deadline:
+            time.sleep(0.2)
+    return find_secret(settings)
+
+
+def _run_server(settings, _):
+    asyncio.run(clupy_server.run(settings, _await_secret(settings)))
+
+
+def _show_status(settings, arguments):
+    tables = asyncio.run(clupy_master.ask_master(settings, "status"))
+    print(json.dumps(tables, indent=2) if arguments.json else clupy_master.status_text(tables))
+    there = sum(not row["draining"] for row in tables["servers"].values())
+    if there < (arguments.expect or 0):
+        raise ClupyError(f"{there} servers are there and take calls, but {arguments.expect} are expected")
+
+
+def _show_libraries(settings, _):
+    print(clupy_master.libraries_text(asyncio.run(clupy_master.ask_master(settings, "status"))))
+
+
+def _check(settings, arguments):
+    given = {"patience": "5s", **{key: value for key, value in _settings_of(arguments).items() if value is not None}}
+    return 0 if clupy_master.check(settings, lambda: connect(config=arguments.config, **given)) else 1
+
+
+def _add_setting(parser, role, key):
+    """The option of a setting, if the role has it; read_settings reads its value."""
+    roles, read, default, text = SETTINGS[key]
+    if role in roles.split():
+        shown = {None: "", True: " (default: on)"}.get(
+            default, f" (default: {default:g} s)" if read is _duration else f" (default: {default})")
+        parser.add_argument(_option(key), metavar=read.__name__.rpartition("_")[2].upper(), help=text + shown)
 
 
 def command_line():
@@ -7912,48 +7952,18 @@ def command_line():
     status.add_argument("--expect", type=int, metavar="N", help="fail unless so many servers are there, and take calls")
     command("libraries", "client", _show_libraries, "show the cluster's libraries, and how those here differ", REACHING,
             "warning")
+    command("check", "client", _check, "look whether calls can run, and say what is wrong and what to do", level="error")
     return parser
 
 
-def _option(key):
-    return f"--{key.replace('_', '-')}"
-
-
-def _add_setting(parser, role, key):
-    """The option of a setting, if the role has it; read_settings reads its value."""
-    roles, read, default, text = SETTINGS[key]
-    if role in roles.split():
-        shown = {None: "", True: " (default: on)"}.get(
-            default, f" (default: {default:g} s)" if read is _duration else f" (default: {default})")
-        parser.add_argument(_option(key), metavar=read.__name__.rpartition("_")[2].upper(), help=text + shown)
-
-
-def _run_master(settings, _):
-    asyncio.run(clupy_master.run(settings, find_secret(settings, create=True)))
-
-
-def _run_server(settings, _):
-    asyncio.run(clupy_server.run(settings, _await_secret(settings)))
-
-
-def _await_secret(settings):
-    """The secret; waited for as long as `patience` where the first master of this machine may be about to make it."""
-    deadline = time.monotonic() + settings.patience
-    if not os.environ.get("CLUPY_SECRET") and not os.path.exists(path := home_path(settings.secret_file)):
-        log.warning("there is no %s yet: the first master of this machine makes it; on another machine, copy it from there",
-                    path)
-        while not os.path.exists(path) and time.monotonic() < deadline:
-            time.sleep(0.2)
-    return find_secret(settings)
-
-
-def _show_status(settings, arguments):
-    tables = asyncio.run(clupy_master.ask_master(settings, "status"))
-    print(json.dumps(tables, indent=2) if arguments.json else clupy_master.status_text(tables))
-    there = sum(not row["draining"] for row in tables["servers"].values())
-    if there < (arguments.expect or 0):
-        raise ClupyError(f"{there} servers are there and take calls, but {arguments.expect} are expected")
-
-
-def _show_libraries(settings, _):
-    print(clupy_master.libraries_text(asyncio.run(clupy_master.ask_master(settings, "status"))))
+def main(argv=None):
+    """`python -m clupy`, and the console script `clupy`: the exit code."""
+    arguments = command_line().parse_args(argv)
+    logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s", level=arguments.log_level.upper())
+    try:
+        return arguments.run(read_settings(arguments.role, arguments.config, _option, **_settings_of(arguments)), arguments) or 0
+    except (ClupyError, ModuleNotFoundError) as error:        # the latter of a package that is not installed, with what to do
+        print(f"clupy {arguments.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130

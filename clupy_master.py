@@ -2181,3 +2181,137 @@ def libraries_text(tables, installed=installed):
             note = "" if here == pin.version else f"   here: {here or 'not installed'}"
             lines.append(f"  {pin.name:{width}}  {pin.version}{note}")
     return "\n".join([*lines, *faults, *(f"master: {fault}" for fault in tables["faults"])])
+
+
+# ==== Checking ===============================================================
+# `python -m clupy check`: what calls need, in the order in which they need it, each said in a line.  Each part is a
+# generator of (whether it is right, what was looked at, what was found, and what to do if that is wrong).
+
+CLOCK_LIMIT = 2.0          # seconds that two clocks may differ; less cries of slow networks, more of nothing
+CALL_LIMIT = 20.0          # ... and that a call may take to come back, which a worker may have to be started for
+
+
+def check(settings, connect):
+    """Print what is right and what is wrong with the cluster as this machine sees it; whether all is right.
+
+    connect: a function that connects this process to it as a client."""
+    right = True
+    for ok, what, words in _checked(settings, connect):
+        print(f"{'ok' if ok else 'WRONG':5}  {what}: {words}", flush=True)
+        right = right and ok
+    return right
+
+
+def _checked(settings, connect):
+    try:
+        find_secret(settings)
+        yield True, "secret", ("the variable CLUPY_SECRET" if os.environ.get("CLUPY_SECRET", "").strip() else
+                               clupy.home_path(settings.secret_file))
+        asked = time.time()
+        tables = asyncio.run(ask_master(settings, "status"))
+        answered = time.time()
+    except ClupyError as error:
+        yield False, "secret" if isinstance(error, SecretError) else "master", str(error)
+        return
+    yield True, "master", f"{tables['master']['address']} leads, for {tables['master']['uptime']:.0f} s"
+    wrong = _clock("the master's", tables["master"]["time"], asked, answered)
+    yield not wrong, "clock", wrong or "the master's is as ours"
+    yield from _versions(tables)
+    yield from _libraries(tables)
+    try:
+        connect()
+        yield from _services()
+        yield from _servers(settings, tables["servers"])
+    except (ClupyError, ModuleNotFoundError) as error:
+        yield False, "client", str(error)
+
+
+def _clock(whose, theirs, asked, answered):
+    """What is wrong with their clock or ours, which was read before and after; "": nothing."""
+    off = max(asked - theirs, theirs - answered)
+    return "" if off <= CLOCK_LIMIT else (
+        f"{whose} is {off:.0f} s {'ahead of' if theirs > answered else 'behind'} ours: certificates fail and logs mislead; "
+        "have both set by NTP (timedatectl set-ntp true)")
+
+
+def _versions(tables):
+    """Python's minor version is the same, or the master had not answered."""
+    ours = {"CluPy": clupy.__version__, "cloudpickle": installed("cloudpickle")}
+    found = [("the master", {"CluPy": tables["master"]["version"]})]
+    found += [(row["name"], {"CluPy": row["version"], "cloudpickle": row["cloudpickle"]}) for row in tables["servers"].values()]
+    wrong = [f"{where} has {name} {theirs}, we have {ours[name]}" for where, versions in found
+             for name, theirs in versions.items() if theirs != ours[name]]
+    for words in wrong:
+        yield False, "versions", f"{words}: install the same on all machines"
+    if not wrong:
+        yield True, "versions", f"CluPy {ours['CluPy']}, cloudpickle {ours['cloudpickle']}, Python {clupy.PYTHON_VERSION} here"
+
+
+def _libraries(tables):
+    faults = [f"master: {fault}" for fault in tables["faults"]]
+    faults += [f"{row['name']}: {fault}" for row in tables["servers"].values() for fault in row["faults"]]
+    for fault in faults:
+        yield False, "libraries", fault
+    different = differences([Pin(*pin) for pin in tables["libraries"]])
+    for name, here, there in different:
+        yield False, "libraries", f"{name} is {here} here, {there} in the cluster: python -m pip install {name}=={there}"
+    if not faults and not different:
+        yield True, "libraries", (f"as here, of {len(tables['libraries'])} in the master's list" if tables["libraries"] else
+                                  "the master has no list, calls have what the servers' own Python has")
+
+
+def _services():
+    for name, key, ask in (("Redis", "redis", lambda: clupy._retried(lambda client: client.ping())),
+                           ("ZooKeeper", "zookeeper", lambda: clupy._zookeeper().exists("/"))):
+        if not (address := getattr(clupy._settings(), key)):
+            yield True, name, f"none; who needs it names it in clupy.master.yaml (`{key}:`)"
+            continue
+        try:
+            ask()
+            yield True, name, f"{clupy.masked(address)} answers"
+        except Exception as error:                 # of any of its library's kinds, and ours say what to do
+            yield False, name, str(error)
+
+
+def _servers(settings, rows):
+    """One call on each."""
+    if not rows:
+        yield False, "servers", "there is none; on each machine that is to run calls: python -m clupy serve --master HOST"
+        return
+    asked, why = time.time(), "this client got no slot of it"
+    try:
+        calls = clupy.everywhere(time.time)
+    except ClupyError as error:                    # no slot anywhere
+        calls, why = {}, str(error)
+    for id, row in rows.items():
+        name = row["name"]
+        try:
+            theirs = calls[name].result(CALL_LIMIT) if name in calls else None
+        except TimeoutError:
+            theirs, why = None, f"one was not back after {CALL_LIMIT:g} s"
+        except Exception as error:                 # whatever became of the call
+            if type(error) is not ClupyError:      # else its slot went to somebody else
+                yield False, name, f"a call failed: {clupy.reason(error)}"
+                continue
+            theirs, why = None, str(error)
+        if theirs is None:
+            now = asyncio.run(ask_master(settings, "status"))["servers"]
+            yield _untried(now[id], why) if id in now else (True, name, "it has left meanwhile")
+        else:
+            wrong = _clock("its clock", theirs, asked, time.time())
+            yield not wrong, name, wrong or f"a call ran there, {row['slots']} slots"
+
+
+def _untried(row, why):
+    """What is the matter with a server on which no call ran."""
+    name, address = row["name"], row["address"]
+    if row["draining"]:
+        return True, name, "it drains and takes no calls"
+    try:
+        asyncio.run(clupy.connect_socket(*clupy.parse_address(address))).close()
+    except OSError as error:
+        return False, name, (f"the master knows it, but {address} cannot be reached from here: {error.strerror or error}; is "
+                             "a firewall between? If it has another address: serve --listen HOST:PORT")
+    if others := sum(count for client, count in row["runs"].items() if client != clupy.client_name()):
+        return True, name, f"it can be reached; no call ran, as others have {others} of its {row['slots']} slots"
+    return False, name, f"no call ran: {why}"

@@ -8930,8 +8930,8 @@ def test_elsewhere_the_page_is_for_who_has_its_token_which_the_secret_makes(tmp_
         assert where == f"http{'s' * tls}://127.0.0.1:{port}/"
         assert len(token) == 32 and token not in cluster.master.log
         for path in "", "status.json", "metrics":
-            assert [fetched(f"{where}{path}?{query}")[0] for query in ("", "token=", f"token={token[:-1]}x", f"token={token}")] == [
-                403, 403, 403, 200]
+            queries = "", "token=", f"token={token[:-1]}x", f"token={token}"
+            assert [fetched(f"{where}{path}?{query}")[0] for query in queries] == [403, 403, 403, 200]
 
 
 def test_what_asks_for_the_page_and_says_nothing_holds_up_neither_the_others_nor_the_end(tmp_path):
@@ -8951,7 +8951,8 @@ def test_what_asks_for_the_page_and_says_nothing_holds_up_neither_the_others_nor
 def test_a_page_where_none_can_be_is_an_error_in_words(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as other:
         done = command("master", "--listen", "127.0.0.1:0", "--status-port", other.getsockname()[1])
-    assert done.returncode == 1 and re.search("^clupy master: status_port is 127.0.0.1:.* in use.*--status-port", done.stderr, re.M)
+    assert done.returncode == 1
+    assert re.search("^clupy master: status_port is 127.0.0.1:.* in use.*--status-port", done.stderr, re.M)
 
 
 def test_names_are_quoted_for_prometheus():
@@ -8987,6 +8988,84 @@ def test_the_page_of_each_of_several_masters_says_who_leads(tmp_path, zookeeper_
         assert "\nclupy_leads 1\n" in fetched(f"http://localhost:{ports[leader]}/metrics")[1]
         with browser(f"http://localhost:{ports[1 - leader]}/") as page:
             until(lambda: f"{addresses[leader]} leads" in seen(page, "alarm"))
+
+
+# ==== `python -m clupy check` =================================================
+
+def checked(*arguments, limit=PATIENCE, **env):
+    """(exit code, {what was looked at: (ok or WRONG, the words)}) of `check`, whose standard error is empty.
+
+    limit: seconds that a call may take."""
+    script = f"import clupy, clupy_master; clupy.FIRST_CONTACT, clupy_master.CALL_LIMIT = 0.5, {limit}; exit(clupy.main())"
+    done = subprocess.run([sys.executable, "-c", script, "check", *arguments], env=environ(**env), timeout=60,
+                          capture_output=True, text=True)
+    assert done.stderr == ""
+    lines = [re.fullmatch(r"(ok|WRONG) +(.*?): (.*)", line).groups() for line in done.stdout.splitlines()]
+    return done.returncode, {what: (ok, words) for ok, what, words in lines}
+
+
+def test_check_says_that_all_is_right_and_a_call_ran_on_every_server(tmp_path, redis_server):
+    with Cluster(tmp_path, servers=2, CLUPY_REDIS=redis_server.url) as cluster:
+        code, said = checked("--master", cluster.address)
+        names = [row["name"] for row in cluster.status()["servers"].values()]
+    assert code == 0 and {ok for ok, _ in said.values()} == {"ok"}
+    assert [said[name][1] for name in names] == ["a call ran there, 2 slots"] * 2
+    assert said.keys() == {"secret", "master", "clock", "versions", "libraries", "Redis", "ZooKeeper", *names}
+    assert said["Redis"][1].endswith(" answers") and said["ZooKeeper"][1].startswith("none; ")
+
+
+def test_check_says_what_is_wrong_and_what_to_do(tmp_path):
+    nowhere = f"127.0.0.1:{free_port()}"
+    code, said = checked("--master", nowhere)
+    assert code == 1 and said["master"][0] == "WRONG" and "is `python -m clupy master` running there?" in said["master"][1]
+    code, said = checked("--master", nowhere, CLUPY_SECRET="", HOME=tmp_path)
+    assert code == 1 and said.keys() == {"secret"} and "copy it from there, or set CLUPY_SECRET" in said["secret"][1]
+    with Cluster(tmp_path, servers=0) as cluster:
+        code, said = checked("--master", cluster.address, CLUPY_SECRET="another secret than all others")
+        assert code == 1 and "it has another secret" in said["secret"][1]
+        code, said = checked("--master", cluster.address, "--redis", f"redis://:hidden@{nowhere}/0", "--zookeeper", nowhere)
+        assert code == 1 and "python -m clupy serve" in said["servers"][1]
+        for service in "Redis", "ZooKeeper":
+            assert said[service][0] == "WRONG" and nowhere in said[service][1] and "hidden" not in said[service][1]
+        assert [said[what][0] for what in ("secret", "master", "clock", "versions", "libraries")] == ["ok"] * 5
+
+
+def test_check_tells_a_server_that_cannot_be_reached_from_one_that_others_use(tmp_path):
+    async def scenario():
+        connection = await clupy.dial(tuple(clupy.parse_address(cluster.address)), clupy.TO_MASTER, SECRET.encode(),
+                                      clupy.read_settings("client"))
+        connection.send("server", "behind a firewall", ("127.0.0.1", free_port()), 1, {}, {**facts, "name": "firewalled"})
+        try:
+            return await asyncio.to_thread(checked, "--master", cluster.address, limit=2)
+        finally:
+            connection.abort()
+
+    with Cluster(tmp_path) as cluster:
+        row, = cluster.status()["servers"].values()
+        facts = {key: value for key, value in row.items() if key not in ("address", "slots", "used", "runs")}
+        clupy.connect(cluster.address)
+        busy = [clupy.parallel(sleepy, retries=0)(60) for _ in range(2)]
+        until(lambda: [row["used"] for row in cluster.status()["servers"].values()] == [2])
+        code, said = asyncio.run(scenario())
+        assert code == 1 and "cannot be reached from here: Connection refused; is a firewall" in said.pop("firewalled")[1]
+        assert {ok for ok, _ in said.values()} == {"ok"}
+        assert said[row["name"]][1] == "it can be reached; no call ran, as others have 2 of its 2 slots"
+        assert all(call.cancel() for call in busy)
+
+
+def test_check_compares_clocks_versions_and_libraries():
+    clock = clupy_master._clock("its clock", 1000.0, 1010.0, 1011.0)
+    assert "its clock is 10 s behind ours" in clock and "NTP" in clock
+    assert "20 s ahead of ours" in clupy_master._clock("its clock", 1031.0, 1010.0, 1011.0)
+    assert clupy_master._clock("its clock", 1011.5, 1010.0, 1011.0) == ""
+    row = {"name": "there", "version": "0.0.1", "cloudpickle": clupy_master.installed("cloudpickle"), "faults": ["no room"]}
+    tables = {"master": {"version": clupy.__version__}, "servers": {"id": row}, "faults": [],
+              "libraries": [("pytest", "1.0", "", ""), ("not-here", "1.0", "", "")]}
+    (ok, what, words), = clupy_master._versions(tables)
+    assert (ok, what) == (False, "versions") and words.startswith("there has CluPy 0.0.1, we have ")
+    fault, different = clupy_master._libraries(tables)
+    assert fault == (False, "libraries", "there: no room")
+    assert different[2].endswith(" in the cluster: python -m pip install pytest==1.0")
 
 
 # ==== The wire: bytes by hand ================================================
@@ -9182,7 +9261,7 @@ def test_the_readme_s_commands_are_there_with_their_options(tmp_path, monkeypatc
     with open(os.path.join(HERE, "Makefile")) as file:
         targets = re.findall(r"^([a-z-]+):.*##", file.read(), re.MULTILINE)
     ran = []
-    for name in "_run_master", "_run_server", "_show_status", "_show_libraries":
+    for name in "_run_master", "_run_server", "_show_status", "_show_libraries", "_check":
         monkeypatch.setattr(clupy, name, lambda settings, arguments: ran.append(arguments.command))
     for line in "".join(readme("sh", "console")).splitlines():
         command = line.partition("#")[0].removeprefix("$ ").split()
@@ -9197,7 +9276,7 @@ def test_the_readme_s_commands_are_there_with_their_options(tmp_path, monkeypatc
                 pass
             case _:
                 pytest.fail(f"who checks this line? {line}")
-    assert {"master", "serve", "status", "libraries"} <= set(ran)
+    assert {"master", "serve", "status", "libraries", "check"} <= set(ran)
 
 
 def test_the_typed_example_runs_as_it_is_typed(tmp_path):
