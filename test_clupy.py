@@ -9068,6 +9068,94 @@ def test_check_compares_clocks_versions_and_libraries():
     assert different[2].endswith(" in the cluster: python -m pip install pytest==1.0")
 
 
+# ==== examples/deploy: as far as one machine can tell =========================
+
+DEPLOY = os.path.join(HERE, "examples", "deploy")
+
+PROGRAM = """
+import clupy, os
+servers = clupy.everywhere(os.getppid)
+print(len({call.result(30) for call in servers.values()}), "servers")
+raise SystemExit(3)
+"""
+
+STUBS = {   # of programs that these scripts use; when ssh is killed, what it started hears of that by its standard input
+    "hostname": "echo 127.0.0.1",
+    "srun": 'shift\npids=\nfor node in 1 2; do "$@" & pids="$pids $!"; done\ntrap "kill $pids" TERM\nwait\nwait',
+    "ssh": 'shift 3\nmkfifo "$PWD/pipe.$$"\nsh -c "$*" <"$PWD/pipe.$$" &\nexec cat >"$PWD/pipe.$$"',
+    "python": 'echo "$CLUPY_SECRET" "$@"'}
+
+
+def text_of(*names):
+    with open(os.path.join(DEPLOY, *names)) as file:
+        return file.read()
+
+
+@pytest.fixture
+def stubs(tmp_path):
+    """The PATH with the stubs."""
+    folder = tmp_path / "stubs"
+    write_files(folder, {name: f"#!/bin/sh\n{text}\n" for name, text in STUBS.items()})
+    for name in STUBS:
+        os.chmod(folder / name, 0o755)
+    return f"{folder}:{os.environ['PATH']}"
+
+
+@pytest.mark.parametrize("script", ["slurm.sh", "ssh.sh"])
+def test_scripts_make_a_cluster_for_one_program_and_leave_nothing(tmp_path, stubs, script):
+    port = random.choice([port for port in (free_port() for _ in range(100)) if port >= 20_000])
+    (tmp_path / "program.py").write_text(PROGRAM)
+    env = environ(PATH=stubs, PYTHON=sys.executable, CLUPY_PORT=port, HOSTS="one two", SLURM_JOB_ID=port - 20_000, SLURM_NNODES=2,
+                  SLURM_CPUS_PER_TASK=1, CLUPY_SECRET="")
+    done = subprocess.run(["sh", os.path.join(DEPLOY, script), "program.py"], cwd=tmp_path, env=env, stdin=subprocess.DEVNULL,
+                          capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.returncode) == ("2 servers\n", 3), done.stderr
+    until(lambda: not processes())
+    directives = re.findall(r"^#SBATCH (.*)$", text_of(script), re.M)
+    assert all(re.fullmatch(r"--[a-z-]+=\S+", directive) for directive in directives)
+    assert bool(directives) == (script == "slurm.sh")
+
+
+def test_units_of_systemd_are_valid_and_their_commands_too(tmp_path):
+    for name in "clupy-master.service", "clupy-server.service":
+        text = text_of(name)
+        _, _, module, *arguments = re.search(r"^ExecStart=/opt/clupy/bin/(.*)$", text, re.M)[1].split()
+        assert module == "clupy" and vars(clupy.command_line().parse_args(arguments))["secret_file"] == "/etc/clupy/secret"
+        (tmp_path / name).write_text(text.replace("/opt/clupy/bin/python", sys.executable))
+        if shutil.which("systemd-analyze"):
+            done = subprocess.run(["systemd-analyze", "verify", "--man=no", name], cwd=tmp_path, capture_output=True, text=True)
+            assert (done.returncode, name in done.stderr) == (0, False), done.stderr
+
+
+def test_containers_are_given_commands_and_a_secret_that_exist(stubs):
+    compose = clupy.yaml.safe_load(text_of("compose.yaml"))
+    commands = [service["command"] for service in compose["services"].values()]
+    assert all(service["secrets"] == ["clupy_secret"] for service in compose["services"].values())
+    assert compose["secrets"].keys() == {"clupy_secret"}
+    manifests = list(clupy.yaml.safe_load_all(text_of("kubernetes.yaml")))
+    assert [manifest["kind"] for manifest in manifests] == ["Service", "Deployment", "Deployment"]
+    for manifest in manifests[1:]:
+        template = manifest["spec"]["template"]
+        container, = template["spec"]["containers"]
+        commands.append(container["args"])
+        assert manifest["spec"]["selector"]["matchLabels"] == template["metadata"]["labels"]
+        assert container["env"] == [{"name": "CLUPY_SECRET", "valueFrom": {"secretKeyRef": {"name": "clupy", "key": "secret"}}}]
+    assert manifests[0]["spec"]["selector"] == manifests[1]["spec"]["selector"]["matchLabels"]
+    parsed = [vars(clupy.command_line().parse_args(list(map(str, command)))) for command in commands]
+    assert [(given["command"], given.get("master")) for given in parsed] == [
+        ("master", None), ("serve", "master"), ("master", None), ("serve", "clupy-master")]
+    assert "master" in compose["services"] and manifests[0]["metadata"]["name"] == "clupy-master"
+
+
+def test_the_image_hands_the_secret_and_the_arguments_on(stubs):
+    dockerfile = text_of("Dockerfile")
+    minor = re.search(r"^FROM python:3\.(\d+)-slim$", dockerfile, re.M)[1]
+    assert f"Python :: 3.{minor}" in io.open(os.path.join(HERE, "setup.cfg")).read()
+    entry = json.loads(re.search(r"^ENTRYPOINT (.*)$", dockerfile, re.M)[1])
+    done = subprocess.run([*entry, "serve", "--master", "a b"], env=environ(PATH=stubs), capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == (f"{SECRET} -m clupy serve --master a b\n", "")
+
+
 # ==== The wire: bytes by hand ================================================
 
 def feed(frames, data, step):
