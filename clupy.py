@@ -4561,8 +4561,33 @@ class Pool:
             for one in (link, *link.slots.values()):
                 one.heard = now
 
+    def close(self):
+        """End every connection."""
+        for link in self.links.values():
+            if link.connection:
+                link.connection.abort()
+            link.task.cancel()
+            for slot in link.slots.values():
+                slot.task.cancel()
+                if slot.transport:
+                    slot.transport.abort()
+
 
 # ---- what the master is told, and says
+
+async def embed(engine):
+    """Start a master and a server in the engine's loop, on loopback, with a secret of their own; the master's address."""
+    engine.secret, engine.settings.dial_tls = os.urandom(32).hex().encode(), None          # on loopback, to ourselves
+    services = merged_services(engine.settings, {})                # the workers' are this process's
+    own = {**vars(engine.settings), **{key: getattr(services, key) for key in SERVICE_KEYS}, "listen": ("127.0.0.1", 0)}
+    master = clupy_master.Master(default_settings("master", **own), engine.secret)
+    server = clupy_server.Server(default_settings("server", **{**own, "master": [master.address]}), engine.secret)
+    master.given = sorted(services.given)
+    engine.embedded = master, server
+    await server.start()
+    server.grow(engine.least_slots)
+    return master.address
+
 
 class Cluster(collections.namedtuple("Cluster", "servers slots master")):
     """What a program is connected to: how many servers, how many slots they have, the master's "host:port"; master None: there
@@ -4612,7 +4637,7 @@ class MasterSide:
                 pass
             except (OSError, ClupyError) as error:
                 log.warning("%s:%s is not our master (%s); using this machine's cores instead", *address, reason(error))
-        return [await engine.embed()]
+        return [await embed(engine)]
 
     def master_joined(self, connection):
         self.send_statement()
@@ -4690,6 +4715,16 @@ class MasterSide:
 
     # -- messages from the master
 
+    def await_answer(self):
+        """Wait, in any thread, until a master has answered."""
+        engine, patience = self._engine, self._engine.settings.patience
+        joined = engine.joined.wait(min(UNSERVED_TIME, patience))
+        if not joined and patience > UNSERVED_TIME:
+            log.warning("still connecting, for %g s at most: %s", patience, self.unreachable())
+            joined = engine.joined.wait(bounded(patience - UNSERVED_TIME))
+        if not joined or engine.fatal:
+            raise engine.fatal or self.unreachable()
+
     def cluster(self):
         servers, slots, _ = self.size
         return Cluster(servers, slots, None if self._engine.embedded else self.link.connection and self.link.connection.peer)
@@ -4754,7 +4789,7 @@ class Engine(BaseEngine):
         self.master_side = MasterSide(self)
         self._inbox = collections.deque()         # calls from any thread, not yet seen by the loop
         self._awake = False                       # the loop will look at the inbox
-        self._least_slots = 0                     # of an embedded server, as `grow` said
+        self.least_slots = 0                      # of an embedded server, as `grow` said
         self._number = 0                          # of the call made last
         self._selector = selectors.DefaultSelector()
         self.loop = asyncio.SelectorEventLoop(self._selector)
@@ -4823,13 +4858,7 @@ class Engine(BaseEngine):
 
     def join(self):
         """Wait until a master has answered: the Cluster.  Raises MasterUnreachable, or why no master can be ours."""
-        patience = self.settings.patience
-        joined = self.joined.wait(min(UNSERVED_TIME, patience))
-        if not joined and patience > UNSERVED_TIME:
-            log.warning("still connecting, for %g s at most: %s", patience, self.master_side.unreachable())
-            joined = self.joined.wait(bounded(patience - UNSERVED_TIME))
-        if not joined or self.fatal:
-            raise self.fatal or self.master_side.unreachable()
+        self.master_side.await_answer()
         return self.master_side.cluster()
 
     def places(self):
@@ -4971,23 +5000,9 @@ class Engine(BaseEngine):
         self.feeder.fail_waiting(error)
 
     def _grow(self, slots):
-        self._least_slots = max(self._least_slots, slots)
+        self.least_slots = max(self.least_slots, slots)
         if self.embedded:
             self.embedded[1].grow(slots)
-
-    async def embed(self):
-        """Start a master and a server in this loop, on loopback, with a secret of their own."""
-        self.secret, self.settings.dial_tls = os.urandom(32).hex().encode(), None      # on loopback, to ourselves
-        services = merged_services(self.settings, {})              # the workers' are this process's
-        own = {**vars(self.settings), **{key: getattr(services, key) for key in SERVICE_KEYS}}
-        master = clupy_master.Master(default_settings("master", **own, listen=("127.0.0.1", 0)), self.secret)
-        server = clupy_server.Server(default_settings("server", **{**own, "master": [master.address]}, listen=("127.0.0.1", 0)),
-                                     self.secret)
-        master.given = sorted(services.given)
-        self.embedded = master, server
-        await server.start()
-        server.grow(self._least_slots)
-        return master.address
 
     # -- the end
 
@@ -5002,14 +5017,7 @@ class Engine(BaseEngine):
             await asyncio.sleep(0.005)
         self.output.end()
         self.loop.set_exception_handler(lambda *_: None)       # else asyncio tells of resets when connections are garbage
-        for link in self.pool.links.values():
-            if link.connection:
-                link.connection.abort()
-            link.task.cancel()
-            for slot in link.slots.values():
-                slot.task.cancel()
-                if slot.transport:
-                    slot.transport.abort()
+        self.pool.close()
         if self.master_side.link:
             self.master_side.link.close()
         self._life.cancel()                       # it may be about to start the embedded cluster
