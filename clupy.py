@@ -3946,6 +3946,16 @@ class ServerLink:
             self.connection = None
             self.engine.pool.link_lost(self)
 
+    def close(self):
+        """End the connection, and those of the slots."""
+        if self.connection:
+            self.connection.abort()
+        self.task.cancel()
+        for slot in self.slots.values():
+            slot.task.cancel()
+            if slot.transport:
+                slot.transport.abort()
+
     def greet(self):
         engine, libraries = self.engine, self.engine.libraries
         self.send("hello", engine.id, engine.name, libraries.resolution.plain, libraries.wheels, engine.settings.output)
@@ -4564,13 +4574,7 @@ class Pool:
     def close(self):
         """End every connection."""
         for link in self.links.values():
-            if link.connection:
-                link.connection.abort()
-            link.task.cancel()
-            for slot in link.slots.values():
-                slot.task.cancel()
-                if slot.transport:
-                    slot.transport.abort()
+            link.close()
 
 
 # ---- what the master is told, and says
@@ -4745,6 +4749,7 @@ class MasterSide:
 
     def on_share(self, _, share, services, libraries, size):
         engine, self.size, self.link.leads = self._engine, size, True
+        engine.capacity = size[1]
         if not engine.joined.is_set():
             log.info("connected to %r", self.cluster())
         engine.libraries.hear(libraries)
@@ -4851,10 +4856,6 @@ class Engine(BaseEngine):
         threads.run(self.joined.wait, UNSERVED_TIME)           # whose thread stays
         if self.joined.wait(UNSERVED_TIME):
             self.soon(self.output.start)
-
-    @property
-    def capacity(self):
-        return self.master_side.size[1]
 
     def join(self):
         """Wait until a master has answered: the Cluster.  Raises MasterUnreachable, or why no master can be ours."""
