@@ -177,6 +177,7 @@ asyncio = _Lazy("asyncio")
 cloudpickle = _Lazy("cloudpickle")
 clupy_master = _Lazy("clupy_master")          # these two against the order: for libraries, to embed a cluster, and to start one
 clupy_server = _Lazy("clupy_server")
+ctypes = _Lazy("ctypes")
 difflib = _Lazy("difflib")
 dis = _Lazy("dis")
 fcntl = _Lazy("fcntl")
@@ -258,6 +259,9 @@ MAX_BUFFERS = 1 << 20             # out-of-band buffers of one frame; less refus
 CHUNK = 256 << 10                 # read at once; more is memory for every slot, less is system calls
 SEND_PIECE = 256 << 10            # given to asyncio at once, which may copy what the socket does not take; less is turns
 HUGE = 4 << 20                    # from which on memory is asked of the kernel in huge pages; less wastes half-filled ones
+SPARE_ROOM = 256 << 20            # of huge buffers that nobody uses, kept for the next; more is memory, less is page faults
+LANE_ROOM = 256 << 20             # of lanes in each direction of a slot; more is memory, less goes by the socket
+IDLE_MEMORY_TIME = 10.0           # unused, before spare memory and that of lanes is given back; less needs new more often
 LARGE = 64 << 10                  # from which on a buffer travels beside the pickle; below, copying is cheaper
 UNSEEN_OUTPUT = 64 << 10          # of output on its way to a client; beyond, lines are dropped and counted; more is memory
 MAP_AHEAD = 4096                  # calls of one `map` made before their results are taken; more is memory, less idles
@@ -765,7 +769,8 @@ def find_secret(settings, create=False):
 #            connection's key, HMAC(secret, "key", ...), stays in the two processes.
 # slot       D -> A  preamble, session (16), number (8), nested (1), HMAC(key, those)     each number once
 #            A -> D  HMAC(slot key, "opened"), slot key = HMAC(key, "slot", number); then frames
-# frame      body length (8), number of buffers (4), length of each (8), all big-endian | pickle 5 | buffers
+# frame      body length (8), number of buffers (4), length and place of each (8, 8), all big-endian | pickle 5 | the buffers
+#            of which the place is 0; the others are in lanes
 #            A message is a tuple (kind, *fields) of plain values: unpickling one runs nobody's code.  What users
 #            sent travels in it as payloads, bytes that are unpickled where they are used.
 #
@@ -805,8 +810,10 @@ def find_secret(settings, create=False):
 #                             libraries changed: give slots back), broken
 #                             (why), building or resolving (pip's line)
 # client -> worker  opening   the client's own top-level modules, its      opened      the slot ends
-#                             surroundings
-# worker -> client  opened    pid                                          -
+#                             surroundings, where its lanes are or None
+# worker -> client  opened    pid, whether it has the lanes                -
+# both ways         released  places of lanes that are free again          -
+# client -> worker  trim      -: give back memory that is not used         -
 # client -> worker  calls     in the order to be done:                     results     the slot's end and `ended`
 #                             (number, function id, arguments, time-out),
 #                             (0, function id, payload or None: drop it,
@@ -930,13 +937,20 @@ def forwarded(payload):
     return payload
 
 
-def encode(message):
-    """The frame of a message as a list of buffers, large ones uncopied."""
+def encode(message, lanes=None):
+    """The frame of a message as a list of buffers, large ones uncopied.
+
+    lanes: those of the slot that it is for.  What fits is copied there, and is told which lanes are free again."""
     buffers = []
     body = pickle.dumps(message, 5, buffer_callback=buffers.append)
+    before = b"".join(encode(("released", lanes.unused()))) if lanes is not None and lanes.taken else b""
+    if not buffers:
+        return [before + FRAME_HEAD.pack(len(body), 0) + body]
     views = [buffer.raw() for buffer in buffers]
-    head = FRAME_HEAD.pack(len(body), len(views)) + b"".join([struct.pack(">Q", view.nbytes) for view in views])
-    return [head + body, *views]
+    places = [lanes.put(view) if lanes is not None else 0 for view in views]
+    sizes = [struct.pack(">QQ", view.nbytes, place) for view, place in zip(views, places)]
+    return [b"".join([before, FRAME_HEAD.pack(len(body), len(views)), *sizes, body]),
+            *[view for view, place in zip(views, places) if not place]]
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -976,11 +990,49 @@ def frame_sizes(head, limit):
     return body, count
 
 
-def memory(size):
-    """A writable buffer of so many bytes.  Most of the price of new memory is zeroing it and its page faults: filling
-    64 MiB takes 35 ms as a bytearray, 14 ms in huge pages."""
-    if size < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return bytearray(size)
+class Spare:
+    """Huge buffers that nobody uses any more, for who needs one next: new memory costs more than what is done with it.
+
+    64 MiB are copied in 3 ms into memory that is there, in 5 to 100 into huge pages that the kernel has to find first."""
+
+    def __init__(self, room):
+        self.room = room                          # bytes that are kept at most; 0: nothing is
+        self._free = []                           # mmaps; any thread may change it while another looks through a copy
+        self._taken = -math.inf                   # when one was taken last, unless all was given back since
+
+    def take(self, size):
+        """A writable buffer of so many bytes, which comes back when the last view of it is garbage."""
+        self._taken = time.monotonic()
+        for pages in self._free.copy():
+            if size <= len(pages) <= size + size // 4:
+                with contextlib.suppress(ValueError):      # another thread was faster
+                    self._free.remove(pages)
+                    break
+        else:
+            pages = _huge_pages(size)
+        if not self.room:
+            return pages
+        lent = (ctypes.c_char * size).from_buffer(pages)   # every view of it holds this, which unlike a view can be watched
+        weakref.finalize(lent, self._came_back, pages).atexit = False
+        return memoryview(lent).cast("B")
+
+    def _came_back(self, pages):
+        """In any thread, at any moment."""
+        free = sum([len(other) for other in self._free.copy()])
+        if free + len(pages) <= self.room and time.monotonic() - self._taken < IDLE_MEMORY_TIME:
+            self._free.append(pages)
+
+    def trim(self, seconds=0.0):
+        """Give all back to the system, if none was taken in the last so many seconds."""
+        if time.monotonic() - self._taken >= seconds:
+            self._taken = -math.inf
+            self._free.clear()
+
+
+spare = Spare(SPARE_ROOM)
+
+
+def _huge_pages(size):
     try:
         pages = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError:
@@ -990,16 +1042,188 @@ def memory(size):
     return pages
 
 
+def memory(size):
+    """A writable buffer of so many bytes, of any content."""
+    return bytearray(size) if size < HUGE or not hasattr(mmap, "MADV_HUGEPAGE") else spare.take(size)
+
+
+# ---- Lanes: large buffers between two processes of one machine do not go through their socket
+#
+#      client                   one memfd for each slot, which has no name                 worker
+#                       +-------+-------------------------+-------------------------+
+#                       | proof | client's half           | worker's half           |
+#                       +-------+-------------------------+-------------------------+
+#      Lanes.put   copies ------> [lane] [lane]  - - - - - - - - - - - - - - - - copies --> Lanes.take
+#      Lanes.take  <-- copies - - - - - - - - - - - - - - - [lane] [lane] <------ copies    Lanes.put
+#
+# - The sender copies a buffer into a gap of its half, and the frame says the place alone.  The receiver copies it into
+#   memory of its own, and says `released` with its next message.  Both keep the memfd mapped, so that after the first time
+#   all pages are there: two copies cost a tenth of the socket.  To look at the lane itself would save the second, but what
+#   is used there would have to stay, each written page be copied at a fault of its own, and a fork change what the child has.
+# - The client offers the memfd when a slot opens, by its pid and the descriptor's number.  A worker that can open this under
+#   /proc and finds the proof there, made with the slot's key, is on the same machine and has the same user.  All others, and
+#   buffers that find no gap, use the socket.
+# - A memfd is gone with its last descriptor and map, whatever killed the processes.  It is sealed, since to shrink it would
+#   kill the other end at its next copy (SIGBUS); its pages are allocated before they are written, since so would a lack of
+#   memory.
+
+LANE_UNIT = 4096                  # places are multiples of it
+
+
+class Lanes:
+    """One end's part of a slot's lanes; until both ends have the memfd, and where they cannot, it has none.
+
+    One thread at a time sends (`put`, `unused`, `trim`), and one receives (`take`, `released`)."""
+
+    def __init__(self):
+        self._file = self._pages = None           # the memfd, and its map
+        self._ours = self._theirs = 0             # where the halves begin, as soon as both ends have them
+        self._lent = {}                           # {place: its end} of what the peer has not copied yet
+        self._warm = 0                            # up to where the pages of our half are there
+        self._back = collections.deque()          # places of ours that are free again
+        self._used = None                         # when buffers went either way last, unless trimmed since
+        self.taken = collections.deque()          # places of the peer's that are free again, which it has to be told
+
+    def close(self):
+        if self._file is not None:
+            with contextlib.suppress(OSError):    # a forked child: its parent was closing it
+                os.close(self._file)
+        self.__init__()
+
+    # -- to have them
+
+    def offer(self, key):
+        """In the client: where the worker of the slot with this key may find the memfd; None: there is none."""
+        if not hasattr(os, "memfd_create"):
+            return None
+        try:
+            self._file = os.memfd_create("clupy-lanes", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            os.ftruncate(self._file, LANE_UNIT + 2 * LANE_ROOM)
+            os.pwrite(self._file, proof(key, b"lanes"), 0)
+            fcntl.fcntl(self._file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+            self._map()
+        except OSError as error:                  # too many open files, or not allowed
+            self._refused(error)
+            return None
+        return os.getpid(), self._file
+
+    def accepted(self, has_it):
+        """In the client: whether the worker has what was offered."""
+        if has_it and self._pages is not None:
+            self._ours = self._warm = LANE_UNIT
+            self._theirs = LANE_UNIT + LANE_ROOM
+        elif self._file is not None:
+            self._refused("the worker cannot open them")
+
+    def accept(self, offer, key):
+        """In the worker: whether it has what its client offers."""
+        try:
+            path = "/proc/{:d}/fd/{:d}".format(*offer)
+            if os.stat(path).st_size == LANE_UNIT + 2 * LANE_ROOM:     # first: to open what is no file may do something
+                self._file = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+                if (fcntl.fcntl(self._file, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK
+                        and hmac.compare_digest(os.pread(self._file, PROOF_SIZE, 0), proof(key, b"lanes"))):
+                    self._map()
+                    self._ours = self._warm = LANE_UNIT + LANE_ROOM
+                    self._theirs = LANE_UNIT
+                    return True
+            self._refused("what is there is another's")
+        except (OSError, TypeError, ValueError, IndexError) as error:
+            self._refused(error)
+        return False
+
+    def _refused(self, why):
+        log.debug("no lanes, large buffers use the slot's socket: %s", why)
+        self.close()
+
+    def _map(self):
+        """Now: a copy that cannot be made later would end the slot."""
+        untracked = {"trackfd": False} if sys.version_info >= (3, 13) else {}      # before, a map has a descriptor of its own
+        self._pages = mmap.mmap(self._file, LANE_UNIT + 2 * LANE_ROOM, **untracked)
+
+    # -- sending
+
+    def put(self, view):
+        """Copy flat bytes into a lane; its place, or 0: the socket has to do."""
+        self._used, size = time.monotonic(), view.nbytes
+        if not self._ours or not LARGE <= size <= LANE_ROOM:
+            return 0
+        place = self._gap(size)
+        end = place + -(-size // LANE_UNIT) * LANE_UNIT
+        if end > self._ours + LANE_ROOM:
+            return 0
+        try:
+            if end > self._warm:
+                os.posix_fallocate(self._file, self._warm, end - self._warm)
+                self._warm = end
+        except OSError as error:                  # no memory, say
+            log.debug("%s bytes use the slot's socket: %s", size, error)
+            return 0
+        self._pages[place:place + size] = view
+        self._lent[place] = end
+        return place
+
+    def _gap(self, size):
+        """The lowest place with so much room: what was used before, and is there."""
+        self._take_back()
+        place = self._ours
+        for begin, end in sorted(self._lent.items()):
+            if begin - place >= size:
+                break
+            place = end
+        return place
+
+    def _take_back(self):
+        while self._back:
+            self._lent.pop(self._back.popleft(), None)
+
+    def trim(self):
+        """Give back to the system what is above all that the peer has not copied yet."""
+        self._take_back()
+        end = max(self._lent.values(), default=self._ours)
+        if end < self._warm:
+            with contextlib.suppress(OSError):    # not every system that looks like Linux can
+                self._pages.madvise(mmap.MADV_REMOVE, end, self._warm - end)
+            self._warm = end
+        self._used = None
+
+    def is_idle(self, now):
+        """Whether both ends should trim: something went either way, but nothing in the last IDLE_MEMORY_TIME seconds."""
+        return self._used is not None and now - self._used > IDLE_MEMORY_TIME
+
+    # -- receiving
+
+    def take(self, place, size):
+        """What the peer put there, in memory of our own.  Raises ProtocolError if that is not in its half."""
+        if not self._theirs or not self._theirs <= place <= place + size <= self._theirs + LANE_ROOM:
+            raise ProtocolError(f"{size} bytes in a lane at {place}, where none can be")
+        self._used, buffer = time.monotonic(), memory(size)
+        buffer[:] = memoryview(self._pages)[place:place + size]
+        self.taken.append(place)
+        return buffer
+
+    def released(self, places):
+        """The peer has copied these."""
+        self._back.extend(places)
+
+    def unused(self):
+        """Places of the peer's that it has to be told are free again."""
+        places = []
+        while self.taken:
+            places.append(self.taken.popleft())
+        return places
+
+
 class Frames:
     """What cuts a stream of bytes into messages; it knows nothing of sockets.
 
     Write bytes to `space()`, say how many to `filled(n)`, and take the messages that are complete.  Large parts are
-    received into memory of their own, allocated once.  `proof`: bytes that must come first."""
+    received into memory of their own, allocated once.  `proof`: bytes that must come first; `lanes`: those of the slot."""
 
-    def __init__(self, proof=b"", limit=MAX_FRAME):
+    def __init__(self, proof=b"", limit=MAX_FRAME, lanes=None):
         self._chunk = memoryview(bytearray(CHUNK))
         self._messages = []
-        self._parts = _parse(proof, limit, self._messages)
+        self._parts = _parse(proof, limit, self._messages, lanes)
         self._want(next(self._parts))
 
     def _want(self, size):
@@ -1029,7 +1253,7 @@ class Frames:
             self._want(self._parts.send(self._part))
 
 
-def _parse(proof, limit, messages):
+def _parse(proof, limit, messages, lanes):
     """A generator that yields the size of the next part, is sent the part, and appends each message that is complete.
 
     No method of Frames: if each knew the other, both and the chunk would stay until the next collection of garbage."""
@@ -1037,14 +1261,18 @@ def _parse(proof, limit, messages):
         raise ProtocolError("the peer does not know the slot's key")
     while True:
         size, count = frame_sizes((yield FRAME_HEAD.size), limit)
-        lengths = struct.unpack(f">{count}Q", (yield 8 * count)) if count else ()
+        numbers = struct.unpack(f">{2 * count}Q", (yield 16 * count)) if count else ()
+        lengths, places = numbers[::2], numbers[1::2]
         if sum(lengths) > limit:
             raise ProtocolError(f"buffers of {sum(lengths)} bytes are over the limit of {limit}")
         body = yield size
         buffers = []
-        for length in lengths:
-            buffers.append((yield length))
+        for length, place in zip(lengths, places):
+            if place and lanes is None:
+                raise ProtocolError("a lane on a connection that has none")
+            buffers.append(lanes.take(place, length) if place else (yield length))
         messages.append(decode(body, buffers))
+        del body, buffers                         # the last ones would stay until the next message
 
 
 # ---- Connections over asyncio streams: to masters, and for control
@@ -3772,10 +4000,15 @@ class Slot:
         self.heard = time.monotonic()             # when anything arrived, or a call was sent to the idle slot
         self._outgoing = collections.deque()      # pieces of frames that the transport has not been given yet
         self._full = False                        # it wants no more for now
-        self._frames = Frames(proof(slot_key(link.key, number), b"opened"))
+        self.lanes = Lanes()
+        self._frames = Frames(proof(self._key, b"opened"), lanes=self.lanes)
 
     def __repr__(self):
         return f"{self.link.name} {self.pid or 'opening'}"
+
+    @property
+    def _key(self):
+        return slot_key(self.link.key, self.number)
 
     @property
     def suspended(self):
@@ -3805,6 +4038,16 @@ class Slot:
         del self.calls[call._number]
         self.load -= call._cost
 
+    def offer_lanes(self):
+        """Where the worker finds lanes, or None.  They take two descriptors: where these are few, slots come first."""
+        return None if self.gone or descriptors_left() < FREE_DESCRIPTORS + 2 else self.lanes.offer(self._key)
+
+    def trim(self, now):
+        """Give memory back that was not used for a while, here and there."""
+        if self.lanes.is_idle(now):
+            self.lanes.trim()
+            self.send("trim")
+
     def recall(self):
         """Ask the worker for what it has not begun, unless it is asked already."""
         if self.recalled != "asked":
@@ -3813,7 +4056,7 @@ class Slot:
 
     def send(self, *message):
         if self.transport is not None and not self.transport.is_closing():
-            for part in encode(message):
+            for part in encode(message, self.lanes):
                 self._outgoing.extend(part[start:start + SEND_PIECE] for start in range(0, len(part), SEND_PIECE))
             self._write()
 
@@ -3850,13 +4093,15 @@ class Slot:
 
     def connection_lost(self, _):
         self.gone, self._frames = True, None      # a future may keep the slot, but not this memory
+        self.lanes.close()
         self._outgoing.clear()
         self.engine.pool.ending(self)
 
     # -- messages from the worker
 
-    def on_opened(self, _, pid):
+    def on_opened(self, _, pid, has_lanes):
         self.pid = pid
+        self.lanes.accepted(has_lanes)
         self.engine.pool.opened(self)
 
     def on_results(self, _, results, seconds):
@@ -3869,6 +4114,9 @@ class Slot:
                 slot.send("part", number, first, count, forwarded(results))
             elif call._sink:
                 call._sink(first, count, results)
+
+    def on_released(self, _, places):
+        self.lanes.released(places)
 
     def on_returned(self, _, numbers):
         self.engine.feeder.take_back(self, numbers)
@@ -4439,7 +4687,7 @@ class Pool:
             except BaseException:
                 sock.close()
                 raise
-            slot.send("opening", own_modules(), surroundings(self._engine.embedded is not None))
+            slot.send("opening", own_modules(), surroundings(self._engine.embedded is not None), slot.offer_lanes())
         except Exception as error:                # whatever it is, the calls must not wait for this slot
             self._not_opened(slot, error)
 
@@ -4564,6 +4812,12 @@ class Pool:
             if link.connection and now - heard > SILENCE_TIME and any(slot.calls for slot in link.slots.values()):
                 log.warning("server %s has been silent for %g s; it is lost", link.name, SILENCE_TIME)
                 link.connection.close()
+
+    def trim(self, now):
+        """Give memory back that was not used for a while."""
+        spare.trim(IDLE_MEMORY_TIME)
+        for slot in self.slots():
+            slot.trim(now)
 
     def restart_clocks(self, now):
         """We slept, not the others."""
@@ -4884,6 +5138,8 @@ class Engine(BaseEngine):
         for number in () if self.loop.is_closed() else self.descriptors():
             with contextlib.suppress(OSError):    # closed by the parent's loop in this very moment
                 os.close(number)
+        for slot in self.pool.slots():
+            slot.lanes.close()                    # its map would keep the memory as long as this child lives
         self._inbox.extend([*self.backlog.calls.values(), *self.held])
         self.closed, self.soon = True, self._lose
         self._lose()
@@ -4948,6 +5204,7 @@ class Engine(BaseEngine):
             if self._inbox:                       # Ctrl-C may have come between submit and the loop
                 self._pump()
             self.pool.judge(now)
+            self.pool.trim(now)
             self.master_side.judge(now)
             self.pool.balance()
 
@@ -7830,6 +8087,7 @@ def _close(successor):
             _engine, _known = successor, None
     if engine is not None:
         engine.close()
+    spare.trim()
     forget_served()
     close_services()
 

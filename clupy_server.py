@@ -118,6 +118,14 @@ def unpack_call(payload):
         pickling.of_client = before
 
 
+def unpack_once(payload):
+    """unpack_call of arguments, which then have the buffers alone: free as soon as the call is over."""
+    value = unpack_call(payload)
+    if type(payload) is tuple:
+        payload[1].clear()
+    return value
+
+
 class Finder:
     """The importer of the client's modules.  It stands twice on sys.meta_path: first for the client's own top-level modules,
     so that another version installed here is not taken, last for all others.
@@ -566,7 +574,7 @@ class Functions:
         """(succeeded, value or payload) of a call; raises nothing."""
         try:
             func = self._function(id)
-            args, kwargs = clupy.unpack_arguments(arguments, unpack_call)
+            args, kwargs = clupy.unpack_arguments(arguments, unpack_once)
             value = func(*args, **kwargs)
             if type(value) in clupy.PLAIN:
                 return True, value
@@ -662,7 +670,11 @@ class Worker:
         self._bell = Bell()                        # what the reader thread waits for
         self._dozing = False                       # whether it waits without end
         self._writing = threading.Lock()
-        self._frames = clupy.Frames()
+        self._lanes = clupy.Lanes()
+        self._key = bytes.fromhex(given["key"])
+        self._frames = clupy.Frames(lanes=self._lanes)
+        if memory_limit:
+            clupy.spare.room = 0                   # what nobody uses would count
         clupy.use_services(given["services"])
         self.client = given["client"]
         clupy.use_client(self.client, functools.partial(self.send, "serve"), self.fetch)
@@ -672,7 +684,7 @@ class Worker:
         follow_threads(self)
         if given["tls"]:
             self.sock = TlsSocket(sock, *given["tls"])
-        self.sock.sendall(proof(bytes.fromhex(given["key"]), b"opened"))
+        self.sock.sendall(proof(self._key, b"opened"))
         self.family = Family(self.fetch)
         os.register_at_fork(before=self.family.open)
 
@@ -736,9 +748,8 @@ class Worker:
     # -- writing, any thread
 
     def send(self, *message):
-        parts = encode(message)
         with self._writing:
-            for part in parts:
+            for part in encode(message, self._lanes):
                 self.sock.sendall(part)
 
     def send_results(self):
@@ -748,7 +759,7 @@ class Worker:
                 while self.results:
                     results.append(self.results.popleft())
                 if results:
-                    for part in encode(("results", results, busy)):
+                    for part in encode(("results", results, busy), self._lanes):
                         self.sock.sendall(part)
         except OSError:
             self._end()                            # the client is gone
@@ -840,15 +851,23 @@ class Worker:
         self.nested.lose_all()
         self._bell.ring()
 
-    def on_opening(self, _, own_modules, surroundings):
+    def on_opening(self, _, own_modules, surroundings, lanes):
         use_surroundings(*surroundings)
         Finder(self.fetch, own_modules, self.server, self.call_of_this_thread).install()
         use_script(functools.partial(self.fetch, "main"))
         sys.path[-1] = Inheritance(sys.path[-1], self.family, own_modules, self.server)
-        self.send("opened", self.pid)
+        self.send("opened", self.pid, lanes is not None and self._lanes.accept(lanes, self._key))
 
     def on_calls(self, _, items):
         self.todo.extend(items)
+
+    def on_released(self, _, places):
+        self._lanes.released(places)
+
+    def on_trim(self, _):
+        clupy.spare.trim()
+        with self._writing:
+            self._lanes.trim()
 
     def on_recall(self, _):
         back = []

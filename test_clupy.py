@@ -14,6 +14,7 @@ import csv
 import ctypes
 import dataclasses
 import errno
+import fcntl
 import functools
 import gc
 import importlib.machinery
@@ -1150,6 +1151,259 @@ def test_a_function_that_returns_one_buffer_again_and_again_gives_each_result_it
     filled = clupy.parallel(fill)
     results = [filled(n) for n in range(100)]
     assert [set(result.result(PATIENCE)) for result in results] == [{n} for n in range(100)]
+
+
+# ==== Lanes: large buffers between two processes of one machine ===============
+
+def holders(name="clupy-lanes"):
+    """The pids of this test run, this process included, that have lanes open or mapped."""
+    found = set()
+    for pid in {os.getpid(), *processes()}:
+        with contextlib.suppress(OSError):
+            with open(f"/proc/{pid}/maps") as maps:
+                links = [maps.read()]
+            for number in os.listdir(f"/proc/{pid}/fd"):
+                with contextlib.suppress(OSError):
+                    links.append(os.readlink(f"/proc/{pid}/fd/{number}"))
+            if name in str(links):
+                found.add(pid)
+    return found
+
+
+def lanes_of(size):
+    """Those of the only slot, after a call that has and gives so many bytes."""
+    clupy.connect(slots=1)
+    assert call(bytes.swapcase, bytes(size)) == bytes(size)
+    return until(clupy._engine.pool.slots)[0].lanes
+
+
+def feed(frames, data, step):
+    messages = []
+    while data:
+        space = frames.space()
+        count = min(step, len(space), len(data))
+        space[:count] = data[:count]
+        messages += frames.filled(count)
+        data = data[count:]
+    return messages
+
+
+@pytest.fixture(params=["lanes", "socket"])
+def way(request, monkeypatch):
+    """By lanes, and as if client and worker were on two machines."""
+    if request.param == "socket":
+        monkeypatch.setattr(clupy.Lanes, "accepted", lambda lanes, _: lanes.close())
+        monkeypatch.setattr(clupy.Lanes, "offer", lambda lanes, key: None)
+    return request.param
+
+
+def test_large_buffers_are_their_owners_own_whichever_way_they_go(way):
+    numpy = pytest.importorskip("numpy")
+
+    def change(array, by):
+        array += by                                            # it is the call's to write
+        kept.append(array)
+        return array, [int(old[0]) for old in kept]
+    kept = []
+    lanes = lanes_of(1 << 20)
+    assert (lanes._warm > 0) == (way == "lanes")
+    array, results = numpy.zeros(5 << 20, numpy.uint8), []
+    changed = clupy.parallel(change)
+    for n in range(8):
+        results.append(changed(array, 100))
+        array[:] = n + 1                                       # ... and this the client's, as soon as the call is made
+    values = [result.result(PATIENCE) for result in results]
+    for n, (value, seen) in enumerate(values):
+        assert set(numpy.unique(value)) == {100 + n} and seen == [100 + before for before in range(n + 1)]
+        value[:] = 0                                           # no other result has this memory
+    sizes = [1, 1 << 16, (1 << 16) + 1, 300_000, 5_000_001, 1 << 20]
+    parts = call(lambda parts: [part[::-1] for part in parts], [os.urandom(size) for size in sizes])
+    assert [len(part) for part in parts] == sizes
+    blobs = [os.urandom(size) for size in sizes]
+    assert call(lambda parts: [part[::-1] for part in parts], blobs) == [blob[::-1] for blob in blobs]
+
+
+def test_what_does_not_fit_into_lanes_goes_by_the_socket(monkeypatch):
+    monkeypatch.setattr(clupy, "LANE_ROOM", 3 << 20)           # of the client alone
+    lanes = clupy.Lanes()
+    pid, number = lanes.offer(b"key")
+    assert not clupy.Lanes().accept((pid, number), b"another key")
+    other = clupy.Lanes()
+    assert other.accept((pid, number), b"key")
+    lanes.accepted(True)
+    places = [lanes.put(memoryview(bytes([n]) * (1 << 20))) for n in range(4)]
+    assert all(places[:3]) and places[3] == 0 == lanes.put(memoryview(bytes(clupy.LARGE - 1)))
+    assert [bytes(other.take(place, 1 << 20)) for place in places[:3]] == [bytes([n]) * (1 << 20) for n in range(3)]
+    lanes.released(other.unused()[1:2])
+    assert lanes.put(memoryview(bytes(2 << 20))) == 0          # there is a gap in the middle, of 1 MiB
+    assert lanes.put(memoryview(bytes(1 << 20))) == places[1]
+    lanes.released(places)
+    assert lanes.put(memoryview(bytes(3 << 20))) == places[0]
+    lanes.released(places[:1])
+    lanes.trim()
+    assert os.fstat(number).st_blocks * 512 == clupy.LANE_UNIT
+    for place, size in (places[0], 1 << 20), (other._theirs + (3 << 20), 1), (0, 10), (other._theirs, 1 << 40):
+        with pytest.raises(clupy.ProtocolError, match="where none can be"):
+            (lanes if size == 1 << 20 else other).take(place, size)
+    lanes.close()
+    other.close()
+    with pytest.raises(clupy.ProtocolError, match="where none can be"):
+        other.take(places[0], 1)
+
+
+@pytest.mark.parametrize("step", [100, 1 << 20])
+def test_frames_say_the_place_of_what_is_in_lanes_and_what_is_free_again(step):
+    client, worker = clupy.Lanes(), clupy.Lanes()
+    client.accepted(worker.accept(client.offer(b"key"), b"key"))
+    data = [os.urandom(size) for size in (100_000, 1000, 200_000)]
+    message = ("a", [pickle.PickleBuffer(part) for part in data])
+    frame = b"".join(clupy.encode(message, client))
+    assert 1000 < len(frame) < 2000 and len(client._lent) == 2
+    [(_, parts)] = feed(clupy.Frames(lanes=worker), frame, step)
+    assert [bytes(part) for part in parts] == data
+    back = feed(clupy.Frames(lanes=client), b"".join(clupy.encode(("b",), worker)), step)
+    assert back == [("released", list(client._lent)), ("b",)]
+    assert clupy.encode(("b",), worker) == clupy.encode(("b",))
+    with pytest.raises(clupy.ProtocolError, match="a connection that has none"):
+        feed(clupy.Frames(), frame, step)
+    client.close()
+    worker.close()
+
+
+def decoy(size=None, seals=True, key=b"key"):
+    """Something like what a client offers, but for one thing."""
+    number = os.memfd_create("clupy-decoy", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(number, size or clupy.LANE_UNIT + 2 * clupy.LANE_ROOM)
+    os.pwrite(number, clupy.proof(key, b"lanes"), 0)
+    if seals:
+        fcntl.fcntl(number, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+    return number
+
+
+DECOYS = {
+    "none": decoy,
+    "another's": lambda: decoy(key=b"another"),
+    "too small": lambda: decoy(size=1 << 20),
+    "can be shrunk": lambda: decoy(seals=False),
+    "no file": lambda: os.eventfd(0),
+    "nothing": lambda: None,
+}
+
+
+@pytest.mark.parametrize("what", DECOYS)
+def test_a_worker_takes_no_lanes_but_those_of_its_client(what):
+    number, worker = DECOYS[what](), clupy.Lanes()
+    assert worker.accept((os.getpid(), number), b"key") == (what == "none")
+    worker.close()
+    if number is not None:
+        os.close(number)
+        assert not worker.accept((os.getpid(), number), b"key")
+    assert os.getpid() not in holders("clupy-decoy")
+
+
+def test_a_client_whose_lanes_its_worker_cannot_have_uses_the_socket(monkeypatch, caplog):
+    caplog.set_level("DEBUG", "clupy")
+    offer = clupy.Lanes.offer
+    monkeypatch.setattr(clupy.Lanes, "offer", lambda lanes, key: offer(lanes, b"of another slot"))
+    assert lanes_of(5 << 20)._warm == 0 and "no lanes, large buffers use the slot's socket: the worker cannot" in caplog.text
+    assert not holders()
+
+
+def test_lanes_and_spare_memory_are_given_back_when_nothing_uses_them(monkeypatch):
+    monkeypatch.setattr(clupy, "IDLE_MEMORY_TIME", 0.5)
+    lanes = lanes_of(20 << 20)
+    assert call(len, bytearray(20 << 20)) == 20 << 20
+    assert os.getpid() in holders() and holders() & workers()
+    until(lambda: os.fstat(lanes._file).st_blocks * 512 == clupy.LANE_UNIT and not clupy.spare._free)
+    assert call(bytes.swapcase, bytes(20 << 20)) == bytes(20 << 20)
+    clupy.close()
+    assert not holders()
+
+
+def test_a_worker_that_is_killed_leaves_nothing_and_its_call_starts_with_what_it_was_given(tmp_path, way):
+    def change_and_die(array, path):
+        array[:] = bytes(len(array))
+        if not path.exists():
+            path.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return array
+    before = bytearray(b"x" * (5 << 20))
+    clupy.connect(slots=1)
+    assert call(lambda array, path: (set(array), change_and_die(array, path))[0], before, tmp_path / "died") == {ord("x")}
+    clupy.close()
+    assert not holders()
+
+
+def test_a_client_that_is_killed_leaves_no_lanes(tmp_path, cluster):
+    done = run_script(tmp_path / "client", """
+        import clupy, os, signal
+        def large(array):
+            import time
+            if array is not None:
+                return array
+            time.sleep(60)
+        assert clupy.parallel(large)(bytes(5 << 20)).result(30) == bytes(5 << 20)
+        call = clupy.parallel(large)(None)
+        while not call.running(): pass
+        os.kill(os.getpid(), signal.SIGKILL)
+        """, check=False, CLUPY_MASTER=cluster.address)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    until(lambda: not holders())
+
+
+def test_a_forked_child_has_its_own_arrays_and_no_lanes():
+    def fork(array):
+        if (pid := os.fork()) == 0:
+            array[:] = bytes(len(array))
+            os._exit(0)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), array
+    clupy.connect(slots=1)
+    code, array = call(fork, bytearray(b"x" * (5 << 20)))
+    assert code == 0 and set(array) == {ord("x")}
+    if (pid := os.fork()) == 0:
+        array[:] = bytes(len(array))
+        os._exit(os.getpid() in holders())
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0 and set(array) == {ord("x")}
+    assert call(bytes.swapcase, b"x" * (5 << 20)) == b"X" * (5 << 20)
+
+
+def test_the_memory_of_an_argument_is_free_as_soon_as_its_call_is_over(tmp_path):
+    def note(array):
+        def wait():
+            until(lambda: clupy.spare._free)
+            (tmp_path / "free").touch()
+        assert not clupy.spare._free
+        threading.Thread(target=wait, daemon=True).start()
+    numpy = pytest.importorskip("numpy")
+    clupy.connect(slots=1)
+    call(note, numpy.zeros(5 << 20, numpy.uint8))
+    until((tmp_path / "free").exists)                          # while the worker waits for the next
+
+
+def test_huge_memory_is_used_again_when_the_last_view_of_it_is_gone(monkeypatch):
+    spare = clupy.Spare(20 << 20)
+    monkeypatch.setattr(clupy, "spare", spare)
+    first = clupy.memory(10 << 20)
+    first[:5] = b"first"
+    part = first[:5]
+    del first
+    assert not spare._free
+    second = clupy.memory(10 << 20)
+    assert bytes(part) == b"first" != bytes(second[:5])
+    del part
+    third = clupy.memory((10 << 20) - 5000)                    # a bit less does, too
+    assert bytes(third[:5]) == b"first" and len(third) == (10 << 20) - 5000
+    del second, third
+    assert len(spare._free) == 2
+    large = clupy.memory(20 << 20)                             # these are not large enough
+    del large
+    assert [len(pages) >> 20 for pages in spare._free] == [10, 10]     # ... and it is more than may be kept
+    spare.trim(60)
+    assert len(spare._free) == 2
+    late = clupy.memory(10 << 20)
+    spare.trim()
+    del late                                                   # nobody takes any: it is not kept
+    assert not spare._free
 
 
 # ==== joblib, scikit-learn, multiprocessing's managers ========================
@@ -9158,17 +9412,6 @@ def test_the_image_hands_the_secret_and_the_arguments_on(stubs):
 
 # ==== The wire: bytes by hand ================================================
 
-def feed(frames, data, step):
-    messages = []
-    while data:
-        space = frames.space()
-        count = min(step, len(space), len(data))
-        space[:count] = data[:count]
-        messages += frames.filled(count)
-        data = data[count:]
-    return messages
-
-
 @pytest.mark.parametrize("step", [1, 7, 4096, 1 << 20])
 def test_frames_are_cut_the_same_however_the_bytes_arrive(step):
     size = 2000 if step < 10 else 700_000
@@ -9183,7 +9426,7 @@ def test_a_frame_that_is_too_large_is_refused_before_memory_is_spent():
     with pytest.raises(clupy.ProtocolError, match="over the limit"):
         feed(clupy.Frames(limit=1000), struct.pack(">QI", 1 << 50, 0), 12)
     with pytest.raises(clupy.ProtocolError, match="over the limit"):
-        feed(clupy.Frames(limit=1000), struct.pack(">QIQ", 10, 1, 1 << 50), 20)
+        feed(clupy.Frames(limit=1000), struct.pack(">QIQQ", 10, 1, 1 << 50, 0), 28)
 
 
 def test_what_frames_hold_is_free_as_soon_as_they_are():
@@ -9200,10 +9443,10 @@ def test_what_frames_hold_is_free_as_soon_as_they_are():
 
 def test_buffers_that_are_too_large_together_or_too_many_are_refused_before_memory_is_spent():
     with pytest.raises(clupy.ProtocolError, match="over the limit"):
-        feed(clupy.Frames(limit=1000), struct.pack(">QIQQ", 10, 2, 600, 600), 28)
+        feed(clupy.Frames(limit=1000), struct.pack(">QIQQQQ", 10, 2, 600, 0, 600, 0), 44)
     with pytest.raises(clupy.ProtocolError, match="over the limit"):
         feed(clupy.Frames(), struct.pack(">QI", 10, clupy.MAX_BUFFERS + 1), 12)
-    assert feed(clupy.Frames(limit=1000), struct.pack(">QIQQ", 10, 2, 500, 500), 28) == []
+    assert feed(clupy.Frames(limit=1000), struct.pack(">QIQQQQ", 10, 2, 500, 0, 500, 0), 44) == []
 
 
 def test_a_message_never_runs_code():
