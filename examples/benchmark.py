@@ -1,8 +1,8 @@
-"""CluPy beside the process pools of the standard library: the same calls, two workers each, on this machine.
+"""CluPy beside process pools and other engines: the same calls, two workers each, on this machine.
 
     python examples/benchmark.py                        three rounds, about three minutes
     python examples/benchmark.py --quick                one round of fewer calls, about 20 seconds
-    python examples/benchmark.py --peers clupy,pool     these peers alone
+    python examples/benchmark.py --peers clupy,loky,dask,ray     these peers: `pip install '.[bench]'` installs them
     python examples/benchmark.py --rows trip,mix        these rows alone: whose name has one of the words
 
 Needs numpy, beside CluPy.  Another engine becomes a column by one more class in "The peers".
@@ -42,7 +42,7 @@ class CluPy:
     def __init__(self):
         import clupy
         clupy.connect(slots=WORKERS)
-        self.function, self.close = clupy.parallel, clupy.close
+        self.function, self.map, self.close = clupy.parallel, clupy.map, clupy.close
 
     def result(self, call):
         return call.result()
@@ -62,6 +62,9 @@ class Executor:
     def result(self, call):
         return call.result()
 
+    def map(self, f, items):
+        return self._pool.map(f, items, chunksize=1000)
+
     def close(self):
         self._pool.shutdown(cancel_futures=True)
 
@@ -80,17 +83,80 @@ class Pool:
     def result(self, call):
         return call.get()
 
+    def map(self, f, items):
+        return self._pool.map(f, items)
+
     def close(self):
         self._pool.terminate()
 
 
-PEERS = {"clupy": CluPy, "executor": Executor, "pool": Pool}
+class Loky(Executor):
+    """Its executor for calls, joblib's loop for items."""
+    title = "joblib, loky"
+    script = (f"from joblib.externals.loky import get_reusable_executor; pool = get_reusable_executor({WORKERS}); "
+              "print(pool.submit(abs, -1).result(), flush=True)")
+
+    def __init__(self):
+        from joblib.executor import get_memmapping_executor
+        self._pool = get_memmapping_executor(WORKERS)
+
+    def map(self, f, items):
+        import joblib
+        return joblib.Parallel(n_jobs=WORKERS)(joblib.delayed(f)(item) for item in items)
+
+    def close(self):
+        self._pool.terminate(kill_workers=True)
+
+
+class Dask:
+    title = "Dask"
+    script = (f"from distributed import Client\nif __name__ == '__main__':\n    client = Client(n_workers={WORKERS}, "
+              "threads_per_worker=1, dashboard_address=None)\n    print(client.submit(abs, -1).result(), flush=True)")
+
+    def __init__(self):
+        from distributed import Client
+        self._client = Client(n_workers=WORKERS, threads_per_worker=1, dashboard_address=None)
+        self.close = self._client.shutdown
+
+    def function(self, f):
+        return functools.partial(self._client.submit, f, pure=False)
+
+    def result(self, call):
+        return call.result()
+
+    def map(self, f, items):
+        return self._client.gather(self._client.map(f, items, pure=False))
+
+
+class Ray:
+    title = "Ray"
+    script = (f"import ray; ray.init(num_cpus={WORKERS}, include_dashboard=False, log_to_driver=False); "
+              "print(ray.get(ray.remote(abs).remote(-1)), flush=True)")
+
+    def __init__(self):
+        import ray
+        ray.init(num_cpus=WORKERS, include_dashboard=False, log_to_driver=False)
+        self.result, self.close = ray.get, ray.shutdown
+
+    def function(self, f):
+        import ray
+        return ray.remote(f).remote
+
+    def map(self, f, items):
+        return self.result([call(item) for call in [self.function(f)] for item in items])
+
+
+PEERS = {"clupy": CluPy, "executor": Executor, "pool": Pool, "loky": Loky, "dask": Dask, "ray": Ray}
 
 
 # ==== What is called =========================================================
 
 def nothing():
     pass
+
+
+def same(item):
+    return item
 
 
 def spin(turns):
@@ -125,6 +191,13 @@ def one_by_one(peer, count):
     """Calls per second: all submitted in a loop, then all results taken."""
     call = peer.function(nothing)
     return count / statistics.median(elapsed(peer, [call] * count) for _ in range(max(1, 10_000 // count)))
+
+
+def items(peer, count):
+    """Items per second through the peer's own map."""
+    begin = time.perf_counter()
+    assert sum(1 for _ in peer.map(same, range(count))) == count
+    return count / (time.perf_counter() - begin)
 
 
 def round_trip(peer, count):
@@ -197,6 +270,8 @@ ROWS = [
     Row("one by one, 1,000 calls", "calls/s", one_by_one, 1_000, 1_000),
     Row("one by one, 10,000 calls", "calls/s", one_by_one, 10_000, 10_000),
     Row("one by one, 100,000 calls", "calls/s", one_by_one, 100_000, 0),
+    Row("map, 20,000 items", "items/s", items, 20_000, 20_000),
+    Row("map, 1,000,000 items", "items/s", items, 1_000_000, 0),
     Row("round trip", "us", round_trip, 3_000, 1_000, False),
     Row("64 MiB arguments", "GB/s", argument, 8, 6),
     Row("64 MiB results", "GB/s", result, 8, 6),
@@ -263,7 +338,7 @@ def number(value):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="one round, fewer calls")
-    parser.add_argument("--peers", default=",".join(PEERS), help="some of %(default)s")
+    parser.add_argument("--peers", default="clupy,executor,pool", help=f"some of {','.join(PEERS)}")
     parser.add_argument("--rows", default="", help="words, with commas: rows whose name has one of them")
     parser.add_argument("--here", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
