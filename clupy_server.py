@@ -84,7 +84,7 @@ WORKER_ENDS = "channel", "lifeline", "stack", "board", "out", "err"    # the des
 TEMPLATE_TIME = 5.0                # seconds; a template that has not done by then what it was asked for is killed
 TEMPLATE_PAUSE = 30.0              # where one could not be had, workers start by themselves for so long
 WORKER_FILES = 9                   # descriptors of a worker here: channel, lifeline, three pipes, board, pidfd, slot, environment
-RESERVED_FILES = 20                # descriptors that no worker takes: for clients, the master, and what a start needs shortly
+RESERVED_FILES = 20                # descriptors that no worker takes: for clients, master, templates, what a start needs shortly
 RETRY_START = 1.0, 30.0            # seconds until a worker that could not be started is tried again: at first, and at most
 LAST_LINES = 10                    # of standard error that an error message shows
 LINE_SIZE = 16 << 10               # characters of one line that an error message or a stack shows
@@ -481,11 +481,18 @@ def work(arguments):
         live_by(lambda: Worker(board, given["memory_limit"], *slot).run())
 
 
+def how_it_ended(pid):
+    """(exit code, peak memory) of a child, for which this waits.  Raises ChildProcessError when it is none of ours."""
+    _, status, usage = os.wait4(pid, 0)
+    return os.waitstatus_to_exitcode(status), usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def fork_workers(channel):
     """Be a template: do what the server asks for until it closes the channel.  Returns in each worker that was forked, alone.
 
     So here is one thread and nothing that workers must not share.  (`random` seeds itself anew in a forked child.)"""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, as a program may have it, it would hide how workers end
+    _ = resource.getrlimit, concurrent.futures.ThreadPoolExecutor      # these are imported at first use, by every worker
     gc.freeze()                                    # else the collector writes to, and so copies, what workers share
     channel.send(b"r")
     while True:
@@ -512,12 +519,6 @@ def fork_workers(channel):
     with channel:
         channel.send(json.dumps([os.getpid()]).encode())
     return given | dict(zip(WORKER_ENDS, own))
-
-
-def how_it_ended(pid):
-    """(exit code, peak memory) of a child, for which this waits.  Raises ChildProcessError when it is none of ours."""
-    _, status, usage = os.wait4(pid, 0)
-    return os.waitstatus_to_exitcode(status), usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def live_by(run):

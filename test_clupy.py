@@ -2355,6 +2355,15 @@ def test_a_forked_worker_has_what_a_started_one_has_and_nothing_of_the_one_befor
     assert states[0] == states[1] == states[2] == {**states[3], "hash": states[0]["hash"]} and states[0]["leads"]
 
 
+def test_the_peak_memory_of_a_worker_is_its_own_and_not_that_of_the_program(tmp_path):
+    done = run_script(tmp_path, """
+        import clupy, os
+        large = b"x" * (400 << 20)
+        print(clupy.parallel(os._exit, retries=0)(3).exception(30))
+        """)
+    assert 0 < float(re.search(r"peak memory ([0-9.]+) GB", done.stdout)[1]) < 0.1
+
+
 def test_workers_outlive_what_forked_them_and_the_next_are_forked_from_another(caplog):
     caplog.set_level(logging.DEBUG, "clupy.server")
     clupy.connect(slots=2)
@@ -2375,12 +2384,12 @@ def test_workers_outlive_what_forked_them_and_the_next_are_forked_from_another(c
     assert sum("forks workers has failed" in record.getMessage() for record in caplog.records) == 1
 
 
-def test_a_template_that_is_stopped_is_replaced(monkeypatch):
-    monkeypatch.setattr(clupy_server, "TEMPLATE_TIME", 0.2)
+def test_a_template_that_is_stopped_is_replaced():
     clupy.connect(slots=1)
     assert call(square, 2) == 4
     template, = templates()
     os.kill(template, signal.SIGSTOP)
+    clupy._engine.embedded[1].libraries.plain.template.channel.settimeout(0.2)
     assert "exit code unknown" in str(clupy.parallel(os._exit, retries=0)(3).exception(PATIENCE))
     assert call(square, 2) == 4 and template not in templates()
 
