@@ -460,10 +460,11 @@ work, _ = None, work({arguments!r})"""
 def work(arguments):
     """Be a worker: wait for a slot, run its calls, return when it ends."""
     given = json.loads(arguments)
+    arm_lifeline(given["lifeline"])
     note_client_classes()                          # imports cloudpickle, too, which nearly every client needs
     if "template" in given:
-        given = fork_workers(socket.socket(fileno=given["template"]))
-    arm_lifeline(given["lifeline"])
+        given = fork_workers(socket.socket(fileno=given["template"]), given["lifeline"])
+        arm_lifeline(given["lifeline"])
     faulthandler.enable(given["stack"])
     try:
         faulthandler.register(STACK_SIGNAL, file=given["stack"], all_threads=False)
@@ -487,7 +488,7 @@ def how_it_ended(pid):
     return os.waitstatus_to_exitcode(status), usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def fork_workers(channel):
+def fork_workers(channel, lifeline):
     """Be a template: do what the server asks for until it closes the channel.  Returns in each worker that was forked, alone.
 
     So here is one thread and nothing that workers must not share.  (`random` seeds itself anew in a forked child.)"""
@@ -512,6 +513,7 @@ def fork_workers(channel):
         if answer is not None:
             channel.send(json.dumps(answer).encode())
     *own, out, err = files
+    os.close(lifeline)
     os.setsid()                                    # before the server has our number, as it signals our group
     for stream, fd in ((1, out), (2, err)):
         os.dup2(fd, stream)
@@ -1340,11 +1342,14 @@ class Template:
         python, variables = given[0]
         with contextlib.ExitStack() as undo:
             self.channel, channel = map(undo.enter_context, socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+            lifeline, self._lifeline = make_pipe(undo, undo)
             self._popen = subprocess.Popen(        # its streams are of the kind that a worker's are: Python has looked then
-                [python, "-P", "-c", boot(template=channel.fileno())], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT, pass_fds=[channel.fileno()], start_new_session=True, env=variables)
+                [python, "-P", "-c", boot(template=channel.fileno(), lifeline=lifeline)], stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, pass_fds=[channel.fileno(), lifeline],
+                start_new_session=True, env=variables)
             undo.pop_all()
         channel.close()
+        os.close(lifeline)
         os.set_blocking(self._popen.stdout.fileno(), False)
         self.channel.settimeout(TEMPLATE_TIME)
         asyncio.get_running_loop().add_reader(self.channel, self._begin)
@@ -1408,13 +1413,14 @@ class Template:
         self.over = True
         asyncio.get_running_loop().remove_reader(self.channel)
         self.channel.close()
+        os.close(self._lifeline)
         self._popen.kill()
         self._popen.wait()
         with self._popen.stdout as out:
             return (out.read() or b"").decode(errors="replace").strip()
 
     def descriptors(self):
-        return [] if self.over else [self.channel.fileno(), self._popen.stdout.fileno()]
+        return [] if self.over else [self.channel.fileno(), self._lifeline, self._popen.stdout.fileno()]
 
 
 class Process:

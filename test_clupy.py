@@ -2394,6 +2394,14 @@ def test_a_template_that_is_stopped_is_replaced():
     assert call(square, 2) == 4 and template not in templates()
 
 
+def test_a_template_ends_with_its_program_even_when_it_is_stopped(tmp_path):
+    with Program(tmp_path, "-c", "import clupy, time; clupy.parallel(abs)(1).result(); time.sleep(60)") as program:
+        template, = until(lambda: workers() and templates())
+        os.kill(template, signal.SIGSTOP)
+        program.process.kill()
+        until(lambda: not processes())
+
+
 def test_without_a_template_workers_start_by_themselves_for_a_while(monkeypatch, caplog):
     caplog.set_level(logging.DEBUG, "clupy.server")
     boot = clupy_server.boot
@@ -2406,7 +2414,7 @@ def test_without_a_template_workers_start_by_themselves_for_a_while(monkeypatch,
             if "forks workers" in record.getMessage()] == [True]
 
 
-def test_what_a_program_changes_for_workers_that_start_later_they_have_forked_or_not(tmp_path, monkeypatch):
+def test_what_a_program_changes_is_there_in_workers_that_are_forked_later(tmp_path, monkeypatch):
     libraries = tmp_path / "site-packages"
     libraries.mkdir()
     monkeypatch.setattr(clupy_server, "site_paths", lambda: [str(libraries)])
