@@ -2,7 +2,7 @@
 
       client's engine                        server (asyncio)                         worker 1..n
       control  <------ close, kill ------>   +------------------------+   starts    +--------------------------+
-               <--- ended, output, ... ----- | Server                 | ----------> | Worker                   |
+               <--- ended, output, ... ----- | Server                 | Template -> | Worker                   |
                                              |  Session  per client   |   lifeline  |  main thread: user code  |
       slot     ------ preamble, MAC ------>  | Workers                | ----------> |  reader thread: socket   |
          ^                                   |  Process  per worker   |  the socket +--------------------------+
@@ -15,6 +15,7 @@
 - Session        is one client's control connection, and the slots it has.
 - Workers        starts, watches, kills and replaces workers, and alone counts slots.
 - Process        is a worker as its server sees it: its board, its output, its end.
+- Template       is the process that workers are forked from, where that can be: one for each environment that is in use.
 - NodeLibraries  knows which environments are here, which are built, and which are the cluster's.
 - Worker         is the state of the worker process itself; it imports asyncio only for coroutines, and never has the secret.
 
@@ -33,6 +34,7 @@ import errno
 import faulthandler
 import fcntl
 import functools
+import gc
 import importlib.machinery
 import importlib.util
 import itertools
@@ -79,8 +81,11 @@ STACK_TIME = 0.1                   # a worker that is to be killed writes its Py
 STACK_SIGNAL = signal.SIGRTMIN + 3 if hasattr(signal, "SIGRTMIN") else signal.SIGUSR2
 SWEEP_TIME = 3600.0                # copies of Refs that nobody holds any more are looked for so often
 UNKNOWN_EXIT = 1 << 16             # of a process for which somebody else has waited; no process ends so
+WORKER_ENDS = "channel", "lifeline", "stack", "board", "out", "err"    # the descriptors that a worker is given
+TEMPLATE_TIME = 5.0                # seconds; a template that has not done by then what it was asked for is killed
+TEMPLATE_PAUSE = 30.0              # where one could not be had, workers start by themselves for so long
 WORKER_FILES = 9                   # descriptors of a worker here: channel, lifeline, three pipes, board, pidfd, slot, environment
-RESERVED_FILES = 20                # descriptors that no worker takes: for clients, the master, and what a start needs shortly
+RESERVED_FILES = 20                # descriptors that no worker takes: for clients, master, templates, what a start needs shortly
 RETRY_START = 1.0, 30.0            # seconds until a worker that could not be started is tried again: at first, and at most
 LAST_LINES = 10                    # of standard error that an error message shows
 LINE_SIZE = 16 << 10               # characters of one line that an error message or a stack shows
@@ -452,7 +457,8 @@ def inherit(entry, address, key, own, server):
 
 # ==== Worker: the process that runs calls ====================================
 # Started as `python -P -c BOOT`, its arguments in it, so that nothing of the server's folder can be imported by accident and
-# `__main__` is clean.  It says "r" on its channel when it is warm, and waits there for one slot's socket.
+# `__main__` is clean; or forked from a process that was started so, which is the same but for the time it takes.  It says
+# "r" on its channel when it is warm, and waits there for one slot's socket.
 
 BOOT = """import sys
 sys.path.insert(0, {folder!r})
@@ -465,6 +471,10 @@ def work(arguments):
     """Be a worker: wait for a slot, run its calls, return when it ends."""
     given = json.loads(arguments)
     arm_lifeline(given["lifeline"])
+    note_client_classes()                          # imports cloudpickle, too, which nearly every client needs
+    if "template" in given:
+        given = fork_workers(socket.socket(fileno=given["template"]), given["lifeline"])
+        arm_lifeline(given["lifeline"])
     faulthandler.enable(given["stack"])
     try:
         faulthandler.register(STACK_SIGNAL, file=given["stack"], all_threads=False)
@@ -474,13 +484,53 @@ def work(arguments):
     signal.signal(signal.SIGINT, signal.default_int_handler)       # a server in the background of a shell ignores it
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)
-    note_client_classes()                          # imports cloudpickle, too, which nearly every client needs
     board = mmap.mmap(given["board"], mmap.PAGESIZE)
     with socket.socket(fileno=given["channel"]) as channel:
         channel.send(b"r")
         slot = receive_slot(channel)
     if slot:
         live_by(lambda: Worker(board, given["memory_limit"], *slot).run())
+
+
+def how_it_ended(pid):
+    """(exit code, peak memory) of a child, for which this waits.  Raises ChildProcessError when it is none of ours."""
+    _, status, usage = os.wait4(pid, 0)
+    return os.waitstatus_to_exitcode(status), usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def fork_workers(channel, lifeline):
+    """Be a template: do what the server asks for until it closes the channel.  Returns in each worker that was forked, alone.
+
+    So here is one thread and nothing that workers must not share.  (`random` seeds itself anew in a forked child.)"""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, as a program may have it, it would hide how workers end
+    _ = resource.getrlimit, concurrent.futures.ThreadPoolExecutor      # these are imported at first use, by every worker
+    gc.freeze()                                    # else the collector writes to, and so copies, what workers share
+    channel.send(b"r")
+    while True:
+        data, files, _, _ = socket.recv_fds(channel, 1 << 12, len(WORKER_ENDS), socket.MSG_CMSG_CLOEXEC)
+        if not data:
+            os._exit(0)
+        given, answer = json.loads(data), None
+        try:
+            if "pid" in given:
+                answer = how_it_ended(given["pid"])
+            elif os.fork() == 0:
+                break                              # and the worker answers
+        except OSError as error:
+            answer = error.errno
+        for fd in files:
+            os.close(fd)
+        if answer is not None:
+            channel.send(json.dumps(answer).encode())
+    *own, out, err = files
+    os.close(lifeline)
+    os.setsid()                                    # before the server has our number, as it signals our group
+    for stream, fd in ((1, out), (2, err)):
+        os.dup2(fd, stream)
+        os.close(fd)
+    with channel:
+        channel.send(json.dumps([os.getpid()]).encode())
+    return given | dict(zip(WORKER_ENDS, own))
 
 
 def live_by(run):
@@ -1089,12 +1139,23 @@ def default_environments_dir():
     return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or clupy.home_path("~/.cache"), "clupy", "environments")
 
 
+def site_paths():
+    """The server's own site-packages, and its user's."""
+    return site.getsitepackages() + ([site.getusersitepackages()] if site.ENABLE_USER_SITE else [])
+
+
 def server_paths():
-    """The folders of the server's own libraries, to which its environments lead on: PYTHONPATH, site-packages, the
-    user's site-packages."""
+    """The folders of the server's own libraries, to which its environments lead on: PYTHONPATH and `site_paths`."""
     given = [os.path.abspath(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-    user = [site.getusersitepackages()] if site.ENABLE_USER_SITE else []
-    return [path for path in given + site.getsitepackages() + user if os.path.isdir(path)]
+    return [path for path in given + site_paths() if os.path.isdir(path)]
+
+
+def start_state():
+    """What an interpreter takes from this machine at its start and keeps: working directory and folders of libraries; those in
+    site-packages may add more, and have another time when something was installed."""
+    here = os.stat(".")
+    times = [os.stat(path).st_mtime_ns for path in site_paths() if os.path.isdir(path)]
+    return (here.st_dev, here.st_ino), server_paths(), times
 
 
 def environment_id(pins, python=None, system=None):
@@ -1258,6 +1319,11 @@ class Environments:
 
 # ==== Process: a worker as its server sees it ================================
 
+def boot(**given):
+    """The program of a process that becomes a worker, or a template."""
+    return BOOT.format(folder=os.path.dirname(os.path.abspath(__file__)), arguments=json.dumps(given))
+
+
 def worker_variables(environ, slots, secret):
     """The environment variables of a worker: without the secret, with one node's cores divided by its slots, and with a hash
     seed that all workers of the cluster share, so that hash(text) % n is the same in each."""
@@ -1271,13 +1337,121 @@ def worker_variables(environ, slots, secret):
     return variables
 
 
+def can_fork():
+    """Whether a Template is of use here: whether who is not their parent can see how workers are.  On Linux."""
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except (AttributeError, OSError):              # macOS; an old kernel, or a sandbox that does not know it
+        return False
+    return os.path.exists("/proc/self/stat")
+
+
+class Template:
+    """A process in which all is imported that workers need, and which forks them: each costs 5 ms of the processor then, not
+    70, and a third of the memory.
+
+    It does nothing unasked, so it is asked, and its answer waited for, at once; it ends with its channel.  Workers outlive
+    it, but as they are its children nobody knows how they end then.
+
+    given: all that a process has from its start: (python, variables), and more that only tells one start from another;
+    then: called when it is ready, or has failed."""
+
+    def __init__(self, given, then):
+        self.given, self._then = given, then
+        self.ready = self.works = self.over = False        # it can be asked; it has forked a worker; it is no more
+        self._users = 1                            # who asks: the Libraries, and each Process that it has forked
+        python, variables = given[0]
+        with contextlib.ExitStack() as undo:
+            self.channel, channel = map(undo.enter_context, socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+            lifeline, self._lifeline = make_pipe(undo, undo)
+            self._popen = subprocess.Popen(        # its streams are of the kind that a worker's are: Python has looked then
+                [python, "-P", "-c", boot(template=channel.fileno(), lifeline=lifeline)], stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, pass_fds=[channel.fileno(), lifeline],
+                start_new_session=True, env=variables)
+            undo.pop_all()
+        channel.close()
+        os.close(lifeline)
+        os.set_blocking(self._popen.stdout.fileno(), False)
+        self.channel.settimeout(TEMPLATE_TIME)
+        asyncio.get_running_loop().add_reader(self.channel, self._begin)
+
+    def __repr__(self):
+        return f"<Template {self._popen.pid} {'over' if self.over else 'ready' if self.ready else 'starting'}>"
+
+    def _begin(self):
+        asyncio.get_running_loop().remove_reader(self.channel)
+        try:
+            self.ready = self.channel.recv(1) == b"r"
+        except ConnectionError:
+            pass
+        if not self.ready:
+            self._fail("it ended at its start")
+        self._then()
+
+    def fork(self, limits, files):
+        """The pid of a new worker, with these files as WORKER_ENDS names them."""
+        pid, = self._ask(limits, files)
+        self.works = True
+        return pid
+
+    def wait(self, pid):
+        """`how_it_ended` of a worker that has ended."""
+        try:
+            return self._ask({"pid": pid})
+        except ChildProcessError:
+            return how_it_ended(pid)               # it is our child by now if we are the container's first process
+
+    def _ask(self, question, files=()):
+        """Its answer.  Raises the OSError that it met, or ChildProcessError: it is over."""
+        try:
+            socket.send_fds(self.channel, [json.dumps(question).encode()], files)
+            if not (answer := self.channel.recv(1 << 12)):
+                raise ConnectionResetError("it was killed")
+        except OSError as error:
+            self._fail(error)
+            raise ChildProcessError("what was to fork a worker has ended") from None
+        if type(answer := json.loads(answer)) is int:
+            raise OSError(answer, os.strerror(answer))
+        return answer
+
+    def _fail(self, why):
+        if not self.over:
+            log.warning("the process that forks workers has failed: %s %s", why, self._close())
+
+    def hold(self, stack):
+        """Have it in use until the ExitStack closes."""
+        self._users += 1
+        stack.callback(self.release)
+
+    def release(self):
+        """A user less; without any it ends."""
+        self._users -= 1
+        if not self._users and not self.over:
+            self._close()
+
+    def _close(self):
+        """End it; what it had to say."""
+        self.over = True
+        asyncio.get_running_loop().remove_reader(self.channel)
+        self.channel.close()
+        os.close(self._lifeline)
+        self._popen.kill()
+        self._popen.wait()
+        with self._popen.stdout as out:
+            return (out.read() or b"").decode(errors="replace").strip()
+
+    def descriptors(self):
+        return [] if self.over else [self.channel.fileno(), self._lifeline, self._popen.stdout.fileno()]
+
+
 class Process:
     """One worker process: its board, and how it begins and ends.  For the server's loop alone.
 
-    workers: the Workers that it is one of; libraries: the Libraries in whose environment it runs."""
+    workers: the Workers that it is one of; libraries: the Libraries in whose environment it runs; template: the Template that
+    forks it, or None."""
 
-    def __init__(self, workers, libraries):
-        self.workers, self.libraries = workers, libraries
+    def __init__(self, workers, libraries, template):
+        self.workers, self.libraries, self.template = workers, libraries, template
         self.ready = False                         # warm, and waits for a slot
         self.slot = None                           # SlotRow it serves, or did
         self.why = None                            # one of Why, if the server ended it; None: it ended by itself
@@ -1310,15 +1484,9 @@ class Process:
             self.board = ours.enter_context(mmap.mmap(board, mmap.PAGESIZE))
             BOARD.pack_into(self.board, 0, 0, IDLE)
             keep_reserve(board, sum(not other.slot for other in self.workers.processes.values()))
-            given = {"channel": channel.fileno(), "lifeline": lifeline, "stack": stack, "board": board,
-                     "memory_limit": self.workers.settings.memory_limit, "files": clupy.raise_descriptor_limit()}
-            boot = BOOT.format(folder=os.path.dirname(os.path.abspath(__file__)), arguments=json.dumps(given))
-            python, variables = worker_command(environment and environment.path,
-                                               worker_variables(os.environ, self.workers.slots, self.workers.server.secret))
-            self.popen = subprocess.Popen(
-                [python, "-P", "-c", boot], stdin=subprocess.DEVNULL, stdout=out, stderr=err,
-                pass_fds=[channel.fileno(), lifeline, stack, board], start_new_session=True, env=variables)
-            self.pid = self.popen.pid
+            self.pid = self._launch(channel.fileno(), lifeline, stack, board, out, err)
+            if self.template:
+                self.template.hold(held)
             ours.callback(self._undo)
             self.channel.setblocking(False)
             loop.add_reader(self.channel, self._channel_readable)
@@ -1328,18 +1496,34 @@ class Process:
             ours.pop_all()
             self._held = held.pop_all()
 
+    def _launch(self, *files):
+        """Have it forked, or start it, with these files as WORKER_ENDS names them: its pid."""
+        limits = {"memory_limit": self.workers.settings.memory_limit, "files": clupy.raise_descriptor_limit()}
+        if self.template:
+            return self.template.fork(limits, files)
+        *own, out, err = files
+        python, variables = self.libraries.command()
+        popen = subprocess.Popen([python, "-P", "-c", boot(**limits, **dict(zip(WORKER_ENDS, own)))], stdin=subprocess.DEVNULL,
+                                 stdout=out, stderr=err, pass_fds=own, start_new_session=True, env=variables)
+        popen.returncode = 0                       # it is `_wait` that waits
+        return popen.pid
+
+    def _wait(self):
+        return (self.template.wait if self.template else how_it_ended)(self.pid)
+
     def _undo(self):
         """The start failed after the process was there."""
         self._signal(signal.SIGKILL)
         with contextlib.suppress(ChildProcessError):       # somebody else has waited for it
-            os.waitpid(self.pid, 0)
-        self.popen.returncode = -signal.SIGKILL
+            self._wait()
 
     def _watch_end(self, loop, undo):
         """Have `_reap` called when the process has ended: by a pidfd, or None and a thread where there is none."""
         try:
             pidfd = os.pidfd_open(self.pid)
         except (AttributeError, OSError):          # macOS; an old kernel, or a sandbox that does not know it
+            if self.template:
+                raise                              # nobody else can see its end
             try:
                 threading.Thread(target=self._await_end, args=(loop,), name="clupy-await", daemon=True).start()
             except RuntimeError as error:
@@ -1429,6 +1613,10 @@ class Process:
             return True
 
     def _is_stopped(self):
+        if self.template:                          # only a parent may ask by waitid
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError), open(f"/proc/{self.pid}/stat", "rb") as file:
+                return file.read().rpartition(b") ")[2][:1] == b"T"
+            return False
         try:
             return os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
         except ChildProcessError:
@@ -1443,24 +1631,24 @@ class Process:
 
     def _reap(self):
         try:
-            if os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            if not self.template and os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
                 return
             self._signal(signal.SIGKILL)           # the children it left; while it is a zombie nobody else has its number
-            _, status, usage = os.wait4(self.pid, 0)
+            how = self._wait()
         except ChildProcessError:                  # the program ignores SIGCHLD, or has waited for all its children
             self._signal(signal.SIGKILL)           # its number may be another's by now, but no other group's
             self._is_dead(UNKNOWN_EXIT, 0)
         else:
-            self._is_dead(os.waitstatus_to_exitcode(status), usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+            self._is_dead(*how)
 
     def _is_dead(self, code, peak):
-        self.popen.returncode = code
         self.dead.set_result((code, peak))         # first: a fork from now on closes none of what is held
         self._held.close()
         self.workers.died(self)
 
     def descriptors(self):
-        held = [] if self.dead.done() else [self.channel.fileno(), self.lifeline, self.pidfd]
+        held = [] if self.dead.done() else [self.channel.fileno(), self.lifeline, self.pidfd,
+                                            *(self.template.descriptors() if self.template else [])]
         return [fd for fd in (*held, *self.output.pipes) if fd is not None]
 
 
@@ -1786,7 +1974,13 @@ class Workers:
             process.end(Why.NOT_NEEDED)
         for libraries in missing:
             try:
-                process = Process(self, libraries)
+                template = libraries.template_now()
+                if template and not template.ready:
+                    continue                       # `look` is called when it is
+                process = Process(self, libraries, template)
+            except ChildProcessError:              # the template is no more: another one
+                asyncio.get_running_loop().call_soon(self.look)
+                return
             except OSError as error:
                 self.started = sum(process.usable for process in self.processes.values())
                 self._pause.begin("cannot start a worker: " + why_no_worker(error), len(self.processes), self.slots)
@@ -1912,7 +2106,7 @@ async def drain_socket(sock):
 def describe_exit(code):
     """What the exit code of a process means: "signal 9 (Killed)" or "exit code 3"."""
     if code == UNKNOWN_EXIT:
-        return "exit code unknown: another part of the server's program waited for it"
+        return "exit code unknown: another part of the server's program waited for it, or what had forked it was killed"
     if code < 0:
         return f"signal {-code} ({signal.strsignal(-code)})"
     return f"exit code {code}"
@@ -1931,6 +2125,8 @@ class Libraries:
         self.building = None                       # the task that does
         self.fault = ""                            # why it could not be built, with pip's last lines
         self.failures, self.again = 0, 0.0         # in a row; when to try again, monotonic
+        self.template = None                       # Template that forks workers in them
+        self._template_again = 0.0                 # not before; 0: at once
 
     def __repr__(self):
         return f"<Libraries {self.resolution.hash} {'ready' if self.ready else self.fault or 'not built'}>"
@@ -1946,6 +2142,31 @@ class Libraries:
             self.node.libraries_of(self.resolution, self.wheels)
             raise FileNotFoundError(f"environment {self.resolution.hash} was removed; it is built anew")
         return held
+
+    def command(self):
+        """(python, variables) to start a worker with."""
+        workers = self.node.server.workers
+        return worker_command(self.environment and self.environment.path,
+                              worker_variables(os.environ, workers.slots, self.node.server.secret))
+
+    def template_now(self):
+        """The Template that is to fork the workers that start now, ready or not yet; None: they start by themselves."""
+        given = self.command(), start_state()
+        if self.template and (self.template.over or self.template.given != given):
+            if self.template.over and not self.template.works:
+                self._template_again = time.monotonic() + TEMPLATE_PAUSE
+            self._leave_template()
+        if not self.template and time.monotonic() >= self._template_again and can_fork():
+            try:
+                self.template = Template(given, self.node.server.workers.look)
+            except OSError:                        # a worker's own start is about to say why
+                self._template_again = time.monotonic() + TEMPLATE_PAUSE
+        return self.template
+
+    def _leave_template(self):
+        if self.template:
+            self.template.release()
+            self.template = None
 
     async def build(self):
         try:
@@ -1963,6 +2184,7 @@ class Libraries:
         self.node.libraries_changed(self)
 
     def close(self):
+        self._leave_template()
         if self.environment:
             self.environment.close()
 
@@ -2061,6 +2283,9 @@ class NodeLibraries:
         for libraries in {self.wanted, *(session.libraries for session in self.server.sessions.values())} - {None}:
             self.libraries_of(libraries.resolution, {})
         self._forget()
+
+    def descriptors(self):
+        return [fd for libraries in self.known.values() if libraries.template for fd in libraries.template.descriptors()]
 
     def state(self):
         """What the master and `status` are told."""
@@ -2267,7 +2492,7 @@ class Server:
 
     def descriptors(self):
         copies = [fd for session in list(self.sessions.values()) if session.copies for fd in session.copies.held]
-        return self._listener.descriptors() + copies + self.workers.descriptors()
+        return self._listener.descriptors() + copies + self.libraries.descriptors() + self.workers.descriptors()
 
     # -- clients
 

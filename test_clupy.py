@@ -14,6 +14,7 @@ import csv
 import ctypes
 import dataclasses
 import errno
+import faulthandler
 import fcntl
 import functools
 import gc
@@ -23,6 +24,7 @@ import io
 import itertools
 import json
 import linecache
+import logging
 import multiprocessing
 import math
 import mmap
@@ -101,7 +103,22 @@ def processes():
 
 def workers():
     """The pids of all workers of this test run."""
-    return {pid for pid, command in processes().items() if "from clupy_server import work" in command}
+    return {pid for pid, command in processes().items() if "from clupy_server import work" in command} - templates()
+
+
+def templates():
+    """The pids of the processes that workers are forked from, which have the same command; but their streams are one pipe."""
+    found = set()
+    for pid, command in processes().items():
+        with contextlib.suppress(OSError):
+            if "template" in command and os.path.samestat(*(os.stat(f"/proc/{pid}/fd/{fd}") for fd in (1, 2))):
+                found.add(pid)
+    return found
+
+
+def parent_of(pid):
+    with open(f"/proc/{pid}/stat") as file:
+        return int(file.read().rpartition(")")[2].split()[1])
 
 
 def pythons():
@@ -465,7 +482,7 @@ def test_everywhere_runs_a_function_once_on_each_server(tmp_path):
         clupy.connect(cluster.address)
         parents = clupy.everywhere(os.getppid)
         assert clupy.wait_all(parents.values(), PATIENCE)
-        assert {future.value for future in parents.values()} == {server.process.pid for server in cluster.servers}
+        assert {parent_of(future.value) for future in parents.values()} == {server.process.pid for server in cluster.servers}
         busy = [clupy.parallel(sleepy)(0.1) for _ in range(30)]
         assert {f.result(PATIENCE) for f in clupy.everywhere(pow, 2, 5).values()} == {32}
         dead = clupy.everywhere(os._exit, 3)
@@ -1633,7 +1650,7 @@ def test_clients_find_the_cluster_by_yaml_environment_or_argument(tmp_path, how)
             assert clupy.wait_all(results, 30)
             print(*sorted({{r.value for r in results}}))
             """, **env)
-        assert done.stdout.split() == sorted(str(server.process.pid) for server in cluster.servers)
+        assert {parent_of(pid) for pid in done.stdout.split()} == {server.process.pid for server in cluster.servers}
 
 
 def test_status_shows_servers_slots_and_clients(cluster):
@@ -1810,7 +1827,8 @@ def test_a_server_with_few_descriptors_does_with_the_workers_it_could_start(tmp_
             resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
             clupy.main(["serve", "--master", "{cluster.address}", "--listen", "127.0.0.1:0", "--slots", "16"])
             """) as server:
-        row, = until(lambda: list(cluster.status()["servers"].values()))
+        until(lambda: any(row["slots"] < 16 for row in cluster.status()["servers"].values()))
+        row, = cluster.status()["servers"].values()
         assert 2 <= row["slots"] <= 6                      # of 16, since a worker takes 9 of the descriptors
         until(lambda: len(workers()) == row["slots"])
         clupy.connect(cluster.address)
@@ -1847,14 +1865,16 @@ def test_what_fails_at_a_workers_start_is_undone_said_once_and_tried_again(caplo
     failing.set()
     popen = subprocess.Popen
 
-    def start(*args, **keywords):
-        tries.append(time.monotonic())
+    def start(command, **keywords):
         if when == "before" and failing.is_set():
+            if "template" not in command[-1]:              # for which the worker's own start takes the place at once
+                tries.append(time.monotonic())
             raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
-        return popen(*args, **keywords)
+        return popen(command, **keywords)
 
     def watch(process, *args, original=clupy_server.Process._watch_end):
         if when == "after" and failing.is_set():
+            tries.append(time.monotonic())
             raise OSError(errno.EMFILE, "Too many open files")
         return original(process, *args)
     monkeypatch.setattr(clupy_server.subprocess, "Popen", start)
@@ -2680,7 +2700,7 @@ def test_strings_hash_alike_in_all_workers_of_a_secret():
 
 
 def text_hashes(wanted):
-    """{pid of a server: what a text hashes to in its worker} of so many servers."""
+    """{pid of a server: what a text hashes to in its workers} of so many servers."""
     def text_hash():
         time.sleep(0.1)
         return os.getppid(), hash("a text")
@@ -2690,7 +2710,131 @@ def text_hashes(wanted):
         found.update(future.result(PATIENCE) for future in [clupy.parallel(text_hash)() for _ in range(wanted)])
         return len(found) == wanted
     until(are_there)
-    return found
+    return {parent_of(template): hashed for template, hashed in found.items()}
+
+
+def how_it_is():
+    """What a worker is to have for itself, and what it is to have as every other."""
+    own, files = (os.getpid(), random.random(), uuid.uuid4(), os.urandom(8)), []
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):                            # of the list itself
+            files.append(os.readlink(f"/proc/self/fd/{name}").split(":")[0])
+    state = {"leads": os.getsid(0) == os.getpgrp() == os.getpid(), "hash": hash("a text"), "folder": os.getcwd(),
+             "interpreter": (sys.argv, sys.path[:-1], tuple(sys.flags)), "main": sorted(vars(sys.modules["__main__"])),
+             "threads": (threading.active_count(), threading.current_thread() is threading.main_thread()),
+             "signals": [signal.getsignal(number) for number in sorted(signal.valid_signals())],
+             "blocked": signal.pthread_sigmask(signal.SIG_BLOCK, []), "files": sorted(files), "gc": gc.isenabled(),
+             "streams": (sys.stdin.read(), sys.stdout.seekable(), sys.stderr.line_buffering), "faults": faulthandler.is_enabled(),
+             "left": vars(random).get("left_behind")}
+    random.left_behind = True
+    return own, state, os.getppid()
+
+
+def test_a_forked_worker_has_what_a_started_one_has_and_nothing_of_the_one_before(monkeypatch):
+    clupy.connect(slots=1)
+    once = clupy.parallel(how_it_is)
+    found = []
+    for _ in range(3):
+        found.append(once().result(PATIENCE))
+        assert clupy.parallel(os._exit, retries=0)(0).exception(PATIENCE)
+    template, = templates()
+    assert {parent for _, _, parent in found} == {template}
+    clupy.close()
+    monkeypatch.setattr(clupy_server, "can_fork", lambda: False)      # as on macOS
+    clupy.connect(slots=1)
+    for code, how in ((3, "exit code 3"), (-9, "signal 9")):
+        end = clupy.parallel(os._exit if code > 0 else os.kill, retries=0)
+        found.append(once().result(PATIENCE))
+        assert found[-1][2] == os.getpid() and not templates()
+        arguments = [code] if code > 0 else [found[-1][0][0], -code]
+        assert how in str(end(*arguments).exception(PATIENCE))
+    owns, states, _ = zip(*found)
+    assert all(len(set(values)) == len(found) for values in zip(*owns))
+    assert states[0] == states[1] == states[2] == {**states[3], "hash": states[0]["hash"]} and states[0]["leads"]
+
+
+def test_the_peak_memory_of_a_worker_is_its_own_and_not_that_of_the_program(tmp_path):
+    done = run_script(tmp_path, """
+        import clupy, os
+        large = b"x" * (400 << 20)
+        print(clupy.parallel(os._exit, retries=0)(3).exception(30))
+        """)
+    assert 0 < float(re.search(r"peak memory ([0-9.]+) GB", done.stdout)[1]) < 0.1
+
+
+def test_workers_outlive_what_forked_them_and_the_next_are_forked_from_another(caplog):
+    caplog.set_level(logging.DEBUG, "clupy.server")
+    clupy.connect(slots=2)
+    assert call(square, 2) == 4
+    pids = until(lambda: len(workers()) == 2 and workers())
+    first, = templates()
+    assert {parent_of(pid) for pid in pids} == {first}
+    os.kill(first, signal.SIGKILL)
+    until(lambda: first not in {parent_of(pid) for pid in pids})
+    assert {clupy.parallel(sleepy_pid)(0.2).result(PATIENCE) for _ in range(4)} <= pids
+    error = clupy.parallel(os._exit, retries=0)(3).exception(PATIENCE)
+    assert "exit code unknown" in str(error) and "what had forked it was killed" in str(error)
+    late = [clupy.parallel(sleepy, timeout=0.3)(60) for _ in range(2)]    # in an orphan, and a child of the next template
+    assert all("in sleepy" in str(future.exception(PATIENCE)) for future in late)
+    second, = until(lambda: templates() - {first})
+    assert {parent_of(pid) for pid in until(lambda: len(workers() - pids) == 2 and workers())} == {second}
+    assert "exit code 3" in str(clupy.parallel(os._exit, retries=0)(3).exception(PATIENCE))
+    assert sum("forks workers has failed" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_a_template_that_is_stopped_is_replaced():
+    clupy.connect(slots=1)
+    assert call(square, 2) == 4
+    template, = templates()
+    os.kill(template, signal.SIGSTOP)
+    clupy._engine.embedded[1].libraries.plain.template.channel.settimeout(0.2)
+    assert "exit code unknown" in str(clupy.parallel(os._exit, retries=0)(3).exception(PATIENCE))
+    assert call(square, 2) == 4 and template not in templates()
+
+
+def test_a_template_ends_with_its_program_even_when_it_is_stopped(tmp_path):
+    with Program(tmp_path, "-c", "import clupy, time; clupy.parallel(abs)(1).result(); time.sleep(60)") as program:
+        template, = until(lambda: workers() and templates())
+        os.kill(template, signal.SIGSTOP)
+        program.process.kill()
+        until(lambda: not processes())
+
+
+def test_without_a_template_workers_start_by_themselves_for_a_while(monkeypatch, caplog):
+    caplog.set_level(logging.DEBUG, "clupy.server")
+    boot = clupy_server.boot
+    monkeypatch.setattr(clupy_server, "boot", lambda **given: "raise SystemExit('no!')" if "template" in given else boot(**given))
+    clupy.connect(slots=2)
+    assert call(os.getppid) == os.getpid() and not templates()
+    assert "signal 9" in str(clupy.parallel(lambda: os.kill(os.getpid(), 9), retries=0)().exception(PATIENCE))
+    assert call(os.getppid) == os.getpid()
+    assert ["it ended at its start no!" in record.getMessage() for record in caplog.records
+            if "forks workers" in record.getMessage()] == [True]
+
+
+def test_what_a_program_changes_is_there_in_workers_that_are_forked_later(tmp_path, monkeypatch):
+    libraries = tmp_path / "site-packages"
+    libraries.mkdir()
+    monkeypatch.setattr(clupy_server, "site_paths", lambda: [str(libraries)])
+    clupy.connect(slots=1)
+    seen = []
+
+    def look():
+        seen.append(clupy.parallel(lambda: (os.environ.get("CHANGED"), os.getcwd(), os.getppid()))().result(PATIENCE))
+        assert "exit code 3" in str(clupy.parallel(os._exit, retries=0)(3).exception(PATIENCE))
+
+    look()
+    monkeypatch.setenv("CHANGED", "yes")                              # the next one is there already
+    look(), look()
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path / "folder")
+    look(), look()
+    (libraries / "new.pth").touch()
+    look(), look()
+    assert [row[:2] for row in (seen[0], seen[2], seen[4])] == [
+        (None, str(tmp_path)), ("yes", str(tmp_path)), ("yes", str(tmp_path / "folder"))]
+    assert len({row[2] for row in (seen[0], seen[2], seen[4], seen[6])}) == 4
+    until(lambda: len(templates()) == 1)
 
 
 def test_strings_hash_alike_on_all_servers_but_on_one_with_a_seed_of_its_own(tmp_path):
@@ -3697,7 +3841,7 @@ def test_a_call_that_ends_between_the_look_and_the_stop_costs_its_worker_nothing
     """A worker by hand: it is to be killed for its call 5, and begins call 6 while it is looked at."""
     async def story(child):
         worker = clupy_server.Process.__new__(clupy_server.Process)
-        worker.pid, worker.board, worker.why = child.pid, bytearray(mmap.PAGESIZE), None
+        worker.pid, worker.board, worker.why, worker.template = child.pid, bytearray(mmap.PAGESIZE), None, None
         worker.dead, worker._stopping = asyncio.get_running_loop().create_future(), asyncio.Lock()
         signals, send = [], worker._signal
 
