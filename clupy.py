@@ -1481,7 +1481,9 @@ async def _prove(reader, writer, peer, mine, secret):
     writer.write(nonce)
     bound = mine, nonce, await reader.readexactly(NONCE_SIZE)
     if not hmac.compare_digest(await reader.readexactly(PROOF_SIZE), proof(secret, b"admit", *bound)):
-        raise SecretError("it has another secret than this process; copy its ~/.clupy/secret here")
+        here = "CLUPY_SECRET is set here: unset it, or set it as there" if os.environ.get("CLUPY_SECRET") else (
+            "copy its ~/.clupy/secret here")
+        raise SecretError(f"it has another secret than this process; {here}")
     writer.write(proof(secret, b"dial", *bound))
     return Connection(reader, writer, peer, proof(secret, b"key", *bound))
 
@@ -3094,7 +3096,10 @@ served = {}                                       # {name: buffers} of the Refs 
 
 def _time_out(value):
     """The seconds of a duration that a user gave; None, for ever, also for more than any clock counts to."""
-    seconds = math.inf if value is None else _duration(value)
+    try:
+        seconds = math.inf if value is None else _duration(value)
+    except ValueError as error:
+        raise ValueError(f"{value!r} is not {error}") from None
     return None if seconds > threading.TIMEOUT_MAX else seconds
 
 
@@ -5671,6 +5676,8 @@ def wait_all(results: Iterable[Future[Any]], time_out: Time = None, progress: bo
 
     progress: show on standard error, if that is a terminal or a notebook's, how many have, have failed and run, how fast and
     for how long: with tqdm where it is installed.  "always": wherever that is shown."""
+    if isinstance(results, concurrent.futures.Future):
+        raise TypeError("wait_all() takes a list of Futures; for one: future.wait() or future.result()")
     results = list(results)
     deadline = _deadline(time_out)
     with _shown(progress, len(results), futures=results):

@@ -553,6 +553,13 @@ def test_a_worker_ends_without_a_word_also_where_all_warnings_are_shown(tmp_path
     assert (done.stdout, done.stderr) == ("1\n", "")
 
 
+def test_what_is_given_by_mistake_is_named():
+    with pytest.raises(ValueError, match="'5 parsecs' is not a duration"):
+        clupy.parallel(square, timeout="5 parsecs")
+    with pytest.raises(TypeError, match="takes a list of Futures; for one: future.wait"):
+        clupy.wait_all(clupy.parallel(square)(1))
+
+
 def test_one_argument_that_cannot_be_pickled_spoils_one_result():
     results = [clupy.parallel(square)(x) for x in (1, threading.Lock(), 3)]
     assert clupy.wait_all(results, time_out=PATIENCE)
