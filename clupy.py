@@ -231,6 +231,7 @@ log = logging.getLogger("clupy")
 # Each constant names the price of turning it.
 PORT = 7878                       # the master's; users know it, so it never changes
 ENGINE_THREAD = "clupy-engine"    # the name of a client's thread
+JOB_THREAD = "clupy-job"          # ... and of those that run callbacks and handlers
 PYTHON = sys.version_info.minor   # bytecode travels, so client, server and master must have the same
 PYTHON_VERSION = "%d.%d.%d" % sys.version_info[:3]       # as messages have it
 HANDSHAKE_TIME = 5.0              # a stranger holds a connection no longer; less refuses honest peers on a busy machine
@@ -3173,7 +3174,7 @@ class Threads:
             self._idle += 1
             self._count += 1
         try:
-            threading.Thread(target=self._work, args=(job, args), name="clupy-job", daemon=True).start()
+            threading.Thread(target=self._work, args=(job, args), name=JOB_THREAD, daemon=True).start()
         except RuntimeError as error:  # the interpreter is ending
             with self._lock:
                 self._count -= 1
@@ -3494,6 +3495,14 @@ class Future(concurrent.futures.Future["T"]):
             self._engine.cancel(self)
         return self._state == CANCELLED
 
+    def _invoke_callbacks(self):
+        for callback in self._callbacks or ():
+            try:
+                callback(self)
+            except BaseException as error:        # SystemExit, too: those after it are others' affair
+                if not (_ending and type(error) is SystemExit):        # see leave_if_ending
+                    log.exception("a callback of %r raised", self)
+
     def _after(self, handle):
         """What user code wants to do now that it is done; in a thread that may block."""
         threading.current_thread().clupy_call = self._outer                    # what it calls belongs to who made this call
@@ -3624,8 +3633,9 @@ class BaseEngine:
             if call._limit == limit and call._state == PENDING:
                 call.cancel()
 
-    def settle(self, limit):
-        """Wait until no call of this limit is unfinished, and their callbacks have run, which may make more; or none can run."""
+    def settle(self, limit, ending=False):
+        """Wait until no call of this limit is unfinished, and their callbacks have run, which may make more.  ending: the
+        interpreter ends: not for calls that nothing can run any more."""
         ended = threading.Semaphore(0)
         while calls := [call for call in self.calls() if call._limit == limit]:
             for call in calls:
@@ -3633,7 +3643,7 @@ class BaseEngine:
             for _ in calls:
                 idle = 0
                 while not ended.acquire(timeout=1.0):
-                    idle = 0 if self.works else idle + 1
+                    idle = 0 if self.works or not ending else idle + 1
                     if idle == 3:
                         return
 
@@ -4992,6 +5002,23 @@ class MasterSide:
         servers, slots, _ = self.size
         return Cluster(servers, slots, None if self._engine.embedded else self.link.connection and self.link.connection.peer)
 
+    @property
+    def has_workers(self):
+        """Whether there are some, as far as that is for this process to see."""
+        embedded = self._engine.embedded
+        return not embedded or any(process.ready for process in embedded[1].workers.processes.values())
+
+    async def prepare(self):
+        """Have the thread for output and, if the cluster is embedded, a first worker."""
+        engine, deadline = self._engine, time.monotonic() + UNSERVED_TIME
+        try:
+            while not (engine.joined.is_set() and self.has_workers) and not engine.fatal and (
+                    engine.embedded or time.monotonic() < deadline):
+                await asyncio.sleep(0.005)
+            engine.output.start()
+        finally:
+            engine.prepared.set()
+
     async def survey(self):
         """Wait until this client has slots of as many servers as it can; `pool.places` names them."""
         self._surveys += 1
@@ -5043,6 +5070,7 @@ class Engine(BaseEngine):
         self.embedded = None                      # (Master, Server) of the embedded cluster
         self.fatal = None                         # an error that every call gets from now on
         self.joined = threading.Event()           # a first share, or a fatal error, is there
+        self.prepared = threading.Event()         # what an ending interpreter could not start is there, or need not be
         self.pid = os.getpid()
         self.backlog = Backlog()
         self.output = clupy_master.Output(self)
@@ -5109,12 +5137,11 @@ class Engine(BaseEngine):
 
     @property
     def works(self):
-        return not self.embedded or bool(self.embedded[1].workers.processes)
+        return self.output.started and self.master_side.has_workers
 
     def prepare(self):
-        threads.run(self.joined.wait, UNSERVED_TIME)           # whose thread stays
-        if self.joined.wait(UNSERVED_TIME):
-            self.soon(self.output.start)
+        threads.run(asyncio.run_coroutine_threadsafe(self.master_side.prepare(), self.loop).result)       # whose thread stays
+        self.prepared.wait(bounded(self.settings.patience))
 
     def join(self):
         """Wait until a master has answered: the Cluster.  Raises MasterUnreachable, or why no master can be ours."""
@@ -5487,7 +5514,7 @@ def _whole(name, value, least):
     return int(value)
 
 
-def start(engine, func, function, args, kwargs, timeout, retries, limit, place=None, sink=None):
+def start(engine, func, function, args, kwargs, timeout, retries, limit, place=None, sink=None, tries=0):
     """The Future of a new call; one whose arguments cannot be pickled has that for its outcome already."""
     if not kwargs and place is None and sink is None:
         for value in args:
@@ -5498,7 +5525,7 @@ def start(engine, func, function, args, kwargs, timeout, retries, limit, place=N
             engine.submit(call)
             return call
     call = Future(engine, function, None, timeout, retries, limit)
-    call._place, call._sink = place, sink
+    call._place, call._sink, call._tries = place, sink, tries
     try:
         call._arguments, call._refs = pack_arguments(function.name, args, kwargs, func)
     except Exception as error:                    # one bad call among a hundred spoils one result
@@ -5596,11 +5623,12 @@ class _Tries(BaseEngine):
         self._current = None                      # the Future of the present try, or of the last
 
     def submit(self, call):
-        self._try(call, call._retries, 1)
+        self._try(call, call._retries, 0, 1)
 
-    def _try(self, call, left, number):
-        """The number-th try; left: starts that are left for later ones."""
+    def _try(self, call, left, made, number):
+        """The number-th try; left: starts that are left for later ones; made: those before."""
         self.held.discard(call)
+        self._state_is(call, PENDING, RUNNING)
         arguments, refs = call._arguments, call._refs
         if arguments is None:                     # it was cancelled meanwhile
             return
@@ -5609,23 +5637,31 @@ class _Tries(BaseEngine):
         current._parent = ()                      # none, nor is it one of those that `failures` counts
         self._current = current
         self._engine.submit(current)
-        current.add_done_callback(functools.partial(self._tried, call, left, number))
+        current.add_done_callback(functools.partial(self._tried, call, left, made, number))
         if call.cancelled():                      # just now
             current.cancel()
 
-    def _tried(self, call, left, number, current):
-        left -= current._tries + 1
+    @staticmethod
+    def _state_is(call, before, now):
+        with Future._condition:
+            if call._state == before:
+                call._state = now
+
+    def _tried(self, call, left, made, number, current):
+        starts = max(1, current._tries + (current._packed is not None))        # what the function raised was charged to nobody
+        left, made = left - starts, made + starts
         if current.cancelled():
             conclude([(call, False, CancelledError())])
         elif not isinstance(error := current.exception(), self._retry_on):
             conclude([(call, error is None, current._result if error is None else error)])
         elif left < 0:
-            error.add_note(f"{call._function.name} was tried {number} times, as retry_on and retries say")
+            error.add_note(f"{call._function.name} was tried {made} times, as retry_on and retries say")
             conclude([(call, False, error)])
         else:
             call._outer = current._outer
+            self._state_is(call, RUNNING, PENDING)
             self.hold(call)
-            self._engine.later(self._delay * 2 ** (number - 1) * random.uniform(0.5, 1), self._try, call, left, number + 1)
+            self._engine.later(self._delay * 2 ** (number - 1) * random.uniform(0.5, 1), self._try, call, left, made, number + 1)
 
     def cancel(self, call):
         if self._current:
@@ -5788,6 +5824,11 @@ class _Part:
 
 
 _STILL = (list, tuple, range, str, bytes, bytearray, dict, set, frozenset)        # to iterate over these runs nobody's code
+_FIXED = (tuple, range, str, bytes, frozenset)     # and these never change
+
+
+def _runs_nothing(iterable):
+    return type(iterable) in _STILL or type(iterable).__module__ == "numpy" and type(iterable).__name__ == "ndarray"
 
 
 def _is_plain(value):
@@ -5800,9 +5841,11 @@ class _Items:
     else by `read` in a thread, since one may be long in coming."""
 
     def __init__(self, iterables, func):
+        self.still = all(_runs_nothing(each) for each in iterables)
+        if self.still:                            # as they are now
+            iterables = [list(each) if type(each) in _STILL and type(each) not in _FIXED else each for each in iterables]
         self.spread = len(iterables) != 1
         self._source, self._func = zip(*iterables) if self.spread else iter(iterables[0]), func
-        self.still = all(type(each) in _STILL or type(each).__module__ == "numpy" for each in iterables)
         self.left = min((len(each) for each in iterables), default=0) if self.still else math.inf
         self._read = collections.deque()
         self._over = False                        # `read` is
@@ -5820,7 +5863,7 @@ class _Items:
         """The next items, at most so many."""
         if self.still:
             items = list(itertools.islice(self._source, count))
-            self.left -= len(items)
+            self.left = self.left - len(items) if len(items) == count else 0
             return items
         items = []
         while self._read and len(items) < count:
@@ -5899,11 +5942,11 @@ class _Map:
     """One map.  `_send` makes calls, in whatever thread: the program's, a reader's or a callback's; `results` gives what comes of
     them to the program."""
 
-    def __init__(self, make, func, iterables, size=None, eager=False, room=None):
-        """make(engine, tries lost) -> a function that makes a call of a chunk.  size: items of a chunk; None: as measured.
+    def __init__(self, call, func, iterables, retries, size=None, eager=False, room=None):
+        """call(engine, chunk, retries, tries) -> the Future of a chunk's call.  size: items of a chunk; None: as measured.
         eager: all are sent at once.  room: how many items may be read and not taken; None: as the constants say."""
-        self._make, self._size, self._eager, self._room = make, size, eager, room or math.inf
-        self._engine = self._run = self._again = None              # _again: for the items of a chunk that has lost a try
+        self._call, self._retries, self._size, self._eager, self._room = call, retries, size, eager, room or math.inf
+        self._engine = None
         self._items = _Items(iterables, func)
         self._chunks = collections.deque()        # in order; the first is the one of which the next result is
         self._changed = threading.Condition()     # for all below, and for what is in the chunks
@@ -5915,8 +5958,10 @@ class _Map:
         self._closed = False
 
     def begin(self, engine):
-        self._engine, self._run, self._again = engine, self._make(engine, 0), self._make(engine, 1)
-        if not self._items.still:
+        self._engine = engine
+        if self._eager and not self._items.still:
+            self._items.read(lambda: True)
+        elif not self._items.still:
             threading.Thread(target=self._items.read, args=(self._after_item,), name="clupy-map", daemon=True).start()
         self._send()
 
@@ -5948,7 +5993,7 @@ class _Map:
                 if items := self._items.take(self._count()):
                     chunk = _Chunk(items)
                     self._chunks.append(chunk)
-                    self._start(chunk, self._run)
+                    self._start(chunk)
                     with self._changed:
                         self._ahead += len(items)
                         self._bytes += chunk.size
@@ -5956,10 +6001,12 @@ class _Map:
             finally:
                 self._sending.release()
 
-    def _start(self, chunk, run):
+    def _start(self, chunk, tries=0):
+        """tries: that its items have lost.  Of several none is tried again but alone: it may not have begun."""
         with self._changed:
             self._under_way += 1
-        chunk.call = call = run(chunk)
+        alone = self._size or len(chunk.items) == 1
+        chunk.call = call = self._call(self._engine, chunk, self._retries if alone else 0, tries)
         chunk.size = payload_size(call._arguments)
         self._item_bytes = max(self._item_bytes or 1, chunk.size / len(chunk.items))
         call.add_done_callback(functools.partial(self._over, chunk))
@@ -5980,7 +6027,7 @@ class _Map:
 
     def _over(self, chunk, call):
         """A chunk's call has its outcome: what is left of it is sent anew."""
-        rest, run, count, done = [], self._run, 1, 0
+        rest, tries, count, done = [], 0, 1, 0
         try:
             first, results, chunk.failure, done, seconds = call.result()
             chunk.parts.append((first, results))
@@ -5993,11 +6040,11 @@ class _Map:
             if self._size or len(chunk.items) == 1:
                 chunk.failure = self._of_item(chunk, error)
             else:
-                rest, run = chunk.items[chunk.got:], self._again
+                rest, tries = chunk.items[chunk.got:], 1
         if not self._closed:
             chunk.rest = [_Chunk(rest[start:start + count]) for start in range(0, len(rest), count)]
             for one in chunk.rest:
-                self._start(one, run)
+                self._start(one, tries)
         with self._changed:
             self._under_way -= 1
             self._done += done
@@ -6096,11 +6143,9 @@ def map(func: Callable[..., T], *iterables: Iterable[Any], max: int | None = Non
         raise TypeError(f"map() calls a function, not {type(func).__name__} {func!r}")
     whole = parallel(_InChunks(func, len(iterables) != 1), max=max, timeout=timeout, retries=retries)
 
-    def make(engine, lost):
-        _, timeout, retries, _ = whole._options
-        return functools.partial(_call_chunk, engine, whole.func, whole._function, not chunk_size, timeout,
-                                 retries if chunk_size else lost and retries - lost, whole._limit)
-    job = _Map(make, func, iterables, chunk_size)
+    _, timeout, retries, _ = whole._options
+    call = functools.partial(_call_chunk, whole.func, whole._function, not chunk_size, timeout, whole._limit)
+    job = _Map(call, func, iterables, retries, chunk_size)
     known = [length for each in iterables if (length := operator.length_hint(each, -1)) >= 0]
     return _lazily(job, _shown(progress, min(known, default=None), job.look, unit="items"))
 
@@ -6111,9 +6156,9 @@ def _lazily(job, shown):
         yield from job.results()
 
 
-def _call_chunk(engine, func, function, gives_back, timeout, retries, limit, chunk):
+def _call_chunk(func, function, gives_back, timeout, limit, engine, chunk, retries, tries):
     """The Future of a chunk's call, which brings it parts of its results."""
-    return start(engine, func, function, (chunk.items, gives_back), {}, timeout, retries, limit, sink=chunk.take_part)
+    return start(engine, func, function, (chunk.items, gives_back), {}, timeout, retries, limit, None, chunk.take_part, tries)
 
 
 class Executor(concurrent.futures.Executor):
@@ -6158,12 +6203,8 @@ class Executor(concurrent.futures.Executor):
         size, room = _whole("chunksize", chunksize, 1), _whole("buffersize", buffersize, 1)
         engine, func = self._open_engine(), _InChunks(fn, len(iterables) != 1)
         function, deadline = self._capture(func), _deadline(timeout)
-        if room is None and not _Items(iterables, fn).still:               # as those do, all at once
-            iterables = [*zip(*zip(*iterables))] or [()]
-
-        def make(engine, lost):
-            return functools.partial(_call_chunk, engine, func, function, not size, None, 2 if size else lost, self._limit)
-        job = _Map(make, fn, iterables, size, eager=room is None, room=room)
+        call = functools.partial(_call_chunk, func, function, not size, None, self._limit)
+        job = _Map(call, fn, iterables, 2, size, eager=room is None, room=room)           # eager: as those do, all at once
         job.begin(engine)
         return job.results(deadline)
 
@@ -6173,7 +6214,8 @@ class Executor(concurrent.futures.Executor):
 
     def _open_engine(self):
         """The engine for another call.  Raises RuntimeError if there can be none."""
-        leave_if_ending(self._shut_by_end)
+        if threading.current_thread().name != JOB_THREAD:      # else it is a callback's, which is told
+            leave_if_ending(self._shut_by_end)
         if self._shut or self._shut_by_end:
             raise RuntimeError(f"cannot submit a call after {'shutdown()' if self._shut else 'the program has begun to end'}")
         if self._engine is None:                  # this process was forked off
@@ -6220,7 +6262,7 @@ class Executor(concurrent.futures.Executor):
         with contextlib.suppress(KeyboardInterrupt):       # whoever presses Ctrl-C does not want to wait: _at_exit cancels
             for executor in list(_executors):
                 if executor._engine is not None:
-                    executor._engine.settle(executor._limit)
+                    executor._engine.settle(executor._limit, ending=True)
 
 
 # As concurrent.futures does it: later, at atexit, no callback can have a thread any more.

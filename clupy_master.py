@@ -1256,6 +1256,10 @@ class Output:
     def __init__(self, engine):
         self._engine, self._entries, self._thread = engine, queue.SimpleQueue(), None
 
+    @property
+    def started(self):
+        return self._thread is not None or not self._engine.settings.output
+
     def start(self):
         if self._thread is None and self._engine.settings.output:
             thread = threading.Thread(target=self._print, name="clupy-output", daemon=True)

@@ -846,6 +846,69 @@ def test_of_the_items_of_a_map_only_those_at_fault_fail(tmp_path):
     assert count == 1 and type(error) is clupy.ArgumentFailed
 
 
+def test_an_item_whose_worker_dies_is_tried_as_often_as_a_call(tmp_path):
+    def dies(n, starts):
+        with open(tmp_path / "starts", "a") as file:
+            file.write(f"{n}\n")
+        time.sleep(0.02)                                  # long items are calls by themselves
+        if n == 5 and (tmp_path / "starts").read_text().split().count("5") <= starts:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return n
+    for run in clupy.map, clupy.Executor().map:
+        (tmp_path / "starts").write_text("")
+        assert list(run(dies, range(10), [2] * 10)) == list(range(10))
+        assert (tmp_path / "starts").read_text().split().count("5") == 3
+    with pytest.raises(clupy.WorkerDied, match="try 3 of 3"):
+        list(clupy.map(dies, range(10), [9] * 10))
+
+
+def test_map_takes_iterables_for_what_they_are():
+    numpy = importlib.import_module("numpy")
+    assert list(clupy.map(int, numpy.nditer(numpy.arange(4)))) == [0, 1, 2, 3]
+    assert list(clupy.map(sum, numpy.ndindex(3))) == [0, 1, 2]
+    assert list(clupy.map(int, numpy.arange(4))) == [0, 1, 2, 3]
+    shrinking, count = list(range(20_000)), 0
+    for _ in clupy.map(square, shrinking):
+        count += 1
+        if shrinking:
+            shrinking.pop()
+    assert count == 20_000
+    changing = []
+    assert list(clupy.Executor().map(len, ((changing.append(n), changing)[1] for n in range(5)))) == [1, 2, 3, 4, 5]
+
+
+def test_a_callback_that_raises_whatever_it_likes_keeps_nobody_from_hearing():
+    first = clupy.parallel(sleepy)(0.1, 3)
+    first.add_done_callback(lambda done: sys.exit(1))
+    assert clupy.parallel(square)(first).result(PATIENCE) == 9
+
+
+def test_time_outs_and_deaths_count_once_as_tries(tmp_path):
+    def late():
+        with open(tmp_path / "starts", "a") as file:
+            file.write("x")
+        time.sleep(60)
+    for retries in 0, 2:
+        (tmp_path / "starts").write_text("")
+        call = clupy.parallel(late, retry_on=clupy.CallTimeout, timeout=0.2, retries=retries, delay=0)()
+        until(call.running)
+        error = call.exception(PATIENCE)
+        assert type(error) is clupy.CallTimeout and f"tried {retries + 1} times" in error.__notes__[0]
+        assert (tmp_path / "starts").read_text() == "x" * (retries + 1)
+
+
+def test_an_executor_s_callback_at_the_program_s_end_is_told_that_it_is_too_late(tmp_path):
+    done = run_script(tmp_path, """
+        import clupy, time
+        def work(x):
+            time.sleep(0.2)
+            return x
+        executor = clupy.Executor()
+        executor.submit(work, 1).add_done_callback(lambda done: executor.submit(work, done.result()).result())
+    """)
+    assert "cannot submit a call after the program has begun to end" in done.stderr
+
+
 class Unreadable:
     def __reduce__(self):
         return int, ("not a number",)
