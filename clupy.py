@@ -5006,7 +5006,7 @@ class MasterSide:
     def has_workers(self):
         """Whether there are some, as far as that is for this process to see."""
         embedded = self._engine.embedded
-        return not embedded or any(process.ready for process in embedded[1].workers.processes.values())
+        return not embedded or any(process.ready or process.slot for process in embedded[1].workers.processes.values())
 
     async def prepare(self):
         """Have the thread for output and, if the cluster is embedded, a first worker."""
