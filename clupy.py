@@ -4886,6 +4886,7 @@ class MasterSide:
         self._unserved = None                     # since when calls wait without any slot; inf: it was said
         self.size = 0, 0, 0                       # servers and slots of the cluster, and what we wanted when this was said
         self._surveys = 0                         # threads that wait for a share of every server
+        self._preparing = None                    # the task of `begin_to_prepare`
 
     def __repr__(self):
         return f"<MasterSide {self.link} {self._wanted[0]} wanted>"
@@ -5008,7 +5009,10 @@ class MasterSide:
         embedded = self._engine.embedded
         return not embedded or any(process.ready or process.slot for process in embedded[1].workers.processes.values())
 
-    async def prepare(self):
+    def begin_to_prepare(self):
+        self._preparing = asyncio.create_task(self._prepare())
+
+    async def _prepare(self):
         """Have the thread for output and, if the cluster is embedded, a first worker."""
         engine, deadline = self._engine, time.monotonic() + UNSERVED_TIME
         try:
@@ -5140,7 +5144,8 @@ class Engine(BaseEngine):
         return self.output.started and self.master_side.has_workers
 
     def prepare(self):
-        threads.run(asyncio.run_coroutine_threadsafe(self.master_side.prepare(), self.loop).result)       # whose thread stays
+        self.soon(self.master_side.begin_to_prepare)
+        threads.run(self.prepared.wait, bounded(self.settings.patience))       # whose thread stays
         self.prepared.wait(bounded(self.settings.patience))
 
     def join(self):
