@@ -4928,7 +4928,13 @@ class MasterSide:
         if self.link and self.link.connection:
             unreachable = [link.id for link in self._engine.pool.links.values() if link.lost_at is not None]
             self.link.connection.send("client", self._engine.id, self._engine.name, self._wanted[0], unreachable,
-                                      self._engine.libraries.statement(self.link.connection), self._engine.count_calls())
+                                      self._engine.libraries.statement(self.link.connection), self._count_calls())
+
+    def _count_calls(self):
+        """What a statement says of this client's calls: (done, failed of these, running, waiting)."""
+        engine = self._engine
+        unfinished, running = len(engine.backlog.calls), sum(bool(slot.calls) for slot in engine.pool.slots())
+        return engine.numbered - unfinished, engine.feeder.failed, running, unfinished - running
 
     def count_wanted(self):
         """How many slots the unfinished calls could use now; all of them, as long as a call is for one server alone."""
@@ -5013,11 +5019,11 @@ class MasterSide:
         self._preparing = asyncio.create_task(self._prepare())
 
     async def _prepare(self):
-        """Have the thread for output and, if the cluster is embedded, a first worker."""
-        engine, deadline = self._engine, time.monotonic() + UNSERVED_TIME
+        """Have the thread for output and, if the cluster is embedded, a first worker; any other is waited for UNSERVED_TIME."""
+        engine, began = self._engine, time.monotonic()
         try:
             while not (engine.joined.is_set() and self.has_workers) and not engine.fatal and (
-                    engine.embedded or time.monotonic() < deadline):
+                    time.monotonic() < began + (engine.settings.patience if engine.embedded else UNSERVED_TIME)):
                 await asyncio.sleep(0.005)
             engine.output.start()
         finally:
@@ -5086,7 +5092,7 @@ class Engine(BaseEngine):
         self._inbox = collections.deque()         # calls from any thread, not yet seen by the loop
         self._awake = False                       # the loop will look at the inbox
         self.least_slots = 0                      # of an embedded server, as `grow` said
-        self._number = 0                          # of the call made last
+        self.numbered = 0                         # the number of the call made last
         self._selector = selectors.DefaultSelector()
         self.loop = asyncio.SelectorEventLoop(self._selector)
         self._thread = threading.Thread(target=self._main, name=ENGINE_THREAD, daemon=True)
@@ -5270,18 +5276,13 @@ class Engine(BaseEngine):
         """The call's first step in the loop."""
         if call._state in _DONE:
             return
-        self._number += 1
-        call._number = self._number
+        self.numbered += 1
+        call._number = self.numbered
         self.backlog.add(call)
         if call._place is not None:
             self.loop.call_soon(self.pool.balance)                     # there may be no slot there
         if self.fatal or self.closed:
             self.feeder.finish([(call, False, self.fatal or Closed("the client was closed"))])
-
-    def count_calls(self):
-        """What a statement says of this client's calls: (done, failed of these, running, waiting)."""
-        unfinished, running = len(self.backlog.calls), sum(bool(slot.calls) for slot in self.pool.slots())
-        return self._number - unfinished, self.feeder.failed, running, unfinished - running
 
     async def _calls(self):
         self._pump()
@@ -5553,7 +5554,7 @@ def _hold(engine, call, awaited):
     def ended(future):                            # in a thread that may block: a result may have to be unpickled
         if future.cancelled():
             conclude([(call, False, CancelledError())])
-        elif error := future.exception():
+        elif (error := future.exception()) is not None:
             conclude([(call, False, argument_failed(call, future, error))])
         elif next(left):
             return
@@ -5818,8 +5819,9 @@ class _Part:
             first, results = self._sent, self._results[self._sent:]
             if not results:
                 return None
+            payload = pack_result(results)
             self._sent += len(results)
-            return first, len(results), pack_result(results)
+            return first, len(results), payload
 
     def close(self):
         """(number of the first, results) of those that were not sent; no more are."""
@@ -5925,10 +5927,10 @@ def _unpacked_item(payload, spread):
 
 
 class _Chunk:
-    """Items that are one call."""
+    """Items that are one call; changed: the Condition of its map."""
 
-    def __init__(self, items):
-        self.items = items
+    def __init__(self, items, changed):
+        self.items, self._changed = items, changed
         self.call = None                          # the Future of it
         self.size = 0                             # bytes of the arguments
         self.parts = collections.deque()          # (number of the first result, results or their payload)
@@ -5939,8 +5941,10 @@ class _Chunk:
         self.over = False
 
     def take_part(self, first, count, payload):
-        self.parts.append((first, payload))
-        self.got = max(self.got, first + count)
+        with self._changed:
+            self.parts.append((first, payload))
+            self.got = max(self.got, first + count)
+            self._changed.notify_all()
 
 
 class _Map:
@@ -5959,7 +5963,7 @@ class _Map:
         self._under_way = self._ahead = self._bytes = 0         # chunks; items that are not taken; bytes of their arguments
         self._done = self._failed = 0             # items
         self._seconds = None                      # that an item takes
-        self._item_bytes = None                   # of its arguments, at most
+        self._item_bytes = None                   # of its arguments, about the most of late
         self._closed = False
 
     def begin(self, engine):
@@ -5996,13 +6000,11 @@ class _Map:
         while self._may_send() and self._sending.acquire(blocking=False):
             try:
                 if items := self._items.take(self._count()):
-                    chunk = _Chunk(items)
+                    chunk = _Chunk(items, self._changed)
                     self._chunks.append(chunk)
-                    self._start(chunk)
                     with self._changed:
                         self._ahead += len(items)
-                        self._bytes += chunk.size
-                        self._changed.notify_all()
+                    self._start(chunk)
             finally:
                 self._sending.release()
 
@@ -6012,9 +6014,15 @@ class _Map:
             self._under_way += 1
         alone = self._size or len(chunk.items) == 1
         chunk.call = call = self._call(self._engine, chunk, self._retries if alone else 0, tries)
-        chunk.size = payload_size(call._arguments)
-        self._item_bytes = max(self._item_bytes or 1, chunk.size / len(chunk.items))
+        with self._changed:
+            chunk.size = payload_size(call._arguments)
+            self._bytes += chunk.size
+            each = chunk.size / len(chunk.items)
+            self._item_bytes = max((self._item_bytes or 1) / 2, each)          # a large one counts for a while
+            self._changed.notify_all()
         call.add_done_callback(functools.partial(self._over, chunk))
+        if self._closed:                          # just now
+            call.cancel()
 
     def _after_item(self):
         """Called by the reader after each item; whether it is to go on."""
@@ -6047,7 +6055,7 @@ class _Map:
             else:
                 rest, tries = chunk.items[chunk.got:], 1
         if not self._closed:
-            chunk.rest = [_Chunk(rest[start:start + count]) for start in range(0, len(rest), count)]
+            chunk.rest = [_Chunk(rest[start:start + count], self._changed) for start in range(0, len(rest), count)]
             for one in chunk.rest:
                 self._start(one, tries)
         with self._changed:
@@ -6106,7 +6114,8 @@ class _Map:
             elif chunk.failure is not None:
                 raise chunk.failure if isinstance(chunk.failure, BaseException) else unpack(chunk.failure)
             else:
-                self._bytes -= chunk.size
+                with self._changed:
+                    self._bytes -= chunk.size
                 self._chunks.popleft()
                 self._chunks.extendleft(reversed(chunk.rest))
 
@@ -6139,15 +6148,13 @@ def map(func: Callable[..., T], *iterables: Iterable[Any], max: int | None = Non
 
     Several items go into one call, as many as are a few milliseconds of work; a slow one among them holds nothing up.
     chunk_size: that many, and `timeout` bounds them together; without it, with a timeout or without retries it is one.
-    Calls are made ahead of what is taken.  Lists and the like are read as needed; other iterables by a thread, so that one
-    which is slow, or waits for results, holds nothing up.  An exception of the function, or of an iterable, is raised where
-    its result would be; the calls made ahead are cancelled then.  progress: of the items, as for wait_all()."""
-    chunk_size = _whole("chunk_size", chunk_size, 1) or (1 if timeout is not None or not retries else None)
-
+    Calls are made ahead of what is taken.  Lists and the like are taken as they are then; other iterables are read by a thread,
+    so that one which is slow, or waits for results, holds nothing up.  An exception of the function, or of an iterable, is
+    raised where its result would be; the calls made ahead are cancelled then.  progress: of the items, as for wait_all()."""
     if not callable(func):
         raise TypeError(f"map() calls a function, not {type(func).__name__} {func!r}")
+    chunk_size = _whole("chunk_size", chunk_size, 1) or (1 if timeout is not None or not retries else None)
     whole = parallel(_InChunks(func, len(iterables) != 1), max=max, timeout=timeout, retries=retries)
-
     _, timeout, retries, _ = whole._options
     call = functools.partial(_call_chunk, whole.func, whole._function, not chunk_size, timeout, whole._limit)
     job = _Map(call, func, iterables, retries, chunk_size)
@@ -6278,6 +6285,90 @@ threading._register_atexit(Executor._end_all)
 # With it a joblib.Parallel runs in the cluster, scikit-learn's too.  A batch of joblib's is a call; a large array
 # is shared, so that each machine gets it once (an idea of dask's backend), until the joblib.Parallel ends.
 
+class _JoblibBackend:
+    """What a backend of joblib's is asked for, which calls its methods; `_backend_class` adds its base classes."""
+
+    default_n_jobs = -1
+    supports_retrieve_callback = supports_inner_max_num_threads = True
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self._make_executor = self._executor = None
+        self._shared = {}                     # {id of an array: (weak reference to it, its Ref)}
+
+    def __reduce__(self):
+        return functools.partial(_joblib_backend, nesting_level=self.nesting_level,
+                                 inner_max_num_threads=self.inner_max_num_threads), ()
+
+    def effective_n_jobs(self, n_jobs):
+        if n_jobs == 0:
+            raise ValueError("n_jobs == 0 in Parallel has no meaning")
+        if n_jobs is None:
+            return 1
+        return n_jobs if n_jobs > 0 else max(slots() + 1 + n_jobs, 1)
+
+    def configure(self, n_jobs=1, parallel=None, **options):
+        options = {**self.backend_kwargs, **options}
+        self.parallel, n_jobs = parallel, self.effective_n_jobs(n_jobs)
+        self._make_executor = functools.partial(Executor, n_jobs, initializer=options.get("initializer"),
+                                                initargs=options.get("initargs", ()))
+        return n_jobs
+
+    def submit(self, func, callback=None):
+        func.items = [(item, [self._share(value) for value in args],
+                       {name: self._share(value) for name, value in kwargs.items()}) for item, args, kwargs in func.items]
+        self._executor = self._executor or self._make_executor()
+        future = self._executor.submit(_run_batch, func, self.inner_max_num_threads)
+        future.add_done_callback(callback)
+        return future
+
+    def _share(self, value):
+        """The value, or the Ref of a large array."""
+        size = getattr(value, "nbytes", 0)
+        if not isinstance(size, int) or size < SHARED_ARRAY:
+            return value
+        here, _ = self._shared.get(id(value), (None, None))
+        if not here or here() is not value:
+            try:
+                here = weakref.ref(value, functools.partial(self._forget, id(value)))
+                self._shared[id(value)] = here, share(value, ttl="1h")
+            except TypeError:                 # it takes no weak reference: then it is sent with each batch
+                return value
+        return self._shared[id(value)][1]
+
+    def _forget(self, key, _):
+        self._shared.pop(key, None)
+
+    def retrieve_result_callback(self, out):
+        return out.result()
+
+    def abort_everything(self, ensure_ready=True):
+        executor, self._executor = self._executor, None        # the next batch makes another
+        if executor:
+            executor.kill_workers()
+
+    def stop_call(self):
+        for _, ref in self._shared.values():
+            ref.close()
+        self._shared.clear()
+
+    def terminate(self):
+        executor, self._executor = self._executor, None
+        if executor:
+            executor.shutdown(wait=False)
+        self.reset_batch_stats()
+
+    def get_nested_backend(self):
+        return _joblib_backend(nesting_level=(self.nesting_level or 0) + 1,
+                               inner_max_num_threads=self.inner_max_num_threads), -1
+
+
+@functools.cache
+def _backend_class():
+    """_JoblibBackend as joblib wants it: with base classes that are there only where joblib is."""
+    return type("Backend", (_JoblibBackend, joblib.parallel.AutoBatchingMixin, joblib.parallel.ParallelBackendBase), {})
+
+
 def register_joblib() -> None:
     """Let joblib, and with it scikit-learn, run in the cluster: `with joblib.parallel_config(backend="clupy"): ...`"""
     joblib.register_parallel_backend("clupy", _backend_class())
@@ -6287,86 +6378,6 @@ def _joblib_backend(**options):
     """A backend of joblib's.  Also what one is unpickled as in a call, for joblib.Parallel there: so it is known there, too."""
     register_joblib()
     return _backend_class()(**options)
-
-
-@functools.cache
-def _backend_class():
-    class Backend(joblib.parallel.AutoBatchingMixin, joblib.parallel.ParallelBackendBase):
-        default_n_jobs = -1
-        supports_retrieve_callback = supports_inner_max_num_threads = True
-
-        def __init__(self, **options):
-            super().__init__(**options)
-            self._make_executor = self._executor = None
-            self._shared = {}                     # {id of an array: (weak reference to it, its Ref)}
-
-        def __reduce__(self):
-            return functools.partial(_joblib_backend, nesting_level=self.nesting_level,
-                                     inner_max_num_threads=self.inner_max_num_threads), ()
-
-        def effective_n_jobs(self, n_jobs):
-            if n_jobs == 0:
-                raise ValueError("n_jobs == 0 in Parallel has no meaning")
-            if n_jobs is None:
-                return 1
-            return n_jobs if n_jobs > 0 else max(slots() + 1 + n_jobs, 1)
-
-        def configure(self, n_jobs=1, parallel=None, **options):
-            options = {**self.backend_kwargs, **options}
-            self.parallel, n_jobs = parallel, self.effective_n_jobs(n_jobs)
-            self._make_executor = functools.partial(Executor, n_jobs, initializer=options.get("initializer"),
-                                                    initargs=options.get("initargs", ()))
-            return n_jobs
-
-        def submit(self, func, callback=None):
-            func.items = [(item, [self._share(value) for value in args],
-                           {name: self._share(value) for name, value in kwargs.items()}) for item, args, kwargs in func.items]
-            self._executor = self._executor or self._make_executor()
-            future = self._executor.submit(_run_batch, func, self.inner_max_num_threads)
-            future.add_done_callback(callback)
-            return future
-
-        def _share(self, value):
-            """The value, or the Ref of a large array."""
-            size = getattr(value, "nbytes", 0)
-            if not isinstance(size, int) or size < SHARED_ARRAY:
-                return value
-            here, ref = self._shared.get(id(value), (None, None))
-            if not here or here() is not value:
-                try:
-                    here = weakref.ref(value, functools.partial(self._forget, id(value)))
-                    self._shared[id(value)] = here, share(value, ttl="1h")
-                except TypeError:                 # it takes no weak reference: then it is sent with each batch
-                    return value
-            return self._shared[id(value)][1]
-
-        def _forget(self, key, _):
-            self._shared.pop(key, None)
-
-        def retrieve_result_callback(self, out):
-            return out.result()
-
-        def abort_everything(self, ensure_ready=True):
-            executor, self._executor = self._executor, None        # the next batch makes another
-            if executor:
-                executor.kill_workers()
-
-        def stop_call(self):
-            for _, ref in self._shared.values():
-                ref.close()
-            self._shared.clear()
-
-        def terminate(self):
-            executor, self._executor = self._executor, None
-            if executor:
-                executor.shutdown(wait=False)
-            self.reset_batch_stats()
-
-        def get_nested_backend(self):
-            return _joblib_backend(nesting_level=(self.nesting_level or 0) + 1,
-                                   inner_max_num_threads=self.inner_max_num_threads), -1
-
-    return Backend
 
 
 def _run_batch(batch, threads):

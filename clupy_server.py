@@ -671,11 +671,9 @@ class Parts:
                 self._idle = False
                 continue
             time.sleep(clupy.PART_TIME)
-            if self._now is now and not part.over:
+            if self._now is now and (results := part.take()):
                 with contextlib.suppress(OSError):         # the slot has ended
-                    self._worker.send_results()            # of calls before, held back since they were so short
-                    if results := part.take():
-                        self._worker.send("part", number, *results)
+                    self._worker.send("part", number, *results)
 
 
 # Who reads the socket?  The two threads of a worker take turns:

@@ -437,6 +437,18 @@ def test_an_exception_named_in_retry_on_is_tried_again_within_its_retries(tmp_pa
     assert future.result(PATIENCE) == 2
 
 
+def test_the_delay_doubles_with_each_try_and_is_cut_by_up_to_a_half(monkeypatch, tmp_path):
+    waits = []
+
+    def later(self, seconds, job, *args):
+        waits.append(seconds)
+        clupy.threads.run(job, *args)
+    monkeypatch.setattr(clupy.Engine, "later", later)
+    call = clupy.parallel(count_and_raise, retry_on=OSError, retries=4, delay="8s")(str(tmp_path / "a"), 4)
+    assert call.result(PATIENCE) == 5
+    assert len(waits) == 4 and all(4 * 2 ** n <= wait <= 8 * 2 ** n for n, wait in enumerate(waits))
+
+
 def test_deaths_and_exceptions_share_the_retries(tmp_path):
     def dies_then_raises(path):
         with open(path, "a+") as file:
@@ -492,9 +504,13 @@ def test_everywhere_runs_a_function_once_on_each_server(tmp_path):
         with pytest.raises(clupy.ClupyError, match="works in the program"):
             clupy.parallel(clupy.everywhere)(os.getpid).result(PATIENCE)
         waiting = clupy.everywhere(time.sleep, 60)
+        second = clupy.everywhere(os.getpid)                 # behind the first ones: there is one slot each
+        assert len(second) == 3 and not any(future.done() for future in second.values())
         cluster.servers[0].process.kill()
         until(lambda: sum(future.done() for future in waiting.values()) == 1)
         assert [type(future.failure) for future in waiting.values() if future.done()] == [clupy.WorkerDied]
+        lost = until(lambda: [future for future in second.values() if future.done()])
+        assert len(lost) == 1 and "this client has no slot there any more" in str(lost[0].failure)
         for future in waiting.values():
             future.cancel()
 
@@ -806,6 +822,33 @@ def test_map_gathers_short_items_into_calls_and_a_slow_one_holds_up_only_what_fo
     calls = clupy.failures.calls
     assert list(clupy.map(square, range(10_000))) == [n * n for n in range(10_000)]
     assert clupy.failures.calls - calls < 1000            # not a call for each
+
+
+def test_what_is_done_of_a_call_that_takes_long_comes_before_its_end_though_nothing_else_runs():
+    """All items but the first are in one call here, which is all that there is."""
+    clupy.connect(slots=1)
+    assert list(clupy.map(square, range(3))) == [0, 1, 4]
+
+    def last_waits(n, path):
+        until(lambda: n < 30 or os.path.exists(path))
+        return n
+    results = clupy.map(last_waits, iter(range(31)), itertools.repeat(f"{os.getcwd()}/go"))
+    assert [next(results) for _ in range(30)] == list(range(30))
+    open("go", "w").close()
+    assert next(results) == 30
+
+
+def test_a_large_item_makes_small_calls_for_a_while_only():
+    job = clupy._Map(None, square, [range(10 ** 6)], 2)
+    job._engine = types.SimpleNamespace(capacity=2)
+
+    def sent(size, items):
+        job._call = lambda *_: types.SimpleNamespace(_arguments=b"x" * size, add_done_callback=lambda f: None)
+        job._start(clupy._Chunk([0] * items, job._changed))
+        return job._count()
+    assert sent(8 << 20, 1) == 1                             # over CHUNK_BYTES
+    counts = [sent(10 * count, count) for count in [1] * 20]
+    assert counts[0] == 1 and counts[-1] == clupy.CHUNK_ITEMS and counts == sorted(counts)
 
 
 def test_map_does_no_item_twice_though_calls_give_back_what_they_have_not_begun(tmp_path):
@@ -6153,6 +6196,28 @@ def test_the_simulation_of_many_servers_and_clients_runs():
     assert (servers, clients) == ("12", "4") and int(count) > 4 and float(lost) < 10, done.stdout + done.stderr
 
 
+def test_a_decision_is_told_to_those_whom_it_concerns(monkeypatch):
+    told = []
+
+    async def story():
+        master = clupy_master.Master(clupy.default_settings("master", listen=("127.0.0.1", 0)), b"secret")
+        monkeypatch.setattr(master, "_send_share", lambda id, before=(): told.append(id))
+        master.lists.resolution = clupy_master.Resolution()
+        for id in "xy":
+            row = clupy_master.ServerRow(("h", 1), 4, {}, {"own": {}, "name": id}, None)
+            master.tables.put_server(id, row)
+        for id, wanted in ("a", 2), ("b", 1), ("c", 0):
+            master.tables.put_client(id, None, id, wanted, (), False, (0, 0, 0, 0), 0.0)
+        master._decide()
+        first, told[:] = sorted(told), []
+        master.tables.clients["b"].wanted = 3
+        master._asked.add("c")                               # it has stated something: it is answered
+        master._decide()
+        await master.close()
+        return first
+    assert asyncio.run(story()) == ["a", "b"] and sorted(told) == ["b", "c"]
+
+
 rows = hypothesis.strategies.dictionaries(hypothesis.strategies.sampled_from("cde"), hypothesis.strategies.integers(1, 3))
 
 
@@ -9402,18 +9467,35 @@ def test_elsewhere_the_page_is_for_who_has_its_token_which_the_secret_makes(tmp_
             assert [fetched(f"{where}{path}?{query}")[0] for query in queries] == [403, 403, 403, 200]
 
 
-def test_what_asks_for_the_page_and_says_nothing_holds_up_neither_the_others_nor_the_end(tmp_path):
+def test_who_asks_for_the_page_and_says_nothing_does_not_hold_up_the_master_s_end(tmp_path):
     port = free_port()
-    with Cluster(tmp_path, servers=0, CLUPY_STATUS_PORT=port) as cluster, contextlib.ExitStack() as stack:
-        silent = [stack.enter_context(socket.create_connection(("127.0.0.1", port)))
-                  for _ in range(clupy_master.PAGE_REQUESTS - 1)]
-        assert fetched(f"http://127.0.0.1:{port}/")[0] == 200
-        extra = [stack.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(2)]
-        extra[1].settimeout(clupy_master.PAGE_TIME / 2)
-        assert extra[1].recv(1) == b""             # one too many
-        cluster.master.process.terminate()
-        assert cluster.master.process.wait(PATIENCE) == 0 and "ERROR" not in cluster.master.log
-        assert silent[0].recv(1) == b""
+    with Cluster(tmp_path, servers=0, CLUPY_STATUS_PORT=port) as cluster:
+        with socket.create_connection(("127.0.0.1", port)) as silent:
+            assert fetched(f"http://127.0.0.1:{port}/")[0] == 200
+            cluster.master.process.terminate()
+            assert cluster.master.process.wait(PATIENCE) == 0 and "ERROR" not in cluster.master.log
+            assert silent.recv(1) == b""
+
+
+def test_the_page_answers_so_many_at_once_and_ends_them_all(monkeypatch):
+    monkeypatch.setattr(clupy_master._Request, "timeout", 9 * PATIENCE)   # none of the silent ones may end by itself
+    web = clupy_master._Web(("127.0.0.1", 0), types.SimpleNamespace(allows=lambda host, query: False))
+    thread = threading.Thread(target=web.serve_forever, args=(0.01,))
+    thread.start()
+    with contextlib.ExitStack() as stack:
+        stack.callback(thread.join)
+        stack.callback(web.close)
+
+        def asks():
+            return stack.enter_context(socket.create_connection(web.server_address, timeout=PATIENCE))
+        silent = [asks() for _ in range(clupy_master.PAGE_REQUESTS - 1)]
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.urlopen("http://127.0.0.1:%s/" % web.server_address[1], timeout=PATIENCE)
+        until(lambda: len(web.sockets) == len(silent))        # that one has its answer, and is gone
+        silent.append(asks())
+        assert asks().recv(1) == b""                          # one too many
+        web.close()
+        assert all(sock.recv(1) == b"" for sock in silent)
 
 
 def test_a_page_where_none_can_be_is_an_error_in_words(tmp_path):
