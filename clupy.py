@@ -6179,7 +6179,8 @@ class Executor(concurrent.futures.Executor):
     max_workers: how many run at once; None: as many as there are slots; an embedded cluster gets that many workers.
     master: as for connect(); None: the cluster of this process.  initializer(*initargs): run once in every worker
     before its first call of this executor; where it raises, the calls there fail with BrokenExecutor.  The program's end
-    waits for its calls, as for those of the standard executors."""
+    waits for its calls, as for those of the standard executors.  As a program that ends can start nothing, from Python 3.12 on,
+    the first call waits until the cluster can run one, but for a master that is away UNSERVED_TIME at most."""
 
     _shut_by_end = False                          # of all: the program has begun to end
 

@@ -1231,6 +1231,8 @@ class Screen:
             self._unfinished[writer], self._standing[place] = last, writer
         if terminal:
             room = max(1, shutil.get_terminal_size().columns - 1 - len(mark))
+            if text == "\n" and standing == writer and "\r" not in before and len(before) <= room:
+                return text                       # it stands there, whole; the program may have written behind it
             return "\r\x1b[K" * bool(standing) + shown + (mark + last.strip("\r")[-room:] if rest else "")
         shown += _marked(mark, rest) if rest else ""
         if standing == writer:

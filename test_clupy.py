@@ -4268,13 +4268,16 @@ def test_lines_that_are_not_ascii_are_all_shown_however_many_and_an_unfinished_l
     assert lines == ["ü" * 4000] * 20 and last == "ü without an end"
 
 
+class Wire(list):
+    """A connection by hand: what was sent."""
+
+    def send(self, *message):
+        self.append(message)
+
+
 @pytest.mark.parametrize("line", ["yes\n", "x" * 200 + "\n", "\u6c49\u5b57" * 30 + "\n", "\u20ac" * 100_000 + "\n"])
 def test_output_that_a_client_has_not_seen_is_bounded_in_bytes_on_the_wire(line):
     """A client that is stopped: its kernel takes what is sent, but only so much."""
-    class Wire(list):
-        def send(self, *message):
-            self.append(message)
-
     async def story():
         wire = Wire()
         printed = clupy_server.Printed(wire)
@@ -4293,10 +4296,6 @@ def test_output_that_a_client_has_not_seen_is_bounded_in_bytes_on_the_wire(line)
 
 
 def test_a_line_longer_than_what_may_wait_is_sent_whole_whatever_waits_before_it():
-    class Wire(list):
-        def send(self, *message):
-            self.append(message)
-
     async def story():
         wire, long = Wire(), "x" * (3 * clupy.UNSEEN_OUTPUT) + "\n"
         printed = clupy_server.Printed(wire)
@@ -4393,6 +4392,20 @@ def test_on_a_terminal_an_unfinished_line_gives_way_and_is_there_again_when_it_g
         assert terminal.lines() == shown
 
 
+def test_an_unfinished_line_that_stands_is_not_shown_again_when_it_ends(monkeypatch):
+    """As each one does when its worker ends; the program itself has written behind it meanwhile."""
+    screen, terminal = clupy_master.Screen(), Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setenv("COLUMNS", "20")
+    screen.show("out", "[a] ", "part")
+    terminal.write("1\nafter\n")
+    screen.show("out", "[a] ", "\n")
+    assert terminal.lines() == ["[a] part1", "after", "", ""]
+    screen.show("out", "[a] ", "long " * 5)                  # of this one the beginning is to come yet
+    screen.show("out", "[a] ", "\n")
+    assert terminal.lines()[3:] == ["[a] " + "long " * 5, ""]
+
+
 def test_where_nothing_can_be_taken_back_lines_of_several_are_not_mixed(monkeypatch):
     screen, file = clupy_master.Screen(), io.StringIO()
     monkeypatch.setattr(sys, "stdout", file)
@@ -4414,10 +4427,6 @@ def test_a_bar_of_the_program_s_own_is_out_of_the_way_while_calls_print(monkeypa
 
 
 def test_of_a_line_in_several_pieces_what_is_not_shown_goes_up_to_its_end():
-    class Wire(list):
-        def send(self, *message):
-            self.append(message)
-
     async def story():
         wire = Wire()
         printed = clupy_server.Printed(wire)
