@@ -112,8 +112,9 @@ def templates():
     for pid, command in processes().items():
         with contextlib.suppress(OSError):
             if "template" in command and os.path.samestat(*(os.stat(f"/proc/{pid}/fd/{fd}") for fd in (1, 2))):
-                found.add(pid)
-    return found
+                found.add((pid, parent_of(pid)))
+    pids = {pid for pid, _ in found}
+    return {pid for pid, parent in found if parent not in pids}     # a child that has not yet its own streams is a worker
 
 
 def parent_of(pid):
