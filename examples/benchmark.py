@@ -14,9 +14,11 @@ columns say how many times as good CluPy is: above 1 it is the better one, wheth
 import argparse
 import concurrent.futures
 import functools
+import math
 import multiprocessing
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -27,6 +29,7 @@ from typing import Callable, NamedTuple
 WORKERS = 2
 ROUNDS = 3
 LARGE = 64 << 20            # bytes of an array
+LIMIT = 60                  # seconds for one figure, warm-up included
 
 
 # ==== The peers ==============================================================
@@ -296,21 +299,27 @@ def measure_here(peer_name, row, count):
 
 
 def measure(peer_name, row, count):
-    """One figure, in a process of its own."""
+    """One figure, in a process of its own; NaN if that takes longer than LIMIT."""
     command = [sys.executable, __file__, "--here", peer_name, str(ROWS.index(row)), str(count)]
-    return float(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        try:
+            return float(process.communicate(timeout=LIMIT)[0])
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)             # its workers, too
+            return math.nan
 
 
 def rounds(peers, rows, quick):
-    """{(peer, row): median figure}; each row is measured with one peer after the other."""
+    """{(peer, row): median figure, or NaN: over LIMIT}; each row is measured with one peer after the other."""
     count = 1 if quick else ROUNDS
     figures = {(peer, row): [] for row in rows for peer in peers}
     for number in range(1, count + 1):
         for peer, row in figures:
             show(f"round {number} of {count}: {row.title}, {PEERS[peer].title}")
-            figures[peer, row].append(measure(peer, row, row.quick if quick else row.count))
+            if not any(map(math.isnan, figures[peer, row])):
+                figures[peer, row].append(measure(peer, row, row.quick if quick else row.count))
     show("")
-    return {key: statistics.median(values) for key, values in figures.items()}
+    return {key: math.nan if math.isnan(values[-1]) else statistics.median(values) for key, values in figures.items()}
 
 
 def show(text):
@@ -328,10 +337,13 @@ def table(figures, peers, rows):
         ratios = [figures["clupy", row] / figures[peer, row] for peer in others]
         yield "".join([f"{row.title:<31}{row.unit:>8}",
                        *(f"{number(figures[peer, row]):>21}" for peer in peers),
-                       *(f"{ratio if row.more_is_better else 1 / ratio:>11.2f} x" for ratio in ratios)])
+                       *("-".rjust(13) if math.isnan(ratio) else f"{ratio if row.more_is_better else 1 / ratio:>11.2f} x"
+                         for ratio in ratios)])
 
 
 def number(value):
+    if math.isnan(value):
+        return f"over {LIMIT} s"
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
