@@ -419,6 +419,13 @@ def _switch(value):
     return word in ("on", "true", "yes", "1")
 
 
+def _encryption(value):
+    value = {False: "off", True: "on"}.get(value, value)       # YAML reads bare words so
+    if value not in ("auto", "on", "off"):
+        raise ValueError("auto, on or off")
+    return value
+
+
 def _level(value):
     value = {False: "off"}.get(value, value)       # YAML reads a bare off as false
     if value not in ("warn", "error", "off"):
@@ -488,6 +495,9 @@ SETTINGS = {   # key: (roles that have it, how it is read, default, what it is, 
     "port": ("server client", _port, PORT, "the master's, where its address names none"),
     "status_port": ("master", parse_address, None, "a page to look at, on this machine alone; HOST:PORT: for others, too"),
     "secret_file": ("master server client", _text, "~/.clupy/secret", "the secret, unless CLUPY_SECRET has it"),
+    "encryption": ("master server client", _encryption, "auto", "by keys that the secret makes (Python 3.13 and later): auto: of "
+                   "what leaves a machine, on: of all, off: of nothing"),
+    "max_half_open": ("master server", _count, 1024, "connections that have not proved yet that they know the secret"),
     "tls_cert": ("master server", _text, None, "file of the certificate, to encrypt connections"),
     "tls_key": ("master server", _text, None, "file of its key, without a passphrase"),
     "tls_ca": ("master server client", _text, None, "file of the certificate to trust"),
@@ -514,7 +524,7 @@ SETTINGS = {   # key: (roles that have it, how it is read, default, what it is, 
 class Settings:
     """One attribute per key of SETTINGS; `given` names the keys that did not come from the defaults."""
 
-    dial_tls = admit_tls = None        # ssl contexts of the two sides of a connection, made by _load_tls; None: without TLS
+    dial_tls = admit_tls = None        # ssl contexts of the two sides of a connection, made by _load_tls; None: no certificate
     certificate = None                 # the texts of certificate and key, of which a worker makes its own
 
     def __init__(self, values, given):
@@ -587,12 +597,16 @@ def read_settings(role, file=None, named="argument {}".format, **arguments):
     for key, value in arguments.items():
         if value is not None:
             take(key, value, "argument", named(key))
-    if values.get("slots") == 0:
-        raise ConfigurationError("slots is 0, but must be at least 1")
+    for key in "slots", "max_half_open":
+        if values.get(key) == 0:
+            raise ConfigurationError(f"{key} is 0, but must be at least 1")
     if (values.get("memory_limit") or MIN_MEMORY) < MIN_MEMORY:
         raise ConfigurationError(f"memory_limit is {values['memory_limit']} bytes, but a worker needs {MIN_MEMORY >> 20}MB")
     settings = Settings(values, given)
     _load_tls(settings, **{key: values.get(key) for key in ("tls_ca", "tls_cert", "tls_key")})
+    if settings.encryption == "on" and not (settings.dial_tls or settings.admit_tls or has_keys()):
+        raise ConfigurationError(f"encryption is on, but that needs Python 3.13 or later, and this is {PYTHON_VERSION}: use "
+                                 "certificates instead (tls_cert and tls_key of master and servers, tls_ca of all)")
     return settings
 
 
@@ -610,7 +624,7 @@ def _load_tls(settings, tls_ca, tls_cert, tls_key):
         name, path = ("tls_key", tls_key) if tls_key else ("tls_cert", tls_cert)
         try:
             settings.certificate = [_pem(tls_cert), _pem(path)]
-            settings.admit_tls = admit_context(*settings.certificate)
+            settings.admit_tls = certificate_context(*settings.certificate)
         except ssl.SSLError as error:
             why = "is not the key of tls_cert" if error.reason == "KEY_VALUES_MISMATCH" else "holds no private key"
             raise ConfigurationError(f"{name} is {path!r}, but that {why}") from None
@@ -635,7 +649,7 @@ def _pem(path):
         return file.read()
 
 
-def admit_context(certificate, key):
+def certificate_context(certificate, key):
     """The ssl context of who listens. certificate, key: what their files hold, as texts in Latin-1."""
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     with tempfile.TemporaryFile() as first, tempfile.TemporaryFile() as second:        # without names: OpenSSL reads files only
@@ -650,6 +664,11 @@ def _ask_nobody():
     """Instead of OpenSSL's question at the terminal, which would block whoever loads the key."""
     raise ConfigurationError("tls_key has a passphrase, which a master or server cannot ask for; one without: "
                              "openssl pkey -in KEY -out NEW, readable by its user alone")
+
+
+def has_keys():
+    """Whether TLS by keys can be had: from Python 3.13 on, unless its OpenSSL was built without."""
+    return getattr(ssl, "HAS_PSK", False)
 
 
 def read_yaml(path, must_exist=False):
@@ -758,18 +777,22 @@ def find_secret(settings, create=False):
 # ==== Wire ===================================================================
 # Everything two processes of a cluster say to each other.
 #
-# preamble   8 bytes, read exactly and before TLS: "clupy", version, role, Python's minor version, which must be the same
-#            since bytecode travels.  Roles: M to a master, C control, S slot; in lower case by who goes on under TLS.
+# preamble   8 bytes, read exactly: "clupy", version, role, Python's minor version, which must be the same since bytecode
+#            travels.  Roles: M to a master, C control, S slot; with the bit that names it where TLS follows.
 # handshake  for M and C, raw bytes of fixed size, HANDSHAKE_TIME at most; D dials, A admits:
-#              D -> A  preamble
-#              A -> D  preamble: also in answer to one that does not fit, so that both sides can say what is wrong
-#              D -> A  nonce (32), from here on under TLS, if that is configured: on both sides, as the preambles said
-#              A -> D  nonce (32), HMAC-SHA256(secret, "admit", D's preamble, both nonces)
-#              D -> A  HMAC-SHA256(secret, "dial", D's preamble, both nonces)
-#            Both proofs are bound to role and nonces, so neither can be reflected or replayed.  The control
-#            connection's key, HMAC(secret, "key", ...), stays in the two processes.
-# slot       D -> A  preamble, session (16), number (8), nested (1), HMAC(key, those)     each number once
-#            A -> D  HMAC(slot key, "opened"), slot key = HMAC(key, "slot", number); then frames
+#              D -> A  preamble, with what D wants: no TLS, TLS by A's certificate, or TLS by a key that the secret makes
+#              A -> D  preamble, with what it is to be: in answer to one that does not fit, too, so that both can tell
+#              D -> A  nonce (32)
+#              A -> D  nonce (32), HMAC-SHA256(secret, "admit", both preambles, both nonces)
+#              D -> A  HMAC-SHA256(secret, "dial", both preambles, both nonces)
+#              TLS, if that was agreed; under it, both ways: HMAC(key, "dial tls" or "admit tls", what is unique to this TLS)
+#            The proofs are bound to role and nonces, so neither can be reflected or replayed, and to what was wanted and agreed,
+#            so nobody between can talk them out of TLS.  The connection's key, HMAC(secret, "key", both preambles, both nonces),
+#            stays in the two processes, and makes that of its TLS.  Nothing but 72 bytes is read of who has proved nothing.
+# slot       D -> A  preamble as for its control connection, session (16), number (8), nested (1), HMAC(key, those)
+#                    each number once; slot key = HMAC(key, "slot", number)
+#              TLS, if the control connection has it; D -> A  HMAC(slot key, "dial tls", what is unique to this TLS)
+#            A -> D  HMAC(slot key, "admit tls", what is unique to this TLS, or nothing); then frames
 # frame      body length (8), number of buffers (4), length and place of each (8, 8), all big-endian | pickle 5 | the buffers
 #            of which the place is 0; the others are in lanes
 #            A message is a tuple (kind, *fields) of plain values: unpickling one runs nobody's code.  What users
@@ -889,16 +912,19 @@ SLOT_HEAD = struct.Struct(f">{SESSION_SIZE}sQ?")                       # session
 FRAME_HEAD = struct.Struct(">QI")                                      # body length, number of buffers
 
 
-def preamble(role, tls=None):
-    """What a connection begins with, by this process.  tls: whether it goes on under TLS."""
-    return MAGIC + bytes((VERSION,)) + (role.lower() if tls else role) + bytes((PYTHON,))
+NO_TLS, BY_CERTIFICATE, BY_KEY = 0, 0x20, 0x80     # how a connection goes on: bits that no role has, whose letters are capitals
+ENCRYPTIONS = {NO_TLS: "unencrypted", BY_CERTIFICATE: "encrypted by certificate", BY_KEY: "encrypted by the secret"}
 
 
-def read_preamble(data, tls=None):
-    """The role that a peer's preamble names.  tls: whether this side goes on under TLS.
+def preamble(role, how=NO_TLS):
+    """What a connection begins with, by this process."""
+    return MAGIC + bytes((VERSION, role[0] | how, PYTHON))
 
-    Raises ProtocolError, VersionMismatch or SecretError, which speak of the peer as "it": who dials or listens says who
-    that is."""
+
+def read_preamble(data):
+    """(role, how the connection is to go on) that a peer's preamble names.
+
+    Raises ProtocolError or VersionMismatch, which speak of the peer as "it": who dials or listens says who that is."""
     if data[:5] != MAGIC:
         raise ProtocolError(f"not CluPy: it began with {bytes(data)!r}")
     if data[5] != VERSION:
@@ -906,13 +932,43 @@ def read_preamble(data, tls=None):
     if data[7] != PYTHON:
         raise VersionMismatch(f"it runs Python 3.{data[7]}, this process runs Python 3.{PYTHON}; they must be the same, "
                               "since bytecode travels")
-    role = bytes(data[6:7])
-    if role.upper() not in (TO_MASTER, CONTROL, SLOT):
-        raise ProtocolError(f"unknown role {role!r}")
-    if role.islower() != bool(tls):
-        raise SecretError(f"it speaks {'TLS' if role.islower() else 'without TLS'}, this process {'with' if tls else 'without'} "
-                          "it; who listens needs tls_cert and tls_key, who connects tls_ca")
-    return role.upper()
+    how = data[6] & (BY_CERTIFICATE | BY_KEY)
+    role = bytes((data[6] - how,))
+    if role not in (TO_MASTER, CONTROL, SLOT) or how not in ENCRYPTIONS:
+        raise ProtocolError(f"unknown role {bytes(data[6:7])!r}")
+    return role, how
+
+
+def wanted_encryption(settings, leaves):
+    """How the dialing side wants a connection to go on.  leaves: whether it leaves the machine."""
+    if settings.dial_tls:
+        return BY_CERTIFICATE
+    return BY_KEY if settings.encryption == "on" or settings.encryption == "auto" and leaves and has_keys() else NO_TLS
+
+
+def agreed_encryption(settings, wanted):
+    """How it is to go on, says the listening side."""
+    if settings.admit_tls:
+        return BY_CERTIFICATE
+    if settings.encryption == "auto":
+        return BY_KEY if wanted == BY_KEY and has_keys() else NO_TLS
+    return BY_KEY if settings.encryption == "on" else NO_TLS
+
+
+def check_certificates(mine, theirs):
+    """Either both sides want TLS by certificate, or none.  Raises SecretError."""
+    if BY_CERTIFICATE in (mine, theirs) and mine != theirs:
+        there, here = ("with", "without") if theirs == BY_CERTIFICATE else ("without", "with")
+        raise SecretError(f"it speaks TLS {there} a certificate, this process {here} one; who listens needs tls_cert and "
+                          "tls_key, who connects tls_ca")
+
+
+def check_agreed(settings, agreed):
+    """Whether the dialing side may go on as the other says.  Raises SecretError."""
+    if agreed == BY_KEY and (settings.encryption == "off" or not has_keys()):
+        raise SecretError("its encryption is on, and that of this process off; set both to the same, or one to auto")
+    if agreed == NO_TLS and settings.encryption == "on":
+        raise SecretError("its encryption is off, and that of this process on; set both to the same, or one to auto")
 
 
 def proof(key, *parts):
@@ -920,15 +976,42 @@ def proof(key, *parts):
     return hmac.digest(key, b"".join(struct.pack(">I", len(part)) + part for part in parts), "sha256")
 
 
-def slot_head(key, session, number, nested):
-    """What opens a slot, after the preamble: head and MAC under the control connection's key."""
+def slot_head(key, how, session, number, nested):
+    """What opens a slot, after the preamble: head and MAC under the key of the control connection, which goes on as `how`."""
     head = SLOT_HEAD.pack(session, number, nested)
-    return head + proof(key, preamble(SLOT), head)
+    return head + proof(key, preamble(SLOT, how), head)
 
 
 def slot_key(key, number):
     """The key of one slot: all that a worker ever knows of the cluster's secrets."""
     return proof(key, b"slot", struct.pack(">Q", number))
+
+
+def key_context(side, key):
+    """The ssl context of one side, "dial" or "admit", of a connection whose two ends alone have the key.
+
+    No certificate will do: with CERT_NONE, as the manual has it, who dials would take any (with keys or without)."""
+    if side == "dial":
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)            # which wants a certificate of whom it trusts: of nobody
+        context.check_hostname = False
+        context.set_psk_client_callback(lambda _: ("clupy", key))
+    else:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.set_psk_server_callback(lambda _: key)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    return context
+
+
+def tls_context(how, side, settings, key):
+    """The ssl context of one side of a connection that goes on so, and has this key; None: it goes on without TLS."""
+    if how == BY_KEY:
+        return key_context(side, proof(key, b"tls"))
+    return getattr(settings, f"{side}_tls") if how == BY_CERTIFICATE else None
+
+
+def tls_proof(key, side, tls):
+    """That a side has the key, and sees the same TLS as the other: what it says first.  tls: its ssl object, or None."""
+    return proof(key, side, tls.get_channel_binding("tls-unique") if tls else b"")
 
 
 def forwarded(payload):
@@ -1329,11 +1412,12 @@ def plain_host(host):
 class Connection:
     """Frames over a stream whose peer has proved the secret; for the thread of its loop alone."""
 
-    def __init__(self, reader, writer, peer, key):
+    def __init__(self, reader, writer, peer, key, how):
         self._reader, self._writer = reader, writer
         self.heard = time.monotonic()  # when the last message arrived
         self.peer = peer               # "10.0.0.5:41234"
         self.key = key                 # known to both ends, and to nobody else
+        self.how = how                 # one of ENCRYPTIONS
         self.why = "it was closed here"            # why it ended, once it has
 
     def __repr__(self):
@@ -1433,6 +1517,12 @@ async def connect_socket(host, port):
     raise failure
 
 
+def leaves_machine(sock):
+    """Whether the other end of a connection is on another machine, or looks so."""
+    here, there = (plain_host(name[0]) for name in (sock.getsockname(), sock.getpeername()))
+    return here != there and not there.startswith("127.")
+
+
 async def dial(address, role, secret, settings):
     """A Connection to a master or server at (host, port), after the handshake.
 
@@ -1444,12 +1534,19 @@ async def dial(address, role, secret, settings):
             undo.callback(sock.close)
             tune(sock)
             async with asyncio.timeout(HANDSHAKE_TIME):
-                mine = preamble(role, settings.dial_tls)
+                wanted = wanted_encryption(settings, leaves_machine(sock))
+                mine = preamble(role, wanted)
                 await asyncio.get_running_loop().sock_sendall(sock, mine)
-                read_preamble(await read_exactly(sock, PREAMBLE_SIZE), settings.dial_tls)
-                reader, writer = await _open_stream(sock, address[0], settings.dial_tls)
+                theirs = await read_exactly(sock, PREAMBLE_SIZE)
+                _, how = read_preamble(theirs)
+                check_certificates(wanted, how)
+                check_agreed(settings, how)
+                key = await _prove(sock, mine + theirs, secret)
+                reader, writer = await _open_stream(sock, address[0], tls_context(how, "dial", settings, key))
                 undo.callback(writer.transport.abort)
-                connection = await _prove(reader, writer, address_text(*address), mine, secret)
+                if how:
+                    await prove_tls(reader, writer, key, b"dial tls", b"admit tls")
+                connection = Connection(reader, writer, address_text(*address), key, how)
             undo.pop_all()
             return connection
     except (EOFError, ConnectionResetError):
@@ -1474,19 +1571,29 @@ async def _open_stream(sock, host, context):
             with contextlib.suppress(OSError):
                 spare.send(bytes((21, 3, 3, 0, 2, 2, alert)))          # a record: alert, TLS 1.2 as all say, 2 bytes: fatal
             raise SecretError(f"its certificate is not accepted: {error.verify_message.rstrip('.')}; {advice}") from None
+        except ssl.SSLError as error:
+            raise SecretError(f"TLS fails: {error.reason}") from None
 
 
-async def _prove(reader, writer, peer, mine, secret):
-    """The dialing side of the handshake."""
-    nonce = os.urandom(NONCE_SIZE)
-    writer.write(nonce)
-    bound = mine, nonce, await reader.readexactly(NONCE_SIZE)
-    if not hmac.compare_digest(await reader.readexactly(PROOF_SIZE), proof(secret, b"admit", *bound)):
+async def _prove(sock, preambles, secret):
+    """The dialing side of the proofs; the connection's key."""
+    loop, nonce = asyncio.get_running_loop(), os.urandom(NONCE_SIZE)
+    await loop.sock_sendall(sock, nonce)
+    bound = preambles, nonce, await read_exactly(sock, NONCE_SIZE)
+    if not hmac.compare_digest(await read_exactly(sock, PROOF_SIZE), proof(secret, b"admit", *bound)):
         here = "CLUPY_SECRET is set here: unset it, or set it as there" if os.environ.get("CLUPY_SECRET") else (
             "copy its ~/.clupy/secret here")
         raise SecretError(f"it has another secret than this process; {here}")
-    writer.write(proof(secret, b"dial", *bound))
-    return Connection(reader, writer, peer, proof(secret, b"key", *bound))
+    await loop.sock_sendall(sock, proof(secret, b"dial", *bound))
+    return proof(secret, b"key", *bound)
+
+
+async def prove_tls(reader, writer, key, mine, theirs):
+    """Each side's first words under TLS.  Raises SecretError."""
+    tls = writer.get_extra_info("ssl_object")
+    writer.write(tls_proof(key, mine, tls))
+    if not hmac.compare_digest(await reader.readexactly(PROOF_SIZE), tls_proof(key, theirs, tls)):
+        raise SecretError("somebody stands between it and this process, and has TLS with each")
 
 
 # ---- Masters: several addresses are tried in turn, and what each said is kept: {(host, port): an error or a text}.
@@ -4016,7 +4123,7 @@ class Slot:
         self._outgoing = collections.deque()      # pieces of frames that the transport has not been given yet
         self._full = False                        # it wants no more for now
         self.lanes = Lanes()
-        self._frames = Frames(proof(self._key, b"opened"), lanes=self.lanes)
+        self._frames = None                       # once it is connected
 
     def __repr__(self):
         return f"{self.link.name} {self.pid or 'opening'}"
@@ -4089,7 +4196,10 @@ class Slot:
         self._write()
 
     def connection_made(self, transport):
-        self.transport = transport
+        self.transport, tls = transport, transport.get_extra_info("ssl_object")
+        self._frames = Frames(tls_proof(self._key, b"admit tls", tls), lanes=self.lanes)
+        if tls:
+            transport.write(tls_proof(self._key, b"dial tls", tls))
 
     def get_buffer(self, _):
         return self._frames.space()
@@ -4175,7 +4285,7 @@ class ServerLink:
 
     def __init__(self, engine, id, address, name):
         self.engine, self.id, self.address, self.name = engine, id, address, name
-        self.connection = self.key = self.session = None
+        self.connection = self.key = self.how = self.session = None
         self.slots = {}                           # {number: Slot}, until they are over
         self.placed = collections.deque()         # calls that this server alone may run
         self.max_nested = 0                       # slots there beyond the share at most
@@ -4198,7 +4308,7 @@ class ServerLink:
             log.warning("server %s cannot be reached: %s", self.name, reason(error))
             self.engine.pool.link_lost(self)
             return
-        self.connection, self.key = connection, connection.key
+        self.connection, self.key, self.how = connection, connection.key, connection.how
         self.greet()
         try:
             await connection.serve(self)
@@ -4688,15 +4798,15 @@ class Pool:
 
     async def _connect(self, slot):
         """Make the slot's connection; what goes wrong concerns this slot alone."""
-        link, settings = slot.link, self._engine.settings
+        link, how = slot.link, slot.link.how
         try:
             sock = await connect_socket(*link.address)
             try:
                 tune(sock)
                 async with asyncio.timeout(HANDSHAKE_TIME):
-                    head = preamble(SLOT, settings.dial_tls) + slot_head(link.key, link.session, slot.number, slot.nested)
-                    await self._engine.loop.sock_sendall(sock, head)
-                context = settings.dial_tls
+                    head = slot_head(link.key, how, link.session, slot.number, slot.nested)
+                    await self._engine.loop.sock_sendall(sock, preamble(SLOT, how) + head)
+                context = tls_context(how, "dial", self._engine.settings, slot_key(link.key, slot.number))
                 tls = {"server_hostname": link.address[0], "ssl_handshake_timeout": NO_LIMIT} if context else {}
                 await self._engine.loop.create_connection(lambda: slot, sock=sock, ssl=context, **tls)
             except BaseException:
@@ -4850,7 +4960,8 @@ class Pool:
 
 async def embed(engine):
     """Start a master and a server in the engine's loop, on loopback, with a secret of their own; the master's address."""
-    engine.secret, engine.settings.dial_tls = os.urandom(32).hex().encode(), None          # on loopback, to ourselves
+    engine.secret = os.urandom(32).hex().encode()
+    engine.settings.dial_tls, engine.settings.encryption = None, "off"       # on loopback, to ourselves
     services = merged_services(engine.settings, {})                # the workers' are this process's
     own = {**vars(engine.settings), **{key: getattr(services, key) for key in SERVICE_KEYS}, "listen": ("127.0.0.1", 0)}
     master = clupy_master.Master(default_settings("master", **own), engine.secret)
@@ -8201,7 +8312,7 @@ os.register_at_fork(after_in_child=_after_fork)
 
 # ==== Command line ===========================================================
 
-REACHING = "master", "port", "secret_file", "tls_ca"      # the settings by which a command only looks at a cluster
+REACHING = "master", "port", "secret_file", "encryption", "tls_ca"      # the settings by which a command only looks at a cluster
 
 
 def _option(key):

@@ -117,30 +117,33 @@ REFUSALS = {"CERTIFICATE_EXPIRED": "it has expired, or is not valid yet",
             "UNKNOWN_CA": "the peer's tls_ca is another than whose signature it bears"}
 
 
-async def admit(sock, peer, theirs, secret, settings):
-    """The Connection of an accepted socket whose preamble `theirs` was read: the mirror of `dial`.
+async def admit(sock, peer, preambles, secret, settings):
+    """The Connection of an accepted socket whose preamble was read: the mirror of `dial`.  preambles: it, and ours.
 
     Raises SecretError or OSError; the caller closes the socket then."""
-    loop, reader = asyncio.get_running_loop(), asyncio.StreamReader()
-    await loop.sock_sendall(sock, theirs)          # ours is the same, or it had been refused
+    loop, reader, mine = asyncio.get_running_loop(), asyncio.StreamReader(), preambles[clupy.PREAMBLE_SIZE:]
+    await loop.sock_sendall(sock, mine)
+    bound = preambles, await read_exactly(sock, NONCE_SIZE), os.urandom(NONCE_SIZE)
+    await loop.sock_sendall(sock, bound[-1] + proof(secret, b"admit", *bound))
+    try:
+        answer = await read_exactly(sock, PROOF_SIZE)
+    except EOFError:
+        raise SecretError("it hung up on our proof, so it has another secret") from None
+    if not hmac.compare_digest(answer, proof(secret, b"dial", *bound)):
+        raise SecretError("it has another secret")
+    key, (_, how) = proof(secret, b"key", *bound), clupy.read_preamble(mine)
     try:
         transport, protocol = await loop.connect_accepted_socket(
-            lambda: asyncio.StreamReaderProtocol(reader), sock, ssl=settings.admit_tls)
+            lambda: asyncio.StreamReaderProtocol(reader), sock, ssl=clupy.tls_context(how, "admit", settings, key))
     except ssl.SSLError as error:
         alert = error.reason.partition("ALERT_")[2]
         raise SecretError(f"it does not accept our certificate: {REFUSALS.get(alert, alert)}" if alert else
                           f"TLS fails: {error.reason}") from None
     writer = asyncio.StreamWriter(transport, protocol, reader, loop)
     try:
-        bound = theirs, await reader.readexactly(NONCE_SIZE), os.urandom(NONCE_SIZE)
-        writer.write(bound[-1] + proof(secret, b"admit", *bound))
-        try:
-            answer = await reader.readexactly(PROOF_SIZE)
-        except asyncio.IncompleteReadError:
-            raise SecretError("it hung up on our proof, so it has another secret") from None
-        if not hmac.compare_digest(answer, proof(secret, b"dial", *bound)):
-            raise SecretError("it has another secret")
-        return Connection(reader, writer, peer, proof(secret, b"key", *bound))
+        if how:
+            await clupy.prove_tls(reader, writer, key, b"admit tls", b"dial tls")
+        return Connection(reader, writer, peer, key, how)
     except BaseException:
         transport.abort()
         raise
@@ -149,11 +152,12 @@ async def admit(sock, peer, theirs, secret, settings):
 class Listener:
     """A listening socket whose every connection is read up to the end of its preamble, and then given away.
 
-    greet(sock, peer, role, preamble) is a coroutine that has HANDSHAKE_TIME; what it raises of ClupyError or OSError closes
-    the socket with one log line, as does a preamble that is none.  It returns a coroutine, which serves the connection
-    for as long as that takes, or None.  tls: whether they go on under TLS."""
+    greet(sock, peer, role, preambles), with the peer's preamble and ours, is a coroutine that has HANDSHAKE_TIME; what it raises
+    of ClupyError or OSError closes the socket with one log line, as does a preamble that is none.  It returns a coroutine, which
+    serves the connection for as long as that takes, or None.  Until it does a connection is half open: of more than
+    `max_half_open` the oldest give way, so that strangers keep nobody out for longer than a moment."""
 
-    def __init__(self, address, greet, tls=None):
+    def __init__(self, address, greet, settings):
         host, port = address
         both = not host and socket.has_dualstack_ipv6()            # every address, of IPv4 and IPv6
         try:
@@ -165,7 +169,8 @@ class Listener:
         self._socket.setblocking(False)
         self.address = self._socket.getsockname()[:2]
         self.where = address_text(*self.address) if host else f"every address, port {self.address[1]}"         # for the log
-        self._greet, self._tls = greet, tls
+        self._greet, self._settings = greet, settings
+        self._half_open = {}                       # {socket: its asyncio.Timeout}, the oldest first
         self._tasks = Tasks(f"the listener at {self.where}")
         self._tasks.spawn(self._accept())
 
@@ -183,29 +188,42 @@ class Listener:
             failing = False
             self._tasks.spawn(self._welcome(sock, address_text(plain_host(address[0]), address[1])))
 
+    async def _answer(self, sock, theirs):
+        """(role, both preambles) of a peer whose preamble is `theirs`; one that does not fit learns so, by ours."""
+        mine = preamble(TO_MASTER)
+        try:
+            role, wanted = read_preamble(theirs)
+            agreed = clupy.agreed_encryption(self._settings, wanted)
+            mine = preamble(role, agreed)
+            clupy.check_certificates(agreed, wanted)
+        except (VersionMismatch, SecretError):
+            await asyncio.get_running_loop().sock_sendall(sock, mine)
+            raise
+        return role, theirs + mine
+
     async def _welcome(self, sock, peer):
         """Serve one connection, from its preamble on."""
+        if len(self._half_open) >= self._settings.max_half_open:
+            self._half_open.pop(next(iter(self._half_open))).reschedule(0)
         try:
-            async with asyncio.timeout(HANDSHAKE_TIME):
-                data = await read_exactly(sock, PREAMBLE_SIZE)
-                try:
-                    role = read_preamble(data, self._tls)
-                except (VersionMismatch, SecretError):             # by ours it learns that, too
-                    await asyncio.get_running_loop().sock_sendall(sock, preamble(data[6:7].upper(), self._tls))
-                    raise
-                life = await self._greet(sock, peer, role, data)
+            async with asyncio.timeout(HANDSHAKE_TIME) as self._half_open[sock]:
+                theirs = await read_exactly(sock, PREAMBLE_SIZE)
+                life = await self._greet(sock, peer, *await self._answer(sock, theirs))
         except (ClupyError, OSError, EOFError) as error:
             # Somebody only looked who is here, or left in the midst of the handshake.
             silent = (isinstance(error, EOFError) and (error.args[1:] == (0,) or getattr(error, "partial", None) == b"")
                       or isinstance(error, (ConnectionResetError, BrokenPipeError)))
             why = error.args[0] if isinstance(error, EOFError) else str(error)
-            log.log(logging.DEBUG if silent else logging.WARNING, "refused %s: %s", peer,
-                    why or f"no handshake within {HANDSHAKE_TIME:g} s")
+            log.log(logging.DEBUG if silent else logging.WARNING, "refused %s: %s", peer, why or (
+                f"no handshake within {HANDSHAKE_TIME:g} s" if sock in self._half_open else
+                f"no handshake yet, and {self._settings.max_half_open} others came after it (max_half_open)"))
             sock.close()
             return
         except asyncio.CancelledError:
             sock.close()
             raise
+        finally:
+            self._half_open.pop(sock, None)
         if life is not None:
             await life
 
@@ -1884,7 +1902,7 @@ class Master:
         self._woke = time.monotonic()  # when this process ran last
         self._names = {}               # {Connection: ("server" or "client", id), or None until it has said that}
         self._tasks = Tasks("the master")
-        self._listener = Listener(settings.listen or ("", PORT), self._greet, settings.admit_tls)
+        self._listener = Listener(settings.listen or ("", PORT), self._greet, settings)
         self.address = self._listener.address
         self._tasks.repeat(WAKE_TIME, self._now)
         self.name = reached_at(*self.address)
@@ -1918,11 +1936,11 @@ class Master:
         self._woke = now
         return now
 
-    async def _greet(self, sock, peer, role, preamble):
+    async def _greet(self, sock, peer, role, preambles):
         if role != TO_MASTER:
             raise ProtocolError("this is a master, and it wants a server; is the port right?")
         clupy.tune(sock)
-        return self._serve(await admit(sock, peer, preamble, self.secret, self.settings))
+        return self._serve(await admit(sock, peer, preambles, self.secret, self.settings))
 
     async def _serve(self, connection):
         self._names[connection] = None

@@ -732,9 +732,9 @@ class Worker:
         clupy._sender = os.urandom(8)              # of names that calls here bind anew
         clupy._engine = self.nested
         follow_threads(self)
-        if given["tls"]:
-            self.sock = TlsSocket(sock, *given["tls"])
-        self.sock.sendall(proof(self._key, b"opened"))
+        tls = TlsSocket(sock, self._key, given["how"], given["certificate"]) if given["how"] else None
+        self.sock = tls or sock
+        self.sock.sendall(clupy.tls_proof(self._key, b"admit tls", tls))
         self.family = Family(self.fetch)
         os.register_at_fork(before=self.family.open)
 
@@ -988,9 +988,15 @@ class TlsSocket:
     """A socket under TLS, the server's side, for one reading and one writing thread: OpenSSL's state must not see two
     threads at once, so the socket never blocks in it."""
 
-    def __init__(self, sock, certificate, key):
+    def __init__(self, sock, key, how, certificate):
         sock.settimeout(clupy.HANDSHAKE_TIME)
-        self._sock = clupy.admit_context(certificate, key).wrap_socket(sock, server_side=True)
+        context = (clupy.certificate_context(*certificate) if how == clupy.BY_CERTIFICATE else
+                   clupy.key_context("admit", proof(key, b"tls")))
+        self._sock = context.wrap_socket(sock, server_side=True)
+        self.get_channel_binding = self._sock.get_channel_binding
+        theirs = self._sock.recv(clupy.PROOF_SIZE)             # one record, as it was written
+        if not clupy.hmac.compare_digest(theirs, clupy.tls_proof(key, b"dial tls", self._sock)):
+            raise clupy.SecretError("somebody stands between the client and this worker, and has TLS with each")
         self._sock.setblocking(False)
         self._lock = threading.Lock()
 
@@ -2406,7 +2412,7 @@ class Session:
     def on_hello(self, connection, client, name, resolution, wheels, output):
         self.client, self.name, self.printed.wanted = client, name, output
         if self.copies is None:
-            log.info("client %s is here, from %s", self.name, connection.peer)
+            log.info("client %s is here, from %s, %s", self.name, connection.peer, clupy.ENCRYPTIONS[connection.how])
             self.copies = clupy.Copies(client)
         self.libraries = self.server.libraries.libraries_of(clupy_master.Resolution.of(resolution), wheels)
         connection.send("welcome", self.id, self.server.versions, self.server.settings.max_nested)
@@ -2474,7 +2480,7 @@ class Server:
         self._stating = None                       # TimerHandle, while a statement is due
         self._closing = False
         self._said = ""                            # why there is no master, as the log says; None: there is one
-        self._listener = clupy_master.Listener(settings.listen or ("", 0), self._greet, settings.admit_tls)
+        self._listener = clupy_master.Listener(settings.listen or ("", 0), self._greet, settings)
         self.address, self.where = self._listener.address, self._listener.where
         self.name = clupy.server_name(self.id, self.address[1])
 
@@ -2496,10 +2502,10 @@ class Server:
 
     # -- clients
 
-    async def _greet(self, sock, peer, role, preamble):
+    async def _greet(self, sock, peer, role, preambles):
         if role == CONTROL:
             tune(sock)
-            connection = await clupy_master.admit(sock, peer, preamble, self.secret, self.settings)
+            connection = await clupy_master.admit(sock, peer, preambles, self.secret, self.settings)
             return self._serve_control(connection)
         if role == SLOT:
             return await self._greet_slot(sock)
@@ -2523,7 +2529,8 @@ class Server:
         id, number, nested = clupy.SLOT_HEAD.unpack(head[:clupy.SLOT_HEAD.size])
         session = self.sessions.get(id)
         key = session.connection.key if session else os.urandom(32)
-        if not clupy.hmac.compare_digest(slot_head(key, id, number, nested), head):
+        how = session.connection.how if session else clupy.NO_TLS
+        if not clupy.hmac.compare_digest(slot_head(key, how, id, number, nested), head):
             raise clupy.SecretError("a slot was asked for with a wrong or an old key")
         if number in session.numbers:              # its client closed it before it was here
             log.debug("slot %s was opened or closed before", number)
@@ -2538,7 +2545,8 @@ class Server:
     def said_to_worker(self, slot):
         """What a worker is told with the socket of its slot."""
         return {"key": slot_key(slot.session.connection.key, slot.number).hex(), "server": self.name,
-                "client": slot.session.client, "services": self.services, "tls": self.settings.certificate}
+                "client": slot.session.client, "services": self.services, "how": slot.session.connection.how,
+                "certificate": self.settings.certificate}
 
     def tell(self, *notice):
         """Send a notice to every client."""

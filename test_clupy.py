@@ -2139,7 +2139,7 @@ def test_slots_are_served_in_the_order_in_which_they_came_and_each_number_once(t
     """A client by hand, that asks for more slots than there are."""
     def ask_for(number):
         sock = stack.enter_context(socket.create_connection(address, timeout=PATIENCE))
-        sock.sendall(clupy.preamble(clupy.SLOT) + clupy.slot_head(control.key, session, number, False))
+        sock.sendall(clupy.preamble(clupy.SLOT) + clupy.slot_head(control.key, control.how, session, number, False))
         return sock
 
     async def until_said(kind):
@@ -2383,8 +2383,10 @@ def test_everything_travels_under_tls_where_a_certificate_is_configured(tmp_path
     ("good", "another", "its certificate is not accepted: self-signed.*tls_ca must", "our certificate: the peer's tls_ca is"),
     ("elsewhere", "elsewhere", "not accepted: IP address mismatch.*name the host as", "our certificate: it is not for the host"),
     ("expired", "expired", "not accepted: certificate has expired; renew it", "does not accept our certificate: it has expired"),
-    ("good", None, "it speaks TLS, this process without it.*who connects tls_ca", "it speaks without TLS, this process with it"),
-    (None, "good", "it speaks without TLS, this process with it", "it speaks TLS, this process without it; who listens needs")])
+    ("good", None, "it speaks TLS with a certificate, this process without one.*who connects tls_ca",
+     "it speaks TLS without a certificate, this process with one"),
+    (None, "good", "it speaks TLS without a certificate, this process with one",
+     "it speaks TLS with a certificate, this process without one; who listens needs")])
 def test_tls_that_cannot_be_is_an_error_at_once_and_told_on_both_sides(tmp_path, certificates, cert, ca, words, log):
     address, ca = f"127.0.0.1:{free_port()}", ca and str(certificates / f"{ca}.pem")
     given = {"CLUPY_TLS_CERT": certificates / f"{cert}.pem", "CLUPY_TLS_KEY": certificates / "good.key"} if cert else {}
@@ -2411,6 +2413,251 @@ def test_certificates_and_keys_that_are_of_no_use_are_told_at_the_start(certific
     for role in "master", "server":
         with pytest.raises(clupy.ConfigurationError, match=words):
             clupy.read_settings(role, **settings)
+
+
+@contextlib.contextmanager
+def relay(monkeypatch, talk):
+    """Have this process's connections go through a relay: talk(the near socket, the far one) runs in a thread for each."""
+    connect, sockets, pool = clupy.connect_socket, [], concurrent.futures.ThreadPoolExecutor(40)
+
+    async def connect_relay(host, port):
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            near = await connect(*listener.getsockname())
+            sockets.extend([listener.accept()[0], socket.create_connection((host, port))])
+        pool.submit(talk, *sockets[-2:]).add_done_callback(lambda done: [sock.close() for sock in sockets[-2:]]
+                                                           if done.exception() else None)
+        return near
+    monkeypatch.setattr(clupy, "connect_socket", connect_relay)
+    try:
+        yield
+    finally:
+        clupy.close()
+        for sock in sockets:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+        pool.shutdown()
+        for sock in sockets:
+            sock.close()
+
+
+def pour(source, target, seen=None):
+    """Everything from one socket to the other."""
+    with contextlib.suppress(OSError):
+        while data := source.recv(1 << 16):
+            if seen is not None:
+                seen.append(data)
+            target.sendall(data)
+        target.shutdown(socket.SHUT_WR)
+
+
+def both_ways(near, far, seen=None):
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        pool.submit(pour, near, far, seen)
+        pour(far, near, seen)
+
+
+HOWS = ["off", "certificate", *["on", "auto"] * clupy.has_keys()]      # of "by keys" on the Pythons that have them
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_who_listens_on_the_wire_hears_nothing_of_what_was_sent(tmp_path, certificates, monkeypatch, capfd, how):
+    files = {"cert": "good.pem", "key": "good.key", "ca": "good.pem"} if how == "certificate" else {}
+    given = {f"CLUPY_TLS_{key.upper()}": str(certificates / name) for key, name in files.items()}
+    settings = {"tls_ca": "good.pem"} if files else {"encryption": how}
+    given |= {} if files or how == "auto" else {"CLUPY_ENCRYPTION": how}
+    seen = []
+    if how == "auto":
+        monkeypatch.setattr(clupy, "leaves_machine", lambda sock: True)
+    monkeypatch.setattr(clupy.Lanes, "offer", lambda lanes, key: None)         # as on another machine
+
+    def shout(text, array):
+        print("PRINTED" * 10)
+        return text.lower(), array.upper()
+    with Cluster(tmp_path, **given) as cluster, relay(monkeypatch, lambda near, far: both_ways(near, far, seen)):
+        clupy.connect(cluster.address, **settings)
+        array = b"array" * 30_000
+        assert clupy.parallel(shout)("ARGUMENT" * 10, array).result(PATIENCE) == ("argument" * 10, array.upper())
+        until(lambda: "PRINTED" in capfd.readouterr().out)
+        names = {"certificate": "encrypted by certificate", "off": "unencrypted"}
+        assert f", {names.get(how, 'encrypted by the secret')}\n" in cluster.servers[0].log
+    heard = b"".join(seen)
+    words = [b"ARGUMENT", b"argument", b"arrayarray", b"ARRAYARRAY", b"PRINTED", b"shout", b"opened", b"share"]
+    assert len(heard) > 300_000 and [word for word in words if word in heard] == (words if how == "off" else [])
+
+
+def settings_with(**given):
+    return types.SimpleNamespace(**{"dial_tls": None, "admit_tls": None, "encryption": "auto", **given})
+
+
+@pytest.mark.parametrize("keys", [True, False])
+def test_both_ends_agree_how_a_connection_goes_on(monkeypatch, keys):
+    monkeypatch.setattr(clupy, "has_keys", lambda: keys)
+    outcomes = {}
+    ends = {"auto": {}, "on": {"encryption": "on"}, "off": {"encryption": "off"}, "certificate": {"dial_tls": 1, "admit_tls": 1},
+            "both": {"dial_tls": 1, "admit_tls": 1, "encryption": "on"}}
+    if not keys:
+        del ends["on"]                              # refused at the start
+    for (dials, mine), (admits, theirs), leaves in itertools.product(ends.items(), ends.items(), [True, False]):
+        dialing, admitting = settings_with(**mine), settings_with(**theirs)
+        wanted = clupy.wanted_encryption(dialing, leaves)
+        agreed = clupy.agreed_encryption(admitting, wanted)
+        try:
+            clupy.check_certificates(wanted, agreed)
+            clupy.check_agreed(dialing, agreed)
+            outcomes[dials, admits, leaves] = clupy.ENCRYPTIONS[agreed].split()[-1]
+        except clupy.SecretError as error:
+            outcomes[dials, admits, leaves] = re.search("certificate|encryption", str(error))[0] + "!"
+    expected = {("auto", "auto", True): "secret" if keys else "unencrypted", ("on", "on"): "secret", ("on", "auto"): "secret",
+                ("auto", "on"): "secret", ("on", "off"): "encryption!", ("off", "on"): "encryption!"}
+    for (dials, admits, leaves), outcome in outcomes.items():
+        certified = len({dials, admits} & {"certificate", "both"}) if dials != admits else 2 * (dials in ("certificate", "both"))
+        default = ["unencrypted", "certificate!", "certificate"][certified]
+        assert outcome == expected.get((dials, admits), expected.get((dials, admits, leaves), default)), (dials, admits, leaves)
+
+
+def test_encryption_by_keys_is_refused_where_python_has_none(certificates, monkeypatch):
+    monkeypatch.setattr(clupy, "has_keys", lambda: False)
+    for role in "master", "server", "client":
+        with pytest.raises(clupy.ConfigurationError, match="encryption is on, but that needs Python 3.13.*certificates instead"):
+            clupy.read_settings(role, encryption="on")
+    assert clupy.read_settings("client", encryption="on", tls_ca="good.pem").dial_tls
+    with pytest.raises(clupy.ConfigurationError, match="auto, on or off"):
+        clupy.read_settings("client", encryption="perhaps")
+    assert clupy.read_settings("client", encryption=False).encryption == "off"
+
+
+def test_nobody_between_talks_two_ends_out_of_encryption(cluster, monkeypatch):
+    """He changes what one end wants, or what the other agrees to; each is part of what both prove."""
+    monkeypatch.setattr(clupy, "has_keys", lambda: True)
+    monkeypatch.setattr(clupy, "leaves_machine", lambda sock: True)
+    plain = clupy.preamble(clupy.TO_MASTER)
+
+    def change_wish(near, far):
+        assert near.recv(8, socket.MSG_WAITALL) == clupy.preamble(clupy.TO_MASTER, clupy.BY_KEY)
+        far.sendall(plain)
+        both_ways(near, far)
+
+    def change_answer(near, far):
+        far.sendall(near.recv(8, socket.MSG_WAITALL))
+        far.recv(8, socket.MSG_WAITALL)
+        near.sendall(plain)
+        both_ways(near, far)
+    for change in [change_wish, change_answer]:
+        with relay(monkeypatch, change):
+            with pytest.raises(clupy.SecretError, match="another secret"):
+                clupy.connect(cluster.address)
+        monkeypatch.undo()
+        monkeypatch.setenv("CLUPY_SECRET", SECRET)
+        monkeypatch.setattr(clupy, "leaves_machine", lambda sock: True)
+        if not clupy.has_keys():
+            break                                   # the master would agree to nothing else
+
+
+def test_who_stands_between_with_a_stolen_certificate_is_found(tmp_path, certificates, monkeypatch):
+    """He lets the proofs through, and has TLS with each end."""
+    def stand_between(near, far):
+        for source, target, count in (near, far, 8), (far, near, 8), (near, far, 32), (far, near, 64), (near, far, 32):
+            target.sendall(source.recv(count, socket.MSG_WAITALL))
+        server, client = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        server.load_cert_chain("good.pem", "good.key")
+        client.check_hostname, client.verify_mode = False, ssl.CERT_NONE
+        with server.wrap_socket(near, server_side=True) as near, client.wrap_socket(far) as far:
+            far.sendall(near.recv(32))
+            near.sendall(far.recv(32))
+            pour(far, near)
+    names = ("CERT", "good.pem"), ("KEY", "good.key"), ("CA", "good.pem")
+    files = {f"CLUPY_TLS_{key}": str(certificates / name) for key, name in names}
+    with Cluster(tmp_path, servers=0, **files) as cluster:
+        clupy.connect(cluster.address, tls_ca="good.pem")
+        clupy.close()
+        with relay(monkeypatch, stand_between), pytest.raises(clupy.SecretError, match="somebody stands between"):
+            clupy.connect(cluster.address, tls_ca="good.pem")
+        until(lambda: "refused" in cluster.master.log and "stands between" in cluster.master.log)
+
+
+@pytest.mark.parametrize("how", ["certificate", *["key"] * clupy.has_keys()])
+def test_a_worker_reads_nothing_of_who_has_tls_but_not_the_slots_key(certificates, how):
+    key, texts = os.urandom(32), [(certificates / name).read_text() for name in ("good.pem", "good.key")]
+    by, told = (clupy.BY_CERTIFICATE, texts) if how == "certificate" else (clupy.BY_KEY, None)
+    for good in True, False:
+        context = ssl.create_default_context(cafile="good.pem") if told else clupy.key_context("dial", clupy.proof(key, b"tls"))
+        near, far = socket.socketpair()
+        with concurrent.futures.ThreadPoolExecutor(1) as pool, near, far:
+            worker = pool.submit(clupy_server.TlsSocket, far, key, by, told)
+            with context.wrap_socket(near, server_hostname="127.0.0.1") as tls:
+                tls.sendall(clupy.tls_proof(key if good else b"guessed", b"dial tls", tls))
+                if good:
+                    os.close(worker.result(PATIENCE).detach())
+                else:
+                    with pytest.raises(clupy.SecretError, match="stands between"):
+                        worker.result(PATIENCE)
+        del worker, pool                           # with the exception, whose frames have the socket
+        gc.collect()
+
+
+@pytest.mark.skipif(not clupy.has_keys(), reason="TLS by keys is from Python 3.13 on")
+@pytest.mark.parametrize("side", ["dial", "admit"])
+def test_who_has_no_key_has_no_tls(certificates, side):
+    """Neither one with a certificate, nor one with another key."""
+    other = {"dial": "admit", "admit": "dial"}[side]
+    strangers = [clupy.key_context(other, b"y" * 32)]
+    if side == "dial":
+        strangers.append(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
+        strangers[-1].load_cert_chain("good.pem", "good.key")
+    else:
+        strangers.append(ssl.create_default_context(cafile="good.pem"))
+    for stranger, ours in [(clupy.key_context(other, b"x" * 32), True), *[(stranger, False) for stranger in strangers]]:
+        near, far = socket.socketpair()
+        contexts = [clupy.key_context(side, b"x" * 32), stranger]
+
+        def shake(sock, context, at):
+            with contextlib.closing(sock):
+                sock.settimeout(PATIENCE)
+                server = at == "admit"
+                with context.wrap_socket(sock, server_side=server, server_hostname=None if server else "127.0.0.1") as tls:
+                    tls.sendall(b"!")              # with 1.3 who dials is done before the other has agreed
+                    assert tls.recv(1) == b"!"
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            both = [pool.submit(shake, near, contexts[0], side), pool.submit(shake, far, contexts[1], other)]
+            assert [done.exception(PATIENCE) is None for done in both] == [ours, ours]
+
+
+def test_half_open_connections_are_few_and_the_oldest_give_way(tmp_path):
+    """Who connects and says nothing keeps nobody out."""
+    host = "127.0.0.1"
+    with Program(tmp_path / "small", "-m", "clupy", "master", "--listen", "127.0.0.1:0", CLUPY_MAX_HALF_OPEN=3) as small:
+        port = until(lambda: re.search(r"master listens on 127.0.0.1:(\d+)", small.log))[1]
+        with contextlib.ExitStack() as stack:
+            strangers = [stack.enter_context(socket.create_connection((host, int(port)), timeout=PATIENCE)) for _ in range(8)]
+            begun = time.monotonic()
+            assert [sock.recv(1) for sock in strangers[:5]] == [b""] * 5      # the first five; the last three are still there
+            assert time.monotonic() - begun < clupy.HANDSHAKE_TIME
+            for sock in strangers[5:]:
+                sock.setblocking(False)
+                with pytest.raises(BlockingIOError):
+                    sock.recv(1)
+            assert tables_of(f"{host}:{port}")["servers"] == {}
+        assert small.log.count("no handshake yet, and 3 others came after it (max_half_open)") >= 5
+
+
+@pytest.mark.parametrize("role, kind", [(b"M", "master"), (b"C", "server"), (b"S", "server")])
+def test_of_who_has_proved_nothing_few_bytes_are_read(monkeypatch, role, kind):
+    """However much he sends."""
+    clupy.connect(slots=1)
+    master, server = clupy._engine.embedded
+    address = {"master": master, "server": server}[kind].address
+    read, receive = [], asyncio.selector_events.BaseSelectorEventLoop.sock_recv
+
+    async def counting(loop, sock, count):
+        data = await receive(loop, sock, count)
+        read.append(len(data))
+        return data
+    monkeypatch.setattr(asyncio.selector_events.BaseSelectorEventLoop, "sock_recv", counting)
+    with socket.create_connection(address, timeout=PATIENCE) as sock, contextlib.suppress(ConnectionError):
+        sock.sendall(clupy.preamble(role) + b"x" * 100_000)
+        while sock.recv(4096):
+            pass
+    assert 8 < sum(read) <= 256
 
 
 def test_the_embedded_cluster_needs_no_certificate(certificates):
@@ -9188,11 +9435,11 @@ def test_what_all_masters_say_and_no_patience_mends_is_an_error_at_once(tmp_path
 
 def test_the_commands_say_in_words_why_no_master_answers(tmp_path):
     async def story():                             # one closes as it is asked, one stops and says nothing
-        async def greet(sock, peer, role, preamble):
-            connection = await clupy_master.admit(sock, peer, preamble, SECRET.encode(), clupy.default_settings("master"))
+        async def greet(sock, peer, role, preambles):
+            connection = await clupy_master.admit(sock, peer, preambles, SECRET.encode(), clupy.default_settings("master"))
             await connection.receive()
             connection.abort()
-        closing = clupy_master.Listener(("127.0.0.1", 0), greet)
+        closing = clupy_master.Listener(("127.0.0.1", 0), greet, clupy.default_settings("master"))
         addresses = [closing.address, *(clupy.parse_address(bad[kind], 7878) for kind in ("a..b", "other Python"))]
         try:
             settings = clupy.read_settings("client", master=["%s:%s" % address for address in addresses])
@@ -9291,12 +9538,12 @@ def test_patience_begins_when_the_last_master_that_led_is_lost(monkeypatch):
         nonlocal link
         hung_up = []
 
-        async def greet(sock, peer, role, preamble):
-            connection = await clupy_master.admit(sock, peer, preamble, SECRET.encode(), clupy.default_settings("master"))
+        async def greet(sock, peer, role, preambles):
+            connection = await clupy_master.admit(sock, peer, preambles, SECRET.encode(), clupy.default_settings("master"))
             await connection.receive()
             hung_up.append(peer)
             connection.close()
-        closing = clupy_master.Listener(("127.0.0.1", 0), greet)
+        closing = clupy_master.Listener(("127.0.0.1", 0), greet, clupy.default_settings("master"))
         master = clupy_master.Master(clupy.default_settings("master", listen=("127.0.0.1", 0)), SECRET.encode())
         master.stand(Leadership())
         link = clupy.MasterLink([closing.address, master.address], SECRET.encode(), clupy.default_settings("client"))
@@ -9793,7 +10040,7 @@ def test_what_was_heard_of_a_handshake_opens_no_other(cluster):
             assert sock.recv(1) == b""
 
     def ours(nonce, _):
-        return clupy.proof(secret, b"dial", hello[:nonces[0]], hello[nonces[0]:], nonce)
+        return clupy.proof(secret, b"dial", 2 * hello[:nonces[0]], hello[nonces[0]:], nonce)
     recorded, accepted = shake(ours)
     first = ours(recorded[nonces[0]:nonces[1]], None)
     assert accepted and not shake(lambda *_: first)[1] and not shake(lambda _, proof: proof)[1]
