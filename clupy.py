@@ -4303,7 +4303,7 @@ class ServerLink:
 
     async def _run(self):
         try:
-            connection = await dial(self.address, CONTROL, self.engine.secret, self.engine.settings)
+            connection = await dial(self.address, CONTROL, self.engine.secret, self.engine.dialing)
         except Exception as error:                # whatever dialing raises, a host's name that is none included
             log.warning("server %s cannot be reached: %s", self.name, reason(error))
             self.engine.pool.link_lost(self)
@@ -4806,7 +4806,7 @@ class Pool:
                 async with asyncio.timeout(HANDSHAKE_TIME):
                     head = slot_head(link.key, how, link.session, slot.number, slot.nested)
                     await self._engine.loop.sock_sendall(sock, preamble(SLOT, how) + head)
-                context = tls_context(how, "dial", self._engine.settings, slot_key(link.key, slot.number))
+                context = tls_context(how, "dial", self._engine.dialing, slot_key(link.key, slot.number))
                 tls = {"server_hostname": link.address[0], "ssl_handshake_timeout": NO_LIMIT} if context else {}
                 await self._engine.loop.create_connection(lambda: slot, sock=sock, ssl=context, **tls)
             except BaseException:
@@ -4961,9 +4961,10 @@ class Pool:
 async def embed(engine):
     """Start a master and a server in the engine's loop, on loopback, with a secret of their own; the master's address."""
     engine.secret = os.urandom(32).hex().encode()
-    engine.settings.dial_tls, engine.settings.encryption = None, "off"       # on loopback, to ourselves
+    engine.dialing = default_settings("client", encryption="off")        # on loopback, to ourselves
     services = merged_services(engine.settings, {})                # the workers' are this process's
-    own = {**vars(engine.settings), **{key: getattr(services, key) for key in SERVICE_KEYS}, "listen": ("127.0.0.1", 0)}
+    own = {**vars(engine.settings), **{key: getattr(services, key) for key in SERVICE_KEYS},
+           "listen": ("127.0.0.1", 0), "encryption": "off"}
     master = clupy_master.Master(default_settings("master", **own), engine.secret)
     server = clupy_server.Server(default_settings("server", **{**own, "master": [master.address]}), engine.secret)
     master.given = sorted(services.given)
@@ -5005,7 +5006,7 @@ class MasterSide:
     async def run(self):
         """Be connected to a master, for ever."""
         engine = self._engine
-        self.link = MasterLink(await self._find_masters(), engine.secret, engine.settings)
+        self.link = MasterLink(await self._find_masters(), engine.secret, engine.dialing)
         await self.link.run(self)
 
     async def _find_masters(self):
@@ -5186,7 +5187,7 @@ class Engine(BaseEngine):
     def __init__(self, settings, secret=None, dependencies=None):
         super().__init__()
         self.id, self.name = os.urandom(8).hex(), client_name()
-        self.settings = settings
+        self.settings = self.dialing = settings   # ... and those by which it connects, which are others where it is embedded
         self.secret = secret                      # None: an embedded cluster makes its own
         self.embedded = None                      # (Master, Server) of the embedded cluster
         self.fatal = None                         # an error that every call gets from now on

@@ -2660,9 +2660,9 @@ def test_of_who_has_proved_nothing_few_bytes_are_read(monkeypatch, role, kind):
     assert 8 < sum(read) <= 256
 
 
-def test_the_embedded_cluster_needs_no_certificate(certificates):
-    clupy.connect(tls_ca="good.pem")
-    assert call(square, 3) == 9
+def test_the_embedded_cluster_needs_no_certificate_and_no_encryption(certificates):
+    clupy.connect(tls_ca="good.pem", encryption="on")
+    assert call(square, 3) == 9 and not clupy._engine.pool.slots()[0].transport.get_extra_info("ssl_object")
 
 
 def test_every_address_is_one_of_ipv4_or_ipv6(tmp_path):
@@ -10172,7 +10172,8 @@ def test_every_file_that_the_readme_names_is_there():
     with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
         text = file.read()
     for name in re.findall(r"\]\((?!http)(.*?)\)", text):
-        assert os.path.exists(os.path.join(HERE, name)), name
+        heading = re.compile(f"^## {name[1:]}$", re.I | re.M)
+        assert heading.search(text) if name[0] == "#" else os.path.exists(os.path.join(HERE, name)), name
     assert os.path.getsize(os.path.join(HERE, "examples", "timeline.svg")) <= 100_000
 
 
