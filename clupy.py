@@ -3384,7 +3384,7 @@ class Future(concurrent.futures.Future["T"]):
     _handled = None               # Event that all handlers have run; None: there never was one
     _parent = _outer = None       # a nested call: (Slot, its number there), number of the call that made it
     _place = None                 # the queue of the one server that may run it, see ServerLink; None: any may
-    _sink = None                  # what is given parts of the result before it: (first, how many, payload); from the loop
+    _sink = None                  # the _Chunk of a map that it is: is given parts of the result, and told of the outcome
     _slot = None                  # the Slot that it was sent to, kept after its outcome; None: it waits (see is_waiting)
     _sent_at = 0.0                # when it was sent there
     _took = None                  # seconds from then to its outcome
@@ -3631,7 +3631,7 @@ def conclude(outcomes):
     """Give each call of [(call, succeeded, value)] its outcome, unless it has one; any thread.
 
     value: plain, or a payload; for a failure an exception or its payload."""
-    counted, followed, dropped = 0, [], []       # dropped: Refs, which may be the last, and give their values up outside the lock
+    counted, followed, sunk, dropped = 0, [], [], []         # dropped: Refs, which may be the last, and give their values up
     with Future._condition:
         for call, succeeded, value in outcomes:
             if call._state in _DONE:
@@ -3660,7 +3660,11 @@ def conclude(outcomes):
                     waiter.add_exception(call)
             if call._callbacks or call._handlers:
                 followed.append((call, call._handlers is not None))
+            if call._sink:
+                sunk.append((call._sink, call))
         failures.calls += counted
+    for sink, call in sunk:
+        sink.take_outcome(call)
     for call, handle in followed:
         threads.run(call._after, handle)
 
@@ -4238,7 +4242,7 @@ class Slot:
                 slot, number = call._parent
                 slot.send("part", number, first, count, forwarded(results))
             elif call._sink:
-                call._sink(first, count, results)
+                call._sink.take_part(first, count, results)
 
     def on_released(self, _, places):
         self.lanes.released(places)
@@ -5649,6 +5653,8 @@ def start(engine, func, function, args, kwargs, timeout, retries, limit, place=N
     except Exception as error:                    # one bad call among a hundred spoils one result
         conclude([(call, False, error)])
     else:
+        if sink is not None:
+            sink.size = payload_size(call._arguments)          # now: the call may be over as soon as it is submitted
         if type(call._arguments) is tuple:        # with large buffers
             _note_repeated(func, args, kwargs, payload_size(call._arguments))
         awaited = {place: thing for place, thing in enumerate(call._refs) if isinstance(thing, Future)}
@@ -6039,10 +6045,10 @@ def _unpacked_item(payload, spread):
 
 
 class _Chunk:
-    """Items that are one call; changed: the Condition of its map."""
+    """Items that are one call; job: the _Map that they are of."""
 
-    def __init__(self, items, changed):
-        self.items, self._changed = items, changed
+    def __init__(self, items, job):
+        self.items, self._job = items, job
         self.call = None                          # the Future of it
         self.size = 0                             # bytes of the arguments
         self.parts = collections.deque()          # (number of the first result, results or their payload)
@@ -6053,15 +6059,18 @@ class _Chunk:
         self.over = False
 
     def take_part(self, first, count, payload):
-        with self._changed:
+        with self._job.changed:
             self.parts.append((first, payload))
             self.got = max(self.got, first + count)
-            self._changed.notify_all()
+            self._job.changed.notify_all()
+
+    def take_outcome(self, call):
+        self._job.take_outcome(self, call)
 
 
 class _Map:
-    """One map.  `_send` makes calls, in whatever thread: the program's, a reader's or a callback's; `results` gives what comes of
-    them to the program."""
+    """One map.  `_send` makes calls, in whatever thread: the program's, a reader's or that of `_digest`, which sees to calls that
+    are over; `results` gives what comes of them to the program."""
 
     def __init__(self, call, func, iterables, retries, size=None, eager=False, room=None):
         """call(engine, chunk, retries, tries) -> the Future of a chunk's call.  size: items of a chunk; None: as measured.
@@ -6070,8 +6079,10 @@ class _Map:
         self._engine = None
         self._items = _Items(iterables, func)
         self._chunks = collections.deque()        # in order; the first is the one of which the next result is
-        self._changed = threading.Condition()     # for all below, and for what is in the chunks
+        self.changed = threading.Condition()     # for all below, and for what is in the chunks
         self._sending = threading.Lock()          # held by the thread that takes items and makes calls of them
+        self._outcomes = collections.deque()      # (chunk, call) that is over
+        self._digesting = threading.Lock()        # held by the thread that sees to them
         self._under_way = self._ahead = self._bytes = 0         # chunks; items that are not taken; bytes of their arguments
         self._done = self._failed = 0             # items
         self._seconds = None                      # that an item takes
@@ -6104,7 +6115,7 @@ class _Map:
 
     def _may_send(self):
         return len(self._items) and not self._closed and (self._eager or (
-            self._under_way < 3 * self._slots() and len(self._chunks) < MAP_AHEAD and self._bytes < MAP_BYTES
+            (self._size or self._under_way < 3 * self._slots()) and len(self._chunks) < MAP_AHEAD and self._bytes < MAP_BYTES
             and self._ahead < self._room))
 
     def _send(self):
@@ -6112,9 +6123,9 @@ class _Map:
         while self._may_send() and self._sending.acquire(blocking=False):
             try:
                 if items := self._items.take(self._count()):
-                    chunk = _Chunk(items, self._changed)
+                    chunk = _Chunk(items, self)
                     self._chunks.append(chunk)
-                    with self._changed:
+                    with self.changed:
                         self._ahead += len(items)
                     self._start(chunk)
             finally:
@@ -6122,17 +6133,15 @@ class _Map:
 
     def _start(self, chunk, tries=0):
         """tries: that its items have lost.  Of several none is tried again but alone: it may not have begun."""
-        with self._changed:
+        with self.changed:
             self._under_way += 1
         alone = self._size or len(chunk.items) == 1
         chunk.call = call = self._call(self._engine, chunk, self._retries if alone else 0, tries)
-        with self._changed:
-            chunk.size = payload_size(call._arguments)
+        with self.changed:
             self._bytes += chunk.size
             each = chunk.size / len(chunk.items)
             self._item_bytes = max((self._item_bytes or 1) / 2, each)          # a large one counts for a while
-            self._changed.notify_all()
-        call.add_done_callback(functools.partial(self._over, chunk))
+            self.changed.notify_all()
         if self._closed:                          # just now
             call.cancel()
 
@@ -6141,14 +6150,32 @@ class _Map:
         if self._under_way < 3 * self._slots():
             self._send()
         if self._items.ended or len(self._items) + self._ahead >= min(self._room, MAP_READ):
-            with self._changed:
-                self._changed.notify_all()
+            with self.changed:
+                self.changed.notify_all()
                 while not (self._closed or self._items.ended) and len(self._items) and (
                         len(self._items) + self._ahead >= min(self._room, MAP_READ)):
-                    self._changed.wait()
+                    self.changed.wait()
         return not self._closed
 
     # -- results
+
+    def take_outcome(self, chunk, call):
+        """In whatever thread, which must not wait."""
+        self._outcomes.append((chunk, call))
+        if self._digesting.acquire(blocking=False):
+            threads.run(self._digest)
+
+    def _digest(self):
+        """See to all that is over; if more comes when this thread has just done that, another call of this will, or this one."""
+        while True:
+            while self._outcomes:
+                chunk, call = self._outcomes.popleft()
+                threading.current_thread().clupy_call = call._outer            # what it calls belongs to who made this call
+                self._over(chunk, call)
+            self._digesting.release()
+            self._send()
+            if not self._outcomes or not self._digesting.acquire(blocking=False):
+                return
 
     def _over(self, chunk, call):
         """A chunk's call has its outcome: what is left of it is sent anew."""
@@ -6167,16 +6194,16 @@ class _Map:
             else:
                 rest, tries = chunk.items[chunk.got:], 1
         if not self._closed:
-            chunk.rest = [_Chunk(rest[start:start + count], self._changed) for start in range(0, len(rest), count)]
+            chunk.rest = [_Chunk(rest[start:start + count], self) for start in range(0, len(rest), count)]
             for one in chunk.rest:
                 self._start(one, tries)
-        with self._changed:
+        with self.changed:
             self._under_way -= 1
             self._done += done
             self._failed += chunk.failure is not None and not self._closed
             chunk.over = True
-            self._changed.notify_all()
-        self._send()
+            if self._chunks[0] is chunk:           # or nobody waits for it yet
+                self.changed.notify_all()
 
     def _of_item(self, chunk, error):
         """The error of a chunk's call; if its only item cannot be pickled, the error that says so of that."""
@@ -6191,9 +6218,9 @@ class _Map:
         """An iterator of the results.  deadline: time.monotonic() at which TimeoutError is raised."""
         try:
             while (values := self._next_values(deadline)) is not None:
-                with self._changed:
+                with self.changed:
                     self._ahead -= len(values)
-                    self._changed.notify_all()
+                    self.changed.notify_all()
                 self._send()
                 values.reverse()
                 while values:
@@ -6208,10 +6235,10 @@ class _Map:
     def _next_values(self, deadline):
         """The next results, as they are there; None: there are no more.  Raises what an item, or reading one, raised."""
         while True:
-            with self._changed:
+            with self.changed:
                 while not ((chunk := self._chunks and self._chunks[0]) and (chunk.parts or chunk.over)
                            or not chunk and self._items.ended):
-                    if not self._changed.wait(bounded(deadline - time.monotonic())):
+                    if not self.changed.wait(bounded(deadline - time.monotonic())):
                         raise TimeoutError(f"no result of map within its timeout; {self._ahead} items are under way")
                 if not chunk:
                     if self._items.error is not None:
@@ -6226,15 +6253,15 @@ class _Map:
             elif chunk.failure is not None:
                 raise chunk.failure if isinstance(chunk.failure, BaseException) else unpack(chunk.failure)
             else:
-                with self._changed:
+                with self.changed:
                     self._bytes -= chunk.size
-                self._chunks.popleft()
-                self._chunks.extendleft(reversed(chunk.rest))
+                    self._chunks.popleft()
+                    self._chunks.extendleft(reversed(chunk.rest))
 
     def _close(self):
-        with self._changed:
+        with self.changed:
             self._closed = True
-            self._changed.notify_all()
+            self.changed.notify_all()
         for call in self._calls():
             call.cancel()
 
@@ -6282,7 +6309,7 @@ def _lazily(job, shown):
 
 def _call_chunk(func, function, gives_back, timeout, limit, engine, chunk, retries, tries):
     """The Future of a chunk's call, which brings it parts of its results."""
-    return start(engine, func, function, (chunk.items, gives_back), {}, timeout, retries, limit, None, chunk.take_part, tries)
+    return start(engine, func, function, (chunk.items, gives_back), {}, timeout, retries, limit, None, chunk, tries)
 
 
 class Executor(concurrent.futures.Executor):

@@ -1062,7 +1062,7 @@ class NestedCalls(clupy.BaseEngine):
     def take_part(self, number, first, count, results):
         call = self._calls.get(number)
         if call is not None and call._sink:
-            call._sink(first, count, results)
+            call._sink.take_part(first, count, results)
 
     def join(self):
         return clupy.Cluster(None, self._worker.fetch("slots"), None)

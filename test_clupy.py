@@ -986,6 +986,16 @@ def test_map_takes_items_and_results_as_they_are_when_they_are_made():
     assert list(clupy.map(later, iter(range(5)))) == list(range(5))
 
 
+def test_a_map_of_many_small_calls_takes_few_threads():
+    clupy.connect(slots=2)
+    most = 0
+    for count, result in enumerate(clupy.map(square, range(20_000), chunk_size=1)):
+        assert result == count * count
+        if count % 50 == 0:
+            most = max(most, threading.active_count())
+    assert most < 12
+
+
 def test_maps_in_calls_have_their_parts_too():
     def outer(n):
         return list(clupy.map(lambda x: time.sleep(0.02) or x, range(n)))
