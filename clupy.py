@@ -3627,6 +3627,16 @@ class Future(concurrent.futures.Future["T"]):
         return _given, (len(pickling.refs) - 1,)
 
 
+def _share_names(first):
+    """CPython keeps one table of names for all instances of a class, those that the first few have set; a name that others set
+    later costs each of them a dict of its own, of 400 bytes.  So the first one sets all those that every call comes to have."""
+    for name in "_number", "_slot", "_sent_at", "_cost", "_took", "_result", "_packed":
+        setattr(first, name, getattr(first, name))
+
+
+_share_names(Future())
+
+
 def conclude(outcomes):
     """Give each call of [(call, succeeded, value)] its outcome, unless it has one; any thread.
 

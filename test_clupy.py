@@ -986,6 +986,24 @@ def test_map_takes_items_and_results_as_they_are_when_they_are_made():
     assert list(clupy.map(later, iter(range(5)))) == list(range(5))
 
 
+def test_calls_have_no_dicts_of_their_own(tmp_path):
+    """Each would be 400 bytes, in every call of a program whose first calls are made at once."""
+    done = run_script(tmp_path, """
+        import clupy, gc
+        def dicts():
+            gc.collect()
+            return sum(type(thing) is dict for thing in gc.get_objects())
+        clupy.connect(slots=2)
+        before = dicts()
+        calls = [clupy.parallel(abs)(n) for n in range(5000)]
+        waiting = dicts() - before
+        assert clupy.wait_all(calls, 30)
+        print(waiting, dicts() - before)
+        """)
+    waiting, over = map(int, done.stdout.split())
+    assert waiting < 1000 and over < 1000
+
+
 def test_a_map_of_many_small_calls_takes_few_threads():
     clupy.connect(slots=2)
     most = 0
