@@ -109,6 +109,7 @@ import pickle
 import random
 import re
 import selectors
+import signal
 import socket
 import struct
 import threading
@@ -3197,10 +3198,15 @@ served = {}                                       # {name: buffers} of the Refs 
 # FINISHED or CANCELLED_AND_NOTIFIED: it has its outcome.  A recall or a lost worker takes RUNNING back to PENDING.
 # Only the engine's loop moves a call between PENDING and RUNNING; any thread may give it its outcome, by `conclude`.
 #
-# All futures share one Condition as their lock, and nobody waits on it: whoever waits for a future adds a waiter, as
-# concurrent.futures' own wait() and as_completed() do.  That makes a pending call 0.4 KB instead of 1.9 KB and takes
-# 0.5 us instead of 4 us.  A result stays pickled until somebody asks for it, and is unpickled in that thread: it may
-# run user code, which may block, and must never do so in the engine's loop.
+# All futures share one lock: whoever waits for a future adds a waiter, as concurrent.futures' own wait() and as_completed()
+# do.  That makes a pending call 0.4 KB instead of 1.9 KB and takes 0.5 us instead of 4 us.  A result stays pickled until
+# somebody asks for it, and is unpickled in that thread: it may run user code, which may block, and must never do so in the
+# engine's loop.
+#
+# Ctrl-C raises KeyboardInterrupt in the main thread, between any two steps of Python code.  So the main thread shares no Event,
+# Condition, Semaphore or stock Future with other threads: these are entered by Python code, and an interrupt in there leaves
+# their lock held, on which the others then wait for ever.  It enters locks, which are C code, by `with`, waits by a Bell, a Flag
+# or a SimpleQueue, and does what must be done whole in a block of `undisturbed`.
 
 def _time_out(value):
     """The seconds of a duration that a user gave; None, for ever, also for more than any clock counts to."""
@@ -3241,6 +3247,25 @@ def bounded(seconds):
     return threading.TIMEOUT_MAX if seconds is None else max(0, min(seconds, threading.TIMEOUT_MAX))
 
 
+@contextlib.contextmanager
+def undisturbed():
+    """A block that Ctrl-C does not tear: it is raised at the block's end, which must be soon.
+
+    A handler of the program's own for SIGINT is left alone."""
+    if (threading.current_thread() is not threading.main_thread()
+            or signal.getsignal(signal.SIGINT) is not signal.default_int_handler):
+        yield
+        return
+    came = []
+    signal.signal(signal.SIGINT, lambda *_: came.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if came:
+            raise KeyboardInterrupt
+
+
 PENDING, RUNNING, FINISHED = "PENDING", "RUNNING", "FINISHED"
 CANCELLED = "CANCELLED_AND_NOTIFIED"
 _DONE = (FINISHED, CANCELLED)
@@ -3259,6 +3284,48 @@ class _Waiter:
             self.lock.release()
 
     add_exception = add_cancelled = add_result
+
+
+class Bell:
+    """What wakes all who wait for a change."""
+
+    def __init__(self):
+        self._waiters = collections.deque()
+
+    def ring(self):
+        with contextlib.suppress(IndexError):     # another thread woke the rest
+            for _ in range(len(self._waiters)):
+                self._waiters.popleft().add_result(None)
+
+    def until(self, look, timeout=None):
+        """The first true look(), which is called again whenever the bell rang; the last one after `timeout` seconds."""
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        while True:
+            waiter = _Waiter()
+            self._waiters.append(waiter)          # first: what changes from now on is heard
+            if (found := look()) or not waiter.lock.acquire(timeout=bounded(deadline - time.monotonic())):
+                return found or look()
+
+
+class Flag(Bell):
+    """As a threading.Event."""
+
+    def __init__(self):
+        super().__init__()
+        self._set = False
+
+    def is_set(self):
+        return self._set
+
+    def set(self):
+        self._set = True
+        self.ring()
+
+    def clear(self):
+        self._set = False
+
+    def wait(self, timeout=None):
+        return self.until(self.is_set, timeout)
 
 
 class Threads:
@@ -3281,7 +3348,8 @@ class Threads:
             self._idle += 1
             self._count += 1
         try:
-            threading.Thread(target=self._work, args=(job, args), name=JOB_THREAD, daemon=True).start()
+            with undisturbed():
+                threading.Thread(target=self._work, args=(job, args), name=JOB_THREAD, daemon=True).start()
         except RuntimeError as error:  # the interpreter is ending
             with self._lock:
                 self._count -= 1
@@ -3375,13 +3443,13 @@ class Future(concurrent.futures.Future["T"]):
     .failure                  the exception, or None
     Any thread may use it."""
 
-    _condition = threading.Condition()
+    _condition = threading.RLock()            # of all, under the name that concurrent.futures knows
     _result = _exception = None
     _packed = None                # (succeeded, payload) until somebody asks for the result
     _waiting = _callbacks = None  # lists of _waiters and of _done_callbacks, made when they are first needed
     _handlers = None              # [(on success, f)] that have not run yet; None: there are none
     _unseen = False               # whether it failed, and nobody has looked
-    _handled = None               # Event that all handlers have run; None: there never was one
+    _handled = None               # Flag that all handlers have run; None: there never was one
     _parent = _outer = None       # a nested call: (Slot, its number there), number of the call that made it
     _place = None                 # the queue of the one server that may run it, see ServerLink; None: any may
     _sink = None                  # the _Chunk of a map that it is: is given parts of the result, and told of the outcome
@@ -3567,7 +3635,7 @@ class Future(concurrent.futures.Future["T"]):
             start = self._state in _DONE and self._handlers is None        # else `conclude` or who runs them takes this, too
             self._handlers = (self._handlers or []) + [(succeeded, handler)]
             if self._handled is None or self._handled.is_set():
-                self._handled = threading.Event()
+                self._handled = Flag()
         if start:
             threads.run(self._run_handlers)
         return self
@@ -3757,16 +3825,21 @@ class BaseEngine:
     def settle(self, limit, ending=False):
         """Wait until no call of this limit is unfinished, and their callbacks have run, which may make more.  ending: the
         interpreter ends: not for calls that nothing can run any more."""
-        ended = threading.Semaphore(0)
+        bell = Bell()
+
+        def ended(call):
+            left.discard(call)
+            if not left:
+                bell.ring()
+
         while calls := [call for call in self.calls() if call._limit == limit]:
+            idle, left = 0, set(calls)
             for call in calls:
-                call.add_done_callback(lambda _: ended.release())
-            for _ in calls:
-                idle = 0
-                while not ended.acquire(timeout=1.0):
-                    idle = 0 if self.works or not ending else idle + 1
-                    if idle == 3:
-                        return
+                call.add_done_callback(ended)
+            while not bell.until(lambda: not left, 1.0):
+                idle = 0 if self.works or not ending else idle + 1
+                if idle == 3:
+                    return
 
     @property
     def works(self):
@@ -3801,7 +3874,11 @@ class BaseEngine:
     def abandon(self):
         """In a forked child: nothing of this engine is the child's, and the child's copies of calls are told so."""
 
+    def begin_to_close(self):
+        """Take no more calls, and end all calls and slots; nobody needs to wait for that."""
+
     def close(self):
+        """The same; returns when it is done."""
         self.cancel_all()
 
 
@@ -5205,8 +5282,8 @@ class Engine(BaseEngine):
         self.secret = secret                      # None: an embedded cluster makes its own
         self.embedded = None                      # (Master, Server) of the embedded cluster
         self.fatal = None                         # an error that every call gets from now on
-        self.joined = threading.Event()           # a first share, or a fatal error, is there
-        self.prepared = threading.Event()         # what an ending interpreter could not start is there, or need not be
+        self.joined = Flag()                      # a first share, or a fatal error, is there
+        self.prepared = Flag()                    # what an ending interpreter could not start is there, or need not be
         self.pid = os.getpid()
         self.backlog = Backlog()
         self.output = clupy_master.Output(self)
@@ -5249,23 +5326,40 @@ class Engine(BaseEngine):
         self.soon(self.loop.call_later, seconds, threads.run, job, *args)
 
     def calls(self):
-        if self.closed or self.loop.is_closed():
+        if self.closed:
             return []
-        return asyncio.run_coroutine_threadsafe(self._calls(), self.loop).result()
+        with contextlib.suppress(Closed):
+            return self._ask(self._calls)
+        return []
+
+    def _ask(self, coroutine):
+        """What coroutine(), run in the loop, returns or raises.  Raises Closed if the loop ends before."""
+        answers = SimpleQueue()
+        self.soon(lambda: self.loop.create_task(coroutine()).add_done_callback(answers.put))
+        while self._thread.is_alive():
+            with contextlib.suppress(Empty):
+                if not (task := answers.get(timeout=1.0)).cancelled():
+                    return task.result()
+        raise Closed("the client was closed")
+
+    def begin_to_close(self):
+        with undisturbed():
+            if not self.closed:
+                self.closed = True
+                self.soon(self._start_to_close)
 
     def close(self):
-        """End all calls and slots; returns when the last output was shown.  Each of its three waits
-        takes CLOSE_TIME or little more at most."""
-        if self.closed or self.pid != os.getpid():
+        """End all calls and slots; returns when the last output was shown.  Each of its three waits takes CLOSE_TIME or
+        little more at most."""
+        if self.pid != os.getpid():
             return
-        self.closed = True
-        try:
-            asyncio.run_coroutine_threadsafe(self._close(), self.loop).result(CLOSE_TIME + 2)
-        except TimeoutError:
+        self.begin_to_close()
+        self._thread.join(CLOSE_TIME + 2)
+        if self._thread.is_alive():
             log.error("closing took more than %g s; leaving the rest to the servers", CLOSE_TIME + 2)
+            self.soon(self.loop.stop)
+            self._thread.join(CLOSE_TIME)
         self.output.join()                        # the last lines are read, but may not be shown yet
-        self.soon(self.loop.stop)
-        self._thread.join(CLOSE_TIME)
         self._lose()
 
     def grow(self, slots):
@@ -5287,7 +5381,7 @@ class Engine(BaseEngine):
 
     def places(self):
         """{name of a server: a call's `_place` there}, of each of which this client has a slot.  Raises as `join`."""
-        asyncio.run_coroutine_threadsafe(self.master_side.survey(), self.loop).result()
+        self._ask(self.master_side.survey)
         return self.pool.places()
 
     def services(self, patience):
@@ -5345,6 +5439,7 @@ class Engine(BaseEngine):
                 self.loop.run_until_complete(asyncio.wait(rest))
             self.loop.run_until_complete(asyncio.sleep(0))         # transports close in the loop's next turn
             self.loop.close()
+            self._lose()
 
     async def _live(self):
         try:
@@ -5428,7 +5523,19 @@ class Engine(BaseEngine):
 
     # -- the end
 
+    def _start_to_close(self):
+        self._end = self.loop.create_task(self._close())
+
     async def _close(self):
+        """Whatever fails, the loop ends."""
+        try:
+            await self._close_all()
+        except Exception:                         # the engine's edge
+            log.exception("the engine failed to close")
+        finally:
+            self.loop.stop()
+
+    async def _close_all(self):
         """Cancel what is unfinished, end every slot, and wait for its last output."""
         for call in await self._calls():
             call.cancel()
@@ -5474,7 +5581,7 @@ def connect(master: str | None = None, *, executor: concurrent.futures.Executor 
     if executor is not None and not callable(getattr(executor, "submit", None)):
         raise TypeError(f"executor must be a concurrent.futures.Executor, not {type(executor).__name__}")
     wanted = read_settings("client", config, master=master, **settings) if executor is None else executor
-    with _engine_lock:
+    with undisturbed(), _engine_lock:
         if _engine is None:
             _engine = _make_engine(wanted) if executor is None else ExecutorEngine(executor)
         elif difference := _difference(_engine.executor or _engine.settings, wanted):
@@ -5529,7 +5636,7 @@ class _Ended(BaseEngine):
 def _current_engine():
     global _engine
     if _engine is None:
-        with _engine_lock:
+        with undisturbed(), _engine_lock:
             if _engine is None:
                 try:
                     _engine = _make_engine(read_settings("client"))
@@ -5697,9 +5804,10 @@ def _hold(engine, call, awaited):
                     engine.cancel(call)
         engine.held.discard(call)
 
-    engine.hold(call)
-    for future in awaited.values():
-        future.add_done_callback(ended)
+    with undisturbed():
+        engine.hold(call)
+        for future in awaited.values():
+            future.add_done_callback(ended)
 
 
 def argument_failed(call, future, error):
@@ -5860,14 +5968,31 @@ def as_completed(results: Iterable[Future[T]], time_out: Time = None,
     """The futures, each as soon as it is done. Raises TimeoutError after `time_out` seconds in all (None: never).
 
     progress: as for wait_all()."""
-    futures = list(results)
+    futures, deadline = set(results), _deadline(time_out)
+    total, done = len(futures), SimpleQueue()
+    waiter = types.SimpleNamespace(add_result=done.put, add_exception=done.put, add_cancelled=done.put)
     try:
-        with _shown(progress, len(futures), futures=futures):
-            yield from concurrent.futures.as_completed(futures, _time_out(time_out))
+        with _shown(progress, total, futures=list(futures)):
+            for future in futures:
+                with future._condition:           # as concurrent.futures has it, whose own futures may be among them
+                    done.put(future) if future.done() else future._waiters.append(waiter)
+            while futures:
+                try:
+                    future = done.get(timeout=bounded(deadline - time.monotonic()))
+                except Empty:
+                    raise TimeoutError(f"{len(futures)} (of {total}) futures unfinished") from None
+                futures.remove(future)
+                yield future
+                del future
     except KeyboardInterrupt:
         for future in futures:
             future.cancel()
         raise
+    finally:
+        for future in futures:
+            with future._condition:
+                if waiter in future._waiters:
+                    future._waiters.remove(waiter)
 
 
 # ---- map: results of many items, in their order
@@ -6069,10 +6194,9 @@ class _Chunk:
         self.over = False
 
     def take_part(self, first, count, payload):
-        with self._job.changed:
-            self.parts.append((first, payload))
-            self.got = max(self.got, first + count)
-            self._job.changed.notify_all()
+        self.parts.append((first, payload))
+        self.got = max(self.got, first + count)
+        self._job.changed.ring()
 
     def take_outcome(self, call):
         self._job.take_outcome(self, call)
@@ -6089,7 +6213,8 @@ class _Map:
         self._engine = None
         self._items = _Items(iterables, func)
         self._chunks = collections.deque()        # in order; the first is the one of which the next result is
-        self.changed = threading.Condition()     # for all below, and for what is in the chunks
+        self.changed = Bell()                     # for all below, and for what is in the chunks
+        self._lock = threading.Lock()             # held while numbers below change, and while items become a chunk
         self._sending = threading.Lock()          # held by the thread that takes items and makes calls of them
         self._outcomes = collections.deque()      # (chunk, call) that is over
         self._digesting = threading.Lock()        # held by the thread that sees to them
@@ -6104,7 +6229,8 @@ class _Map:
         if self._eager and not self._items.still:
             self._items.read(lambda: True)
         elif not self._items.still:
-            threading.Thread(target=self._items.read, args=(self._after_item,), name="clupy-map", daemon=True).start()
+            with undisturbed():
+                threading.Thread(target=self._items.read, args=(self._after_item,), name="clupy-map", daemon=True).start()
         self._send()
 
     # -- sending
@@ -6132,26 +6258,28 @@ class _Map:
         """Make calls, as many as may be under way.  If another thread does, it looks once more when it has."""
         while self._may_send() and self._sending.acquire(blocking=False):
             try:
-                if items := self._items.take(self._count()):
+                with self._lock:
+                    items = self._items.take(self._count())
                     chunk = _Chunk(items, self)
-                    self._chunks.append(chunk)
-                    with self.changed:
-                        self._ahead += len(items)
+                    if items:
+                        self._chunks.append(chunk)
+                    self._ahead += len(items)
+                if items:
                     self._start(chunk)
             finally:
                 self._sending.release()
 
     def _start(self, chunk, tries=0):
         """tries: that its items have lost.  Of several none is tried again but alone: it may not have begun."""
-        with self.changed:
+        with self._lock:
             self._under_way += 1
         alone = self._size or len(chunk.items) == 1
         chunk.call = call = self._call(self._engine, chunk, self._retries if alone else 0, tries)
-        with self.changed:
+        with self._lock:
             self._bytes += chunk.size
             each = chunk.size / len(chunk.items)
             self._item_bytes = max((self._item_bytes or 1) / 2, each)          # a large one counts for a while
-            self.changed.notify_all()
+        self.changed.ring()
         if self._closed:                          # just now
             call.cancel()
 
@@ -6159,13 +6287,15 @@ class _Map:
         """Called by the reader after each item; whether it is to go on."""
         if self._under_way < 3 * self._slots():
             self._send()
-        if self._items.ended or len(self._items) + self._ahead >= min(self._room, MAP_READ):
-            with self.changed:
-                self.changed.notify_all()
-                while not (self._closed or self._items.ended) and len(self._items) and (
-                        len(self._items) + self._ahead >= min(self._room, MAP_READ)):
-                    self.changed.wait()
+        if self._is_full():
+            self.changed.until(lambda: not self._is_full())
+        elif self._items.ended:
+            self.changed.ring()
         return not self._closed
+
+    def _is_full(self):
+        """Whether so much is read that the reader waits until some of it is taken."""
+        return not self._closed and len(self._items) and len(self._items) + self._ahead >= min(self._room, MAP_READ)
 
     # -- results
 
@@ -6207,13 +6337,14 @@ class _Map:
             chunk.rest = [_Chunk(rest[start:start + count], self) for start in range(0, len(rest), count)]
             for one in chunk.rest:
                 self._start(one, tries)
-        with self.changed:
+        with self._lock:
             self._under_way -= 1
             self._done += done
             self._failed += chunk.failure is not None and not self._closed
             chunk.over = True
-            if self._chunks[0] is chunk:           # or nobody waits for it yet
-                self.changed.notify_all()
+            is_next = self._chunks[0] is chunk     # else nobody waits for it yet
+        if is_next:
+            self.changed.ring()
 
     def _of_item(self, chunk, error):
         """The error of a chunk's call; if its only item cannot be pickled, the error that says so of that."""
@@ -6228,9 +6359,9 @@ class _Map:
         """An iterator of the results.  deadline: time.monotonic() at which TimeoutError is raised."""
         try:
             while (values := self._next_values(deadline)) is not None:
-                with self.changed:
+                with self._lock:
                     self._ahead -= len(values)
-                    self.changed.notify_all()
+                self.changed.ring()
                 self._send()
                 values.reverse()
                 while values:
@@ -6240,20 +6371,18 @@ class _Map:
                     yield value
                     del value
         finally:
-            self._close()
+            self.close()
 
     def _next_values(self, deadline):
         """The next results, as they are there; None: there are no more.  Raises what an item, or reading one, raised."""
         while True:
-            with self.changed:
-                while not ((chunk := self._chunks and self._chunks[0]) and (chunk.parts or chunk.over)
-                           or not chunk and self._items.ended):
-                    if not self.changed.wait(bounded(deadline - time.monotonic())):
-                        raise TimeoutError(f"no result of map within its timeout; {self._ahead} items are under way")
-                if not chunk:
-                    if self._items.error is not None:
-                        raise self._items.error
-                    return None
+            if not self.changed.until(self._is_next_there, deadline - time.monotonic()):
+                raise TimeoutError(f"no result of map within its timeout; {self._ahead} items are under way")
+            if not self._chunks:
+                if self._items.error is not None:
+                    raise self._items.error
+                return None
+            chunk = self._chunks[0]
             if chunk.parts:
                 first, values = chunk.parts.popleft()
                 values = (unpack(values) if type(values) is not list else values)[chunk.taken - first:]
@@ -6263,17 +6392,22 @@ class _Map:
             elif chunk.failure is not None:
                 raise chunk.failure if isinstance(chunk.failure, BaseException) else unpack(chunk.failure)
             else:
-                with self.changed:
+                with self._lock:
                     self._bytes -= chunk.size
                     self._chunks.popleft()
                     self._chunks.extendleft(reversed(chunk.rest))
 
-    def _close(self):
-        with self.changed:
+    def _is_next_there(self):
+        """Whether there is something to take, or nothing will come any more."""
+        with self._lock:
+            return bool(self._chunks[0].parts or self._chunks[0].over) if self._chunks else self._items.ended
+
+    def close(self):
+        with undisturbed():
             self._closed = True
-            self.changed.notify_all()
-        for call in self._calls():
-            call.cancel()
+            self.changed.ring()
+            for call in self._calls():
+                call.cancel()
 
     def _calls(self):
         """Those of which not all is taken."""
@@ -6312,9 +6446,10 @@ def map(func: Callable[..., T], *iterables: Iterable[Any], max: int | None = Non
 
 
 def _lazily(job, shown):
-    job.begin(_current_engine())
-    with shown:
-        yield from job.results()
+    with contextlib.closing(job):
+        job.begin(_current_engine())
+        with shown:
+            yield from job.results()
 
 
 def _call_chunk(func, function, gives_back, timeout, limit, engine, chunk, retries, tries):
@@ -6340,7 +6475,9 @@ class Executor(concurrent.futures.Executor):
         max_workers = _whole("max_workers", max_workers, 1)
         if initializer is not None and not callable(initializer):
             raise TypeError(f"initializer must be a function, not {type(initializer).__name__}")
-        self._own_engine = _make_engine(read_settings("client", master=master)) if master else None
+        settings = read_settings("client", master=master) if master else None
+        with undisturbed():
+            self._own_engine = _make_engine(settings) if master else None
         self._engine = self._own_engine or _current_engine()
         self._limit = ("executor", os.urandom(8).hex()), max_workers
         _executors.add(self)
@@ -6367,7 +6504,11 @@ class Executor(concurrent.futures.Executor):
         function, deadline = self._capture(func), _deadline(timeout)
         call = functools.partial(_call_chunk, func, function, not size, None, self._limit)
         job = _Map(call, fn, iterables, 2, size, eager=room is None, room=room)           # eager: as those do, all at once
-        job.begin(engine)
+        try:
+            job.begin(engine)
+        except BaseException:
+            job.close()
+            raise
         return job.results(deadline)
 
     def _capture(self, fn):
@@ -6413,9 +6554,14 @@ class Executor(concurrent.futures.Executor):
     terminate_workers = kill_workers
 
     def _end(self):
-        self._engine.settle(self._limit)
-        if self._own_engine:
-            self._engine.close()
+        try:
+            self._engine.settle(self._limit)
+        except KeyboardInterrupt:                 # as in any wait for calls, see Future._wait
+            self._engine.cancel_all()
+            raise
+        finally:
+            if self._own_engine:
+                self._engine.close()
 
     @classmethod
     def _end_all(cls):
@@ -7864,7 +8010,7 @@ class _Wait:
         self.what, self.path, self.timeout = what, path, timeout
         self.deadline = _deadline(timeout)
         self.client = _zookeeper(self.deadline)
-        self.changed = threading.Event()
+        self.changed = Flag()
 
     def ask(self, request, *arguments, **options):
         """The answer to one request.  Raises TimeoutError at the deadline, though it is given one second at least."""
@@ -8296,10 +8442,12 @@ def close() -> None:
 def _close(successor):
     """successor: what is to run the calls that are made from now on; None: what the next call makes."""
     global _engine, _known
-    with _engine_lock:
+    with undisturbed(), _engine_lock:
         engine = _engine
         if engine is None or not engine.nested:
             _engine, _known = successor, None
+            if engine is not None:
+                engine.begin_to_close()
     if engine is not None:
         engine.close()
     spare.trim()
@@ -8334,7 +8482,7 @@ def _after_fork():
     global _engine, _engines, _engine_lock, _capture_lock, _payload_lock, _marks_lock, _set_up_lock, failures, threads
     _engine_lock, _capture_lock, _payload_lock, _set_up_lock = (threading.Lock() for _ in range(4))
     _marks_lock = threading.RLock()
-    Future._condition, threads, failures = threading.Condition(), Threads(), Failures()
+    Future._condition, threads, failures = threading.RLock(), Threads(), Failures()
     for engine in {*_engines, *filter(None, [_engine])}:
         engine.abandon()
         _parents.append(engine)

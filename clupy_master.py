@@ -1357,7 +1357,7 @@ class Progress:
 
     def __init__(self, look, total, unit):
         self._look, self._total, self._unit = look, total, unit
-        self._over = threading.Event()
+        self._over = clupy.Flag()
         self._width = 0                           # of the line that stands
         self._thread = threading.Thread(target=self._run, name="clupy-progress", daemon=True)
 
@@ -1369,7 +1369,12 @@ class Progress:
             self._bar = None
         else:
             self._bar = tqdm(total=self._total, initial=self._done_before, unit=f" {self._unit}", dynamic_ncols=True)
-        self._thread.start()
+        try:
+            with clupy.undisturbed():
+                self._thread.start()
+        except BaseException:                     # else nobody would end it
+            self._over.set()
+            raise
 
     def __exit__(self, *_):
         self._over.set()
