@@ -4827,6 +4827,139 @@ def test_ctrl_c_in_a_wait_ends_the_calls_and_the_prompt_is_back(tmp_path):
             assert program.out.read_text().split("\n")[1:4] == ["interrupted", "True {True}", "32"], wait
 
 
+INTERRUPTS = int(os.environ.get("INTERRUPTS", 40))        # Ctrl-C in all, by hand more: INTERRUPTS=200 pytest -k ctrl_c_anywhere
+
+INTERRUPTED = '''
+import clupy, collections, faulthandler, os, random, subprocess, sys, threading, time
+
+def square(x):
+    return x * x
+
+def slowly(items):
+    for item in items:
+        time.sleep(0.0005)
+        yield item
+
+# Each makes what it needs, and gives the operation to interrupt.
+
+def submit():
+    first = clupy.parallel(square)(2)
+    return lambda: [[clupy.parallel(square)(n), clupy.parallel(len)(bytes(100_000)),
+                     clupy.parallel(square, retry_on=ValueError)(first)] for n in range(50)]
+
+def wait():
+    calls = [clupy.parallel(square)(n) for n in range(100)] + [clupy.parallel(time.sleep)(0.02)]
+    handled = [clupy.parallel(square)(n).succeed(lambda _: time.sleep(0.001)) for n in range(20)]
+    return lambda: (calls[0].wait(20), [call.result() for call in calls], clupy.wait_all(calls + handled, 20))
+
+def as_completed():
+    calls = [clupy.parallel(square)(n) for n in range(300)]
+    return lambda: list(clupy.as_completed(calls))
+
+def map_list():
+    return lambda: list(clupy.map(square, range(2000)))
+
+def map_slow():
+    return lambda: list(clupy.map(square, slowly(range(100)), chunk_size=1))
+
+def executor():
+    def run():
+        with clupy.Executor(2, master=os.environ.get("CLUPY_MASTER")) as it:        # a cluster of its own, where there is one
+            list(it.map(square, range(100)))
+            [it.submit(square, it.submit(square, 3)) for _ in range(100)]
+    return run
+
+def shutdown():
+    it = clupy.Executor(2)
+    [it.submit(square, n) for n in range(200)]
+    return it.shutdown
+
+def close():
+    clupy.parallel(square)(2).result(20)
+    return clupy.close
+
+def connect():
+    clupy.close()
+    return clupy.connect
+
+def first_call():
+    clupy.close()
+    return lambda: clupy.parallel(square)(2).result()
+
+def left():
+    """Threads, descriptors and children of this process; job threads stay for a while, by design."""
+    files = collections.Counter()
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            files[os.readlink(f"/proc/self/fd/{fd}").split(":")[0]] += 1
+        except OSError:                               # it was that of the folder
+            pass
+    return (sorted(thread.name for thread in threading.enumerate() if thread.name != "clupy-job"),
+            files["socket"], files["pipe"], files["anon_inode"], open(f"/proc/self/task/{os.getpid()}/children").read())
+
+def is_interrupted(operation, longest):
+    """Whether a KeyboardInterrupt at a random moment came while it ran."""
+    runs, delay = True, random.uniform(0, longest)
+    try:
+        os.write(sender.stdin.fileno(), b"%f\\n" % delay)
+        operation()
+        runs = False
+        time.sleep(delay + 5)
+        assert swallowed, f"{operation} lost the KeyboardInterrupt that came after {delay} s"
+        swallowed.clear()
+    except KeyboardInterrupt:
+        return runs
+
+operations = [submit, wait, as_completed, map_list, map_slow, executor, shutdown, close, connect, first_call]
+wanted, seed = map(int, sys.argv[1:])
+print("seed", seed, flush=True)
+random.seed(seed)
+random.shuffle(operations)
+swallowed = []                                        # by Python itself: what a weak reference's callback raises
+sys.unraisablehook = swallowed.append
+sender = subprocess.Popen([sys.executable, "-S", "-c", """
+import os, signal, sys, time
+for line in sys.stdin:
+    time.sleep(float(line))
+    os.kill(os.getppid(), signal.SIGINT)
+"""], stdin=subprocess.PIPE)
+first_call()()
+clupy.close()
+before, took, hits = left(), {}, collections.Counter()
+while hits.total() < wanted:
+    make = operations[0]
+    operations.append(operations.pop(0))
+    print(make.__name__, end=" ", flush=True)
+    faulthandler.dump_traceback_later(50, exit=True)  # where it hangs
+    if make not in took:
+        operation, began = make(), time.monotonic()
+        operation()
+        took[make] = time.monotonic() - began
+    hits[make.__name__] += bool(is_interrupted(make(), took[make] * 1.1))
+    assert clupy.parallel(square)(7).result(20) == 49
+    assert list(clupy.map(square, range(20))) == [n * n for n in range(20)]
+clupy.close()
+end = time.monotonic() + 20
+while left() != before and time.monotonic() < end:
+    time.sleep(0.02)
+print("\\n", dict(hits), left())
+assert left() == before, before
+sender.stdin.close()
+sender.wait()
+'''
+
+
+@pytest.mark.parametrize("where", ["embedded", "cluster"])
+def test_ctrl_c_anywhere_is_an_interrupt_and_the_next_call_works(tmp_path, where):
+    with Cluster(tmp_path / "cluster") if where == "cluster" else contextlib.nullcontext() as cluster:
+        done = run_script(tmp_path, INTERRUPTED, timeout=60 + 2 * INTERRUPTS, check=False,
+                          args=[str(INTERRUPTS // 2), str(random.randrange(10**6))],
+                          **{"CLUPY_MASTER": cluster.address} if cluster else {})
+    print(done.stdout, done.stderr)
+    assert done.returncode == 0
+    assert re.fullmatch("(the program ended before .*\n)?", done.stderr)
+
+
 def test_a_forked_child_has_an_outcome_for_every_call_at_whatever_moment_it_was_forked_off(tmp_path):
     run_script(tmp_path, f"""
         import os, sys, clupy
