@@ -448,12 +448,15 @@ class Tables:
         return any(row.wanted and not row.share for row in self.clients.values())
 
     def silent(self, now):
-        """The clients that stated nothing for so long that they lose idle slots, while others want more than they have."""
+        """The clients that stated nothing for so long that they lose idle slots, while others want more than they hold: what
+        those have in their share may be open for a silent one, which cannot hear that it is to give it back."""
         silent = [id for id, row in self.clients.items() if now - row.heard > SILENT_CLIENT]
-        if not silent:
-            return silent
-        others = [row for id, row in self.clients.items() if id not in silent]
-        return silent if any(row.wanted > sum(row.share.values()) for row in others) else []
+        others = self.clients.keys() - silent if silent else ()
+        return silent if any(self.clients[id].wanted > self._held(id) for id in others) else []
+
+    def _held(self, client):
+        """How many slots it holds, as the servers say."""
+        return sum(self.servers[server].held[client] for server in self._holders.get(client, ()))
 
     def restart_clocks(self, now):
         """We slept, not the others."""

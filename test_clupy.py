@@ -4010,6 +4010,36 @@ class HandEngine(clupy.BaseEngine):
         self.feeder.cancelled(call)
 
 
+def test_a_call_before_which_workers_die_is_spared_twice_and_then_charged():
+    engine, function = HandEngine(), clupy.function_of(b"payload", "f")
+    engine.pool.share = {"a": (("h", 1), 1, "name")}
+    first, second = [clupy.Future(engine, function, (), None, 1) for _ in range(2)]
+    engine.enqueue(first)
+    engine.enqueue(second)
+    deaths = 0
+    while not first.done():
+        engine.pool.balance()
+        [slot] = engine.pool.slots()
+        assert first in slot.calls.values()
+        slot.todo = []                                  # none has begun
+        slot.die()
+        deaths += 1
+        assert deaths < 9
+    assert deaths == clupy.MAX_SPARED + 2               # its two tries
+    assert type(first.exception()) is clupy.WorkerDied and not second.done() and second._tries == 0
+
+
+def test_an_idle_slot_for_nested_calls_lingers_unless_the_share_is_gone():
+    def leaving(now, granted=1, starving=False, **changed):
+        waits = types.SimpleNamespace(state=clupy.OPEN, suspended=False, calls={1: "call"}, nested=False, heard=0.0, load=1.0)
+        idle = types.SimpleNamespace(**{**vars(waits), "calls": {}, "nested": True, "heard": 100.0, "load": 0.0, **changed})
+        slots, *_ = clupy.slot_changes([waits, idle], granted, False, starving, now)
+        return [slot is idle for slot in slots]
+    over = 100.0 + clupy.LINGER_TIME
+    assert leaving(over - 0.01) == [] and leaving(over) == [True]
+    assert leaving(over - 0.01, nested=False) == [True] and leaving(over, starving=True) == []
+    assert sorted(leaving(over - 0.01, granted=0)) == [False, True]
+
 class Calls(hypothesis.stateful.RuleBasedStateMachine):
     """Whatever happens in whatever order: each call gets one outcome, and is started as often as it may be."""
 
@@ -5052,6 +5082,50 @@ def test_a_stopped_client_master_or_server_is_not_dead(tmp_path):
         assert [path.read_text() for path in (tmp_path / "client").glob("*3")] == ["x"] * 8
         assert len(cluster.status()["servers"]) == 2
 
+
+def test_of_several_masters_one_that_is_silent_is_left_but_not_by_a_client_that_was_stopped():
+    def looked(*times, masters=2):
+        """When the connection, heard at 100.0, was closed by who looked at these times; None: never."""
+        closed = []
+        link = clupy.MasterLink([("host", n) for n in range(masters)], b"", None)
+        link._looked = 100.0
+        link.connection = types.SimpleNamespace(heard=100.0, peer="host:0", close=lambda: closed.append(now))
+        for now in times:
+            link.look(now)
+            assert not closed or link.connection.why == f"it has been silent for {silence:g} s"
+        return closed[0] if closed else None
+    silence = clupy.MASTER_SILENCE
+    each = [100.0 + n for n in range(1, int(silence) + 1)]
+    assert looked(*each) is None and looked(*each, 100.1 + silence) == 100.1 + silence
+    assert looked(*each, 100.1 + silence, masters=1) is None               # there is no other
+    assert looked(500.0) is None and looked(500.0, 501.0) == 501.0         # it was the client that slept, or it is both
+
+
+def test_a_client_that_is_silent_for_long_loses_idle_slots_that_others_want_and_may_come_back(tmp_path):
+    class Impatient(Cluster):
+        def start_master(self, listen):
+            self.address = listen
+            program = self._stack.enter_context(Program(
+                self.folder / "master", "-c", "import clupy, clupy_master, sys\nclupy_master.SILENT_CLIENT = 3.0\n"
+                "clupy.main(sys.argv[1:])", "master", "--listen", listen))
+            until(lambda: answers(listen))
+            return program
+    with Impatient(tmp_path) as cluster, Dialogue(f"""
+            clupy.connect("{cluster.address}")
+            for line in sys.stdin:
+                calls = [clupy.parallel(time.sleep)(0.2) for _ in range(2)]
+                print([call.result(30) for call in calls])
+            """) as stopped:
+        for turn in range(2):
+            stopped.process.stdin.write(b"\n")
+            stopped.process.stdin.flush()
+            assert stopped.hears() == "[None, None]"
+            if not turn:
+                stopped.send(signal.SIGSTOP)
+                clupy.connect(cluster.address)
+                assert call(square, 3) == 9
+                clupy.close()
+                stopped.send(signal.SIGCONT)
 
 def test_a_server_that_says_nothing_for_long_is_lost_but_not_to_a_client_that_was_stopped():
     closed = []
@@ -6170,6 +6244,23 @@ def test_both_ends_of_a_slot_forget_functions_by_number_and_by_bytes(monkeypatch
     assert known.learn(function("larger", 5000)) == (False, [])
     assert known.learn(function("small")) == (True, ["larger"]) and known.learn(function("small")) == (False, [])
 
+
+def test_what_either_end_of_a_slot_forgot_is_told_again_and_nothing_else_is_kept(monkeypatch):
+    def kept():
+        [table] = [thing for thing in gc.get_objects() if type(thing).__name__ == "Functions"]
+        return len(table._functions)
+
+    def nested(functions):
+        clupy.MAX_KNOWN = 2                             # this end's
+        return [clupy.parallel(functions[n % 4])().result() for n in range(9)]
+    monkeypatch.setattr(clupy, "MAX_KNOWN", 2)
+    clupy.connect(slots=1)
+    functions = [lambda n=n: n for n in range(4)]
+    assert [call(functions[n % 4]) for n in range(9)] == [n % 4 for n in range(9)]
+    assert call(kept) == 2                              # this one, and the one before
+    assert call(nested, functions) == [n % 4 for n in range(9)]
+    tables = [slot.functions for slot in clupy._engine.pool.slots()]
+    assert max(map(len, tables)) == 2
 
 class Callable:
     def __call__(self): pass
