@@ -6155,27 +6155,69 @@ def test_captures_are_few_and_what_cannot_be_captured_is_named():
     assert "argument 2 ('files'), a _thread.lock," in str(clupy.parallel(write_files)("folder", lock).failure)
 
 
-@pytest.mark.parametrize("size", [1, 63 << 10, 65 << 10, 8 << 20])
-def test_data_of_any_size_goes_with_a_function_an_initializer_and_a_nested_call(size):
+def checksums(parts):
+    return [zlib.crc32(part) for part in parts]
+
+
+def sent_back(parts):
+    return parts
+
+
+def raised(parts):
+    raise LookupError(*parts)
+
+
+def through_an_initializer(parts):
+    def set_up(parts): sys.modules["prepared"] = parts
+    with clupy.Executor(2, initializer=set_up, initargs=(parts,)) as executor:
+        return executor.submit(lambda: checksums(sys.modules["prepared"])).result(PATIENCE)
+
+
+def through_a_nested_call(parts):
+    return checksums(clupy.parallel(sent_back)(parts).result())
+
+
+def through_a_ref_of_a_function(parts):
+    ref = clupy.share(parts)
+    return call(lambda: checksums(ref.get()))
+
+
+def through_queues(parts):
+    there, back = [clupy.queue(f"{way} {len(parts[0])}") for way in ("there", "back")]
+    there.put(parts)
+    call(lambda: back.put(there.get(timeout=PATIENCE)))
+    return checksums(back.get(timeout=PATIENCE))
+
+
+PLACES = {"closure": lambda parts: call(lambda: checksums(parts)),
+          "default": lambda parts: call(lambda parts=parts: checksums(parts)),
+          "argument": lambda parts: call(checksums, parts),
+          "named argument": lambda parts: clupy.parallel(checksums)(parts=parts).result(PATIENCE),
+          "argument to come": lambda parts: call(checksums, clupy.parallel(sent_back)(parts)),
+          "item": lambda parts: next(clupy.map(checksums, [parts])),
+          "result": lambda parts: checksums(call(sent_back, parts)),
+          "result of an item": lambda parts: checksums(next(clupy.map(sent_back, [parts]))),
+          "exception": lambda parts: checksums(clupy.parallel(raised)(parts).exception(PATIENCE).args),
+          "initializer": through_an_initializer,
+          "nested argument and result": lambda parts: call(through_a_nested_call, parts),
+          "Ref": lambda parts: call(checksums, clupy.share(parts)),
+          "Ref of a function": through_a_ref_of_a_function,
+          "queue item": through_queues}
+
+
+@pytest.mark.parametrize("where", ["embedded", "cluster"])
+def test_data_of_any_size_goes_wherever_data_can_go(redis, tmp_path, where):
     numpy = pytest.importorskip("numpy")
-    text, array = b"x" * size, numpy.full(size, 7, "uint8")
-
-    def lengths(n):
-        return len(text), array.nbytes, int(array[-1]), n
-
-    def outer(n):
-        return clupy.parallel(lengths)(n).result()
-
-    def set_up(text, array):
-        sys.modules["prepared"] = text, array
-
-    def prepared():
-        text, array = sys.modules["prepared"]
-        return len(text), array.nbytes
-    assert [f.result(PATIENCE) for f in [clupy.parallel(lengths)(n) for n in range(3)]] == [(size, size, 7, n) for n in range(3)]
-    assert call(outer, 4) == (size, size, 7, 4)
-    with clupy.Executor(initializer=set_up, initargs=(text, array)) as executor:
-        assert [executor.submit(prepared).result(PATIENCE) for _ in range(3)] == [(size, size)] * 3
+    services = {name: os.environ[name] for name in ("CLUPY_REDIS", "CLUPY_PREFIX")}
+    with contextlib.ExitStack() as stack:
+        cluster = where == "cluster" and stack.enter_context(Cluster(tmp_path, servers=2, **services))
+        clupy.connect(cluster.address) if cluster else clupy.connect(slots=4)
+        threads = stack.enter_context(concurrent.futures.ThreadPoolExecutor(4))        # so that all workers have something to do
+        for size in (1, 63 << 10, 65 << 10, 8 << 20):
+            parts = [os.urandom(size), numpy.array(memoryview(os.urandom(size)))]
+            came = dict(zip(PLACES, threads.map(lambda through: through(parts), PLACES.values())))
+            assert came == dict.fromkeys(PLACES, checksums(parts)), size
+        clupy.close()
 
 
 def test_a_large_function_goes_to_a_worker_once_however_often_it_is_wrapped(tmp_path):
