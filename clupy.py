@@ -5697,24 +5697,23 @@ def _is_complete(func):
 
 @overload
 def parallel(func: Callable[P, Coroutine[Any, Any, T]], *, max: int | None = None, timeout: Time = None, retries: int = 2,
-             retry_on: Any = (), delay: Time = 1, time_out: Time = None) -> Wrapped[P, T]: ...
+             retry_on: Any = (), delay: Time = None, time_out: Time = None) -> Wrapped[P, T]: ...
 @overload
 def parallel(func: Callable[P, T], *, max: int | None = None, timeout: Time = None, retries: int = 2,          # noqa: F811
-             retry_on: Any = (), delay: Time = 1, time_out: Time = None) -> Wrapped[P, T]: ...
+             retry_on: Any = (), delay: Time = None, time_out: Time = None) -> Wrapped[P, T]: ...
 @overload
 def parallel(*, max: int | None = None, timeout: Time = None, retries: int = 2,                                # noqa: F811
-             retry_on: Any = (), delay: Time = 1, time_out: Time = None) -> Decorator: ...
-def parallel(func=_ABSENT, *, max=None, timeout=None, retries=2, retry_on=(), delay=1, time_out=None):         # noqa: F811
+             retry_on: Any = (), delay: Time = None, time_out: Time = None) -> Decorator: ...
+def parallel(func=_ABSENT, *, max=None, timeout=None, retries=2, retry_on=(), delay=None, time_out=None):         # noqa: F811
     """The function, wrapped so that its calls run in the cluster; also a decorator, with or without options.
 
     max: how many calls of it may run at once, over the whole cluster; None: as many as there are slots.
     timeout: how long one call may run (seconds, or "10s"); then its worker is killed and it fails with CallTimeout.
     retries: how often a call is started again after its worker, server or connection was lost.
     retry_on: an exception class or a tuple of them: a call that raises one is made again, too, within its `retries`, after
-    `delay`, which doubles with each try and is cut at random by up to a half; other exceptions of the function are its outcome
-    at once.  The function is captured here, as it is now (one that is being decorated: at each
-    call, since what it uses may be defined further down); arguments are pickled when the call is made.  Any thread may
-    call it."""
+    `delay` (None: 1 s), which doubles with each try and is cut at random by up to a half; other exceptions of the function
+    are its outcome at once.  The function is captured here, as it is now (one that is being decorated: at each call, since what
+    it uses may be defined further down); arguments are pickled when the call is made.  Any thread may call it."""
     if time_out is not None:
         timeout = _one_of("parallel", timeout, time_out)
     if func is _ABSENT:
@@ -5723,7 +5722,9 @@ def parallel(func=_ABSENT, *, max=None, timeout=None, retries=2, retry_on=(), de
         raise TypeError(f"parallel() wraps a function, not {type(func).__name__} {func!r}; did you call it already?")
     if timeout is not None and (timeout := _time_out(timeout)) is not None and timeout <= 0:
         raise ValueError(f"timeout is {timeout!r}, but must be more than 0 seconds, or None")
-    again = (_exceptions(retry_on), _delay(delay)) if retry_on != () else None
+    again = (_exceptions(retry_on), _delay(1 if delay is None else delay)) if retry_on != () else None
+    if delay is not None and not again:
+        raise TypeError(f"parallel() was given delay={delay!r}, but no retry_on, for whose exceptions it is")
     return Parallel(func, _whole("max", max, 1), timeout, _whole("retries", retries, 0), again)
 
 

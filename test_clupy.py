@@ -471,7 +471,7 @@ def test_a_call_that_waits_to_be_tried_again_can_be_cancelled_and_is_no_failure_
     assert not future.done() and (clupy.failures.calls, clupy.failures.unseen) == before
     assert future.cancel() and future.cancelled()
     clupy.close()
-    for wrong in ({"retry_on": 3}, {"retry_on": (OSError, "x")}, {"retry_on": OSError, "delay": -1}):
+    for wrong in ({"retry_on": 3}, {"retry_on": (OSError, "x")}, {"retry_on": OSError, "delay": -1}, {"delay": 1}):
         with pytest.raises((TypeError, ValueError), match="retry_on|delay"):
             clupy.parallel(square, **wrong)
 
