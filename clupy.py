@@ -1490,6 +1490,10 @@ async def read_exactly(sock, count):
     return data
 
 
+class UnknownHost(OSError):
+    """A host's name has no address."""
+
+
 async def connect_socket(host, port):
     """A connected, non-blocking socket; tries each address of the host in turn.  Raises OSError, with words."""
     loop, family = asyncio.get_running_loop(), socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -1499,8 +1503,10 @@ async def connect_socket(host, port):
     except OSError:
         try:
             found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except socket.gaierror as error:
+            raise UnknownHost(f"the name {host!r} cannot be resolved: {error.strerror}") from None
         except ValueError as error:                # "a..b" cannot even be asked for
-            raise OSError(f"{host!r} is no name of a host: {error}") from None
+            raise UnknownHost(f"{host!r} is no name of a host: {error}") from None
     failure = OSError(f"{host} has no address")
     for family, kind, protocol, _, address in found:
         sock = socket.socket(family, kind, protocol)
@@ -1604,6 +1610,13 @@ def told(said):
     return "; ".join(f"{address_text(*address)}: {reason(why)}" for address, why in said.items())
 
 
+def advice(said):
+    """What to do when no master answered."""
+    if said and all(type(why) is UnknownHost for why in said.values()):
+        return "is the name written right, and known to this machine's DNS or /etc/hosts?"
+    return "is `python -m clupy master` running there?"
+
+
 def hopeless(said):
     """The error if no patience mends what all said: another secret, a refused certificate, another version.  Else None."""
     kinds = [type(why) for why in said.values()]
@@ -1629,12 +1642,16 @@ class MasterLink:
         self.host = None               # how the master was reached; servers on its machine are there, too
         self.leads = False             # whether who is there leads
         self.lost_at = time.monotonic()            # when the last one that led was lost
-        self.why_lost = "no answer yet"            # every address of the last round, and what it said
+        self.said = {}                 # {address: what it said} of the last round
         self._onward = None            # [address to which a standby sent us], [] if it knows none; None: it is no standby
         self._looked = time.monotonic()
 
     def __repr__(self):
         return f"<MasterLink {self.connection.peer if self.connection else self.why_lost}>"
+
+    @property
+    def why_lost(self):
+        return told(self.said) or "no answer yet"
 
     async def run(self, owner):
         delay = 0.1
@@ -1645,7 +1662,7 @@ class MasterLink:
                 if address not in said:            # else two standbys that name each other would keep us running about
                     said[address] = await self._visit(address, owner)
                     waiting.extendleft(self._onward or ())
-            self.why_lost = told(said)
+            self.said = said
             if error := hopeless(said):
                 owner.master_refused(error)
                 return
@@ -1668,7 +1685,7 @@ class MasterLink:
         why = connection.why if self._onward is None else stands_by(self._onward[0] if self._onward else None)
         led, self.leads, self.connection = self.leads, False, None
         if led:
-            self.lost_at, self.why_lost = time.monotonic(), told({address: why})
+            self.lost_at, self.said = time.monotonic(), {address: why}
             owner.master_lost()
         return why
 
@@ -5194,7 +5211,7 @@ class MasterSide:
     def unreachable(self):
         why = self.link.why_lost if self.link else "none was found yet"
         return MasterUnreachable(f"no master for {self.masterless(time.monotonic()):.1f} s ({why}); "
-                                 "is `python -m clupy master` running there?")
+                                 f"{advice(self.link.said if self.link else {})}")
 
     # -- messages from the master
 

@@ -2148,8 +2148,7 @@ async def ask_master(settings, *question):
         said[address] = clupy.stands_by(answer)
         if answer:
             waiting.appendleft(tuple(answer))
-    raise clupy.hopeless(said) or MasterUnreachable(
-        f"no master leads ({clupy.told(said)}); is `python -m clupy master` running there?")
+    raise clupy.hopeless(said) or MasterUnreachable(f"no master leads ({clupy.told(said)}); {clupy.advice(said)}")
 
 
 async def _ask(address, secret, settings, question):

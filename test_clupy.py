@@ -9694,6 +9694,20 @@ def bad_masters(folder):
                **{kind: stack.enter_context(impostor(bytes)) for kind, bytes in answer.items()}}
 
 
+def test_a_host_s_name_that_cannot_be_resolved_gets_other_advice_than_a_master_that_is_missing(monkeypatch):
+    def unknown(host, *_, **__):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    there = f"127.0.0.1:{free_port()}"
+    for masters, advice in [("misspelt", "is the name written right, and known to this machine's DNS"),
+                            (f"misspelt,{there}", "is `python -m clupy master` running there?")]:
+        for ask in (lambda: clupy.connect(masters, patience=0.5), lambda: tables_of(masters)):
+            with pytest.raises(clupy.MasterUnreachable) as caught:
+                ask()
+            assert "misspelt:" in str(caught.value) and advice in str(caught.value)
+            assert "the name 'misspelt' cannot be resolved: Name or service not known" in str(caught.value)
+
+
 def test_a_bad_master_among_several_is_passed_over_whatever_is_wrong_with_it(tmp_path):
     with bad_masters(tmp_path / "bad") as bad, Cluster(tmp_path, servers=0) as cluster:
         addresses = ",".join([*bad.values(), cluster.address])
