@@ -360,6 +360,11 @@ def reason(error):
     return str(error) or type(error).__name__
 
 
+def counted(count, thing):
+    """As a text has it: 1 slot, 2 slots."""
+    return f"{count} {thing}{'s' * (count != 1)}"
+
+
 # ==== Configuration ==========================================================
 # defaults < YAML file of the role < CLUPY_* environment variables < command line or arguments
 #
@@ -3436,7 +3441,7 @@ class Failures:
                 self._first.pop(id(call), None)
 
     def __str__(self):
-        text = f"{self.unseen} of {self.calls} calls failed and nobody looked"
+        text = f"{self.unseen} of {counted(self.calls, 'call')} failed and nobody looked"
         if not self._first:
             return text
         error = next(iter(self._first.values()))
@@ -5088,10 +5093,10 @@ class Cluster(collections.namedtuple("Cluster", "servers slots master")):
     __slots__ = ()
 
     def __repr__(self):
-        slots = f"{self.slots} {'slot' if self.master else 'core'}{'s' * (self.slots != 1)}"
+        slots = counted(self.slots, "slot" if self.master else "core")
         if not self.master:
             return f"{slots} of this machine"
-        return f"{self.servers} server{'s' * (self.servers != 1)}, {slots} at {self.master}"
+        return f"{counted(self.servers, 'server')}, {slots} at {self.master}"
 
 
 class MasterSide:
@@ -5915,7 +5920,7 @@ class _Tries(BaseEngine):
         elif not isinstance(error := current.exception(), self._retry_on):
             conclude([(call, error is None, current._result if error is None else error)])
         elif left < 0:
-            error.add_note(f"{call._function.name} was tried {made} times, as retry_on and retries say")
+            error.add_note(f"{call._function.name} was tried {counted(made, 'time')}, as retry_on and retries say")
             conclude([(call, False, error)])
         else:
             call._outer = current._outer
@@ -8552,7 +8557,7 @@ def _show_status(settings, arguments):
     print(json.dumps(tables, indent=2) if arguments.json else clupy_master.status_text(tables))
     there = sum(not row["draining"] for row in tables["servers"].values())
     if there < (arguments.expect or 0):
-        raise ClupyError(f"{there} servers are there and take calls, but {arguments.expect} are expected")
+        raise ClupyError(f"only {counted(there, 'server')} can take calls, of {arguments.expect} that are expected")
 
 
 def _show_libraries(settings, _):

@@ -1870,11 +1870,12 @@ class Pause:
     def __bool__(self):
         return self._timer is not None
 
-    def begin(self, why, *details):
+    def begin(self, why, workers, slots):
         """Begin one; `why` is said if it is not what was said last."""
         if why != self._why:
             self._why = why
-            log.error("%s (%s workers run, for %s slots; trying again from time to time)", why, *details)
+            log.error("%s (%s for %s; trying again from time to time)", why, clupy.counted(workers, "worker"),
+                      clupy.counted(slots, "slot"))
         self._timer = asyncio.get_running_loop().call_later(self._length, self._then)
         self._length = min(2 * self._length, RETRY_START[1])
 
@@ -2616,7 +2617,8 @@ class Server:
 
     async def _drain(self):
         """Take no new slots, and wait until the calls under way are done, `drain_time` at most."""
-        log.info("draining: %s slots are open; for %g s at most", self.workers.open_slots(), self.settings.drain_time)
+        log.info("draining, with %s open; for %g s at most", clupy.counted(self.workers.open_slots(), "slot"),
+                 self.settings.drain_time)
         self._state()
         self.tell("draining", "")
         deadline = time.monotonic() + self.settings.drain_time
@@ -2650,7 +2652,7 @@ async def run(settings, secret):
     """Be a server until cancelled or refused by the master; SIGTERM drains, a second one ends at once."""
     server = Server(settings, secret)
     server.own = clupy_master.all_installed()
-    log.info("server %s listens on %s, with %s slots", server.name, server.where, server.workers.slots)
+    log.info("server %s listens on %s, with %s", server.name, server.where, clupy.counted(server.workers.slots, "slot"))
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, server.terminate)
     try:
         await server.start()

@@ -2837,7 +2837,7 @@ def test_status_fails_unless_the_expected_servers_are_there_and_take_calls(tmp_p
     with Cluster(tmp_path, servers=2, slots=1) as cluster:
         assert command("status", "--master", cluster.address, "--expect", 2).returncode == 0
         done = command("status", "--master", cluster.address, "--expect", 3)
-        assert (done.returncode, done.stderr) == (1, "clupy status: 2 servers are there and take calls, but 3 are expected\n")
+        assert (done.returncode, done.stderr) == (1, "clupy status: only 2 servers can take calls, of 3 that are expected\n")
         clupy.connect(cluster.address)
         calls = list(clupy.everywhere(sleepy, 60).values())        # so that none can drain at once
         until(lambda: sum(row["used"] for row in cluster.status()["servers"].values()) == 2)
@@ -2886,6 +2886,12 @@ def test_an_address_that_cannot_be_listened_on_is_an_error_in_words(tmp_path, ho
 def test_a_memory_limit_in_which_no_worker_can_start_is_refused():
     with pytest.raises(clupy.ConfigurationError, match="a worker needs 64MB"):
         clupy.read_settings("server", memory_limit=100)
+
+
+def test_one_slot_is_one_slot_and_one_server_one_server():
+    assert clupy.counted(1, "slot") == "1 slot" and clupy.counted(0, "call") == "0 calls"
+    assert repr(clupy.Cluster(1, 1, "h:1")) == "1 server, 1 slot at h:1"
+    assert repr(clupy.Cluster(1, 2, None)) == "2 cores of this machine"
 
 
 def test_passwords_do_not_show():
