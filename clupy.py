@@ -3322,11 +3322,16 @@ class Bell:
     def until(self, look, timeout=None):
         """The first true look(), which is called again whenever the bell rang; the last one after `timeout` seconds."""
         deadline = math.inf if timeout is None else time.monotonic() + timeout
-        while True:
+        while not (found := look()):
             waiter = _Waiter()
-            self._waiters.append(waiter)          # first: what changes from now on is heard
-            if (found := look()) or not waiter.lock.acquire(timeout=bounded(deadline - time.monotonic())):
-                return found or look()
+            self._waiters.append(waiter)          # before another look: what changes after that is heard
+            try:
+                if not look() and not waiter.lock.acquire(timeout=bounded(deadline - time.monotonic())):
+                    return look()
+            finally:
+                with contextlib.suppress(ValueError, IndexError):      # it was woken; another thread changes them just now
+                    self._waiters.remove(waiter)
+        return found
 
 
 class Flag(Bell):
@@ -5726,7 +5731,7 @@ def parallel(func: Callable[P, T], *, max: int | None = None, timeout: Time = No
 @overload
 def parallel(*, max: int | None = None, timeout: Time = None, retries: int = 2,                                # noqa: F811
              retry_on: Any = (), delay: Time = None, time_out: Time = None) -> Decorator: ...
-def parallel(func=_ABSENT, *, max=None, timeout=None, retries=2, retry_on=(), delay=None, time_out=None):         # noqa: F811
+def parallel(func=_ABSENT, *, max=None, timeout=None, retries=2, retry_on=(), delay=None, time_out=None):      # noqa: F811
     """The function, wrapped so that its calls run in the cluster; also a decorator, with or without options.
 
     max: how many calls of it may run at once, over the whole cluster; None: as many as there are slots.
@@ -5998,7 +6003,10 @@ def as_completed(results: Iterable[Future[T]], time_out: Time = None,
         with _shown(progress, total, futures=list(futures)):
             for future in futures:
                 with future._condition:           # as concurrent.futures has it, whose own futures may be among them
-                    done.put(future) if future.done() else future._waiters.append(waiter)
+                    if future.done():
+                        done.put(future)
+                    else:
+                        future._waiters.append(waiter)
             while futures:
                 try:
                     future = done.get(timeout=bounded(deadline - time.monotonic()))

@@ -839,6 +839,20 @@ def test_what_is_done_of_a_call_that_takes_long_comes_before_its_end_though_noth
     assert next(results) == 30
 
 
+def test_a_map_is_not_over_before_the_last_item_is_sent_by_whatever_thread(monkeypatch):
+    class Chunk(clupy._Chunk):
+        def __init__(self, items, changed):
+            if items == [39] and threading.current_thread() is not threading.main_thread():
+                time.sleep(2)                                # its thread has taken the item just now
+            super().__init__(items, changed)
+    monkeypatch.setattr(clupy, "_Chunk", Chunk)
+    clupy.connect(slots=2)
+    results = clupy.map(square, iter(range(40)), chunk_size=1)
+    first = next(results)
+    time.sleep(1)                                            # meanwhile all others are sent, and answered
+    assert [first, *results] == [n * n for n in range(40)]
+
+
 def test_a_large_item_makes_small_calls_for_a_while_only():
     job = clupy._Map(None, square, [range(10 ** 6)], 2)
     job._engine = types.SimpleNamespace(capacity=2)
@@ -4861,6 +4875,39 @@ def test_ctrl_c_in_a_wait_ends_the_calls_and_the_prompt_is_back(tmp_path):
             until(lambda program=program: "interrupted" in program.out.read_text(), 5)
             assert program.process.wait(PATIENCE) == 0, (wait, program.log)
             assert program.out.read_text().split("\n")[1:4] == ["interrupted", "True {True}", "32"], wait
+
+
+def test_ctrl_c_waits_for_what_must_be_done_whole_and_for_nothing_where_the_program_has_a_handler():
+    done, heard = [], []
+    with pytest.raises(KeyboardInterrupt):
+        with clupy.undisturbed(), clupy.undisturbed():
+            os.kill(os.getpid(), signal.SIGINT)
+            done.append("all")
+    assert done == ["all"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    before = signal.signal(signal.SIGINT, lambda *_: heard.append("at once"))
+    try:
+        with clupy.undisturbed():
+            os.kill(os.getpid(), signal.SIGINT)
+            assert heard == ["at once"]
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_bell_wakes_all_who_wait_and_a_flag_stays_until_it_is_cleared():
+    bell, rounds, flag = clupy.Bell(), [], clupy.Flag()
+    assert not bell.until(lambda: rounds, 0.01) and not flag.wait(0.01)
+    assert not bell._waiters and not flag._waiters
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        waiting = [pool.submit(bell.until, lambda: len(rounds) > 1, PATIENCE) for _ in range(2)]
+        waiting += [pool.submit(flag.wait, PATIENCE) for _ in range(2)]
+        for _ in range(2):
+            assert not any(future.done() for future in waiting[:2])
+            rounds.append(1)
+            bell.ring()
+        flag.set()
+        assert all(future.result(PATIENCE) for future in waiting) and flag.wait(0) and flag.is_set()
+    flag.clear()
+    assert not flag.wait(0)
 
 
 INTERRUPTS = int(os.environ.get("INTERRUPTS", 40))        # Ctrl-C in all, by hand more: INTERRUPTS=200 pytest -k ctrl_c_anywhere
