@@ -360,7 +360,7 @@ def reason(error):
     return str(error) or type(error).__name__
 
 
-def counted(count, thing):
+def amount(count, thing):
     """As a text has it: 1 slot, 2 slots."""
     return f"{count} {thing}{'s' * (count != 1)}"
 
@@ -3446,7 +3446,7 @@ class Failures:
                 self._first.pop(id(call), None)
 
     def __str__(self):
-        text = f"{self.unseen} of {counted(self.calls, 'call')} failed and nobody looked"
+        text = f"{self.unseen} of {amount(self.calls, 'call')} failed and nobody looked"
         if not self._first:
             return text
         error = next(iter(self._first.values()))
@@ -3692,9 +3692,10 @@ class Future(concurrent.futures.Future["T"]):
         with self._condition:
             if self._state in _DONE:
                 return self._state == CANCELLED
-        conclude([(self, False, CancelledError())])
-        if self._engine:
-            self._engine.cancel(self)
+        with undisturbed():
+            conclude([(self, False, CancelledError())])
+            if self._engine:
+                self._engine.cancel(self)
         return self._state == CANCELLED
 
     def _invoke_callbacks(self):
@@ -5098,10 +5099,10 @@ class Cluster(collections.namedtuple("Cluster", "servers slots master")):
     __slots__ = ()
 
     def __repr__(self):
-        slots = counted(self.slots, "slot" if self.master else "core")
+        slots = amount(self.slots, "slot" if self.master else "core")
         if not self.master:
             return f"{slots} of this machine"
-        return f"{counted(self.servers, 'server')}, {slots} at {self.master}"
+        return f"{amount(self.servers, 'server')}, {slots} at {self.master}"
 
 
 class MasterSide:
@@ -5925,7 +5926,7 @@ class _Tries(BaseEngine):
         elif not isinstance(error := current.exception(), self._retry_on):
             conclude([(call, error is None, current._result if error is None else error)])
         elif left < 0:
-            error.add_note(f"{call._function.name} was tried {counted(made, 'time')}, as retry_on and retries say")
+            error.add_note(f"{call._function.name} was tried {amount(made, 'time')}, as retry_on and retries say")
             conclude([(call, False, error)])
         else:
             call._outer = current._outer
@@ -8565,7 +8566,7 @@ def _show_status(settings, arguments):
     print(json.dumps(tables, indent=2) if arguments.json else clupy_master.status_text(tables))
     there = sum(not row["draining"] for row in tables["servers"].values())
     if there < (arguments.expect or 0):
-        raise ClupyError(f"only {counted(there, 'server')} can take calls, of {arguments.expect} that are expected")
+        raise ClupyError(f"only {amount(there, 'server')} can take calls, of {arguments.expect} that are expected")
 
 
 def _show_libraries(settings, _):

@@ -1313,7 +1313,7 @@ class Output:
                 if text:
                     screen.show(stream, f"[{server} {pid}] ", text)
             if dropped:
-                screen.show("err", f"[{server}] ", f"... {clupy.counted(dropped, 'line')} not shown: more than "
+                screen.show("err", f"[{server}] ", f"... {clupy.amount(dropped, 'line')} not shown: more than "
                                                    f"{UNSEEN_OUTPUT >> 10} KiB were waiting\n")
             self._engine.soon(connection.send, "seen", size)
 
@@ -2000,7 +2000,7 @@ class Master:
             host = None if peer == own or peer in ("127.0.0.1", "::1") else peer
         row, before = ServerRow((host, port), slots, held, facts, connection), self.tables.servers.get(id)
         if before is None:
-            log.info("server %s is here, from %s: %s", facts["name"], connection.peer, clupy.counted(slots, "slot"))
+            log.info("server %s is here, from %s: %s", facts["name"], connection.peer, clupy.amount(slots, "slot"))
             if facts["python"] != clupy.PYTHON_VERSION:
                 log.info("server %s runs Python %s, this master %s", facts["name"], facts["python"], clupy.PYTHON_VERSION)
         elif before.usable and not row.usable:
@@ -2330,7 +2330,7 @@ def _servers(settings, rows):
             yield _untried(now[id], why) if id in now else (True, name, "it has left meanwhile")
         else:
             wrong = _clock("its clock", theirs, asked, time.time())
-            yield not wrong, name, wrong or f"a call ran there, {clupy.counted(row['slots'], 'slot')}"
+            yield not wrong, name, wrong or f"a call ran there, {clupy.amount(row['slots'], 'slot')}"
 
 
 def _untried(row, why):
@@ -2344,5 +2344,5 @@ def _untried(row, why):
         return False, name, (f"the master knows it, but {address} cannot be reached from here: {error.strerror or error}; is "
                              "a firewall between? If it has another address: serve --listen HOST:PORT")
     if others := sum(count for client, count in row["runs"].items() if client != clupy.client_name()):
-        return True, name, f"it can be reached; no call ran, as others have {others} of its {clupy.counted(row['slots'], 'slot')}"
+        return True, name, f"it can be reached; no call ran, as others have {others} of its {clupy.amount(row['slots'], 'slot')}"
     return False, name, f"no call ran: {why}"

@@ -1874,8 +1874,8 @@ class Pause:
         """Begin one; `why` is said if it is not what was said last."""
         if why != self._why:
             self._why = why
-            log.error("%s (%s for %s; trying again from time to time)", why, clupy.counted(workers, "worker"),
-                      clupy.counted(slots, "slot"))
+            log.error("%s (%s for %s; trying again from time to time)", why, clupy.amount(workers, "worker"),
+                      clupy.amount(slots, "slot"))
         self._timer = asyncio.get_running_loop().call_later(self._length, self._then)
         self._length = min(2 * self._length, RETRY_START[1])
 
@@ -2617,7 +2617,7 @@ class Server:
 
     async def _drain(self):
         """Take no new slots, and wait until the calls under way are done, `drain_time` at most."""
-        log.info("draining, with %s open; for %g s at most", clupy.counted(self.workers.open_slots(), "slot"),
+        log.info("draining, with %s open; for %g s at most", clupy.amount(self.workers.open_slots(), "slot"),
                  self.settings.drain_time)
         self._state()
         self.tell("draining", "")
@@ -2652,7 +2652,7 @@ async def run(settings, secret):
     """Be a server until cancelled or refused by the master; SIGTERM drains, a second one ends at once."""
     server = Server(settings, secret)
     server.own = clupy_master.all_installed()
-    log.info("server %s listens on %s, with %s", server.name, server.where, clupy.counted(server.workers.slots, "slot"))
+    log.info("server %s listens on %s, with %s", server.name, server.where, clupy.amount(server.workers.slots, "slot"))
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, server.terminate)
     try:
         await server.start()

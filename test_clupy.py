@@ -841,10 +841,10 @@ def test_what_is_done_of_a_call_that_takes_long_comes_before_its_end_though_noth
 
 def test_a_map_is_not_over_before_the_last_item_is_sent_by_whatever_thread(monkeypatch):
     class Chunk(clupy._Chunk):
-        def __init__(self, items, changed):
+        def __init__(self, items, job):
             if items == [39] and threading.current_thread() is not threading.main_thread():
                 time.sleep(2)                                # its thread has taken the item just now
-            super().__init__(items, changed)
+            super().__init__(items, job)
     monkeypatch.setattr(clupy, "_Chunk", Chunk)
     clupy.connect(slots=2)
     results = clupy.map(square, iter(range(40)), chunk_size=1)
@@ -858,8 +858,9 @@ def test_a_large_item_makes_small_calls_for_a_while_only():
     job._engine = types.SimpleNamespace(capacity=2)
 
     def sent(size, items):
-        job._call = lambda *_: types.SimpleNamespace(_arguments=b"x" * size, add_done_callback=lambda f: None)
-        job._start(clupy._Chunk([0] * items, job._changed))
+        chunk = clupy._Chunk([0] * items, job)
+        chunk.size, job._call = size, lambda *_: None
+        job._start(chunk)
         return job._count()
     assert sent(8 << 20, 1) == 1                             # over CHUNK_BYTES
     counts = [sent(10 * count, count) for count in [1] * 20]
@@ -2903,7 +2904,7 @@ def test_a_memory_limit_in_which_no_worker_can_start_is_refused():
 
 
 def test_one_slot_is_one_slot_and_one_server_one_server():
-    assert clupy.counted(1, "slot") == "1 slot" and clupy.counted(0, "call") == "0 calls"
+    assert clupy.amount(1, "slot") == "1 slot" and clupy.amount(0, "call") == "0 calls"
     assert repr(clupy.Cluster(1, 1, "h:1")) == "1 server, 1 slot at h:1"
     assert repr(clupy.Cluster(1, 2, None)) == "2 cores of this machine"
 
