@@ -6507,11 +6507,15 @@ class Executor(concurrent.futures.Executor):
         max_workers = _whole("max_workers", max_workers, 1)
         if initializer is not None and not callable(initializer):
             raise TypeError(f"initializer must be a function, not {type(initializer).__name__}")
-        settings = read_settings("client", master=master) if master else None
-        with undisturbed():
-            self._own_engine = _make_engine(settings) if master else None
-        self._engine = self._own_engine or _current_engine()
         self._limit = ("executor", os.urandom(8).hex()), max_workers
+        self._own_engine = None
+        if master:
+            settings = read_settings("client", master=master)
+            with undisturbed():
+                self._own_engine = engine = _make_engine(settings)
+                # When nobody has it any more; which is found wherever the garbage collector likes, so it takes no lock.
+                weakref.finalize(self, engine.soon, threads.run, self._end, engine, self._limit, True).atexit = False
+        self._engine = self._own_engine or _current_engine()
         _executors.add(self)
         self._setup = None if initializer is None else capture(functools.partial(initializer, *initargs))
         self._shut = False                        # shutdown() was called
@@ -6536,6 +6540,7 @@ class Executor(concurrent.futures.Executor):
         function, deadline = self._capture(func), _deadline(timeout)
         call = functools.partial(_call_chunk, func, function, not size, None, self._limit)
         job = _Map(call, fn, iterables, 2, size, eager=room is None, room=room)           # eager: as those do, all at once
+        job.executor = self                       # which leaves its cluster when nobody has it
         try:
             job.begin(engine)
         except BaseException:
@@ -6571,10 +6576,11 @@ class Executor(concurrent.futures.Executor):
             return
         if cancel_futures:
             self._engine.cancel_limit(self._limit)
+        end = self._engine, self._limit, self._own_engine is not None
         if wait:
-            self._end()
+            self._end(*end)
         elif self._own_engine:
-            threads.run(self._end)
+            threads.run(self._end, *end)
 
     def kill_workers(self):
         """Shut down at once: calls that wait and calls that run are cancelled."""
@@ -6585,15 +6591,16 @@ class Executor(concurrent.futures.Executor):
 
     terminate_workers = kill_workers
 
-    def _end(self):
+    @staticmethod
+    def _end(engine, limit, is_own):
         try:
-            self._engine.settle(self._limit)
+            engine.settle(limit)
         except KeyboardInterrupt:                 # as in any wait for calls, see Future._wait
-            self._engine.cancel_all()
+            engine.cancel_all()
             raise
         finally:
-            if self._own_engine:
-                self._engine.close()
+            if is_own:
+                engine.close()
 
     @classmethod
     def _end_all(cls):

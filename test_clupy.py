@@ -547,6 +547,18 @@ def test_ctrl_c_ends_the_wait_for_an_executor_at_the_program_s_end(tmp_path):
         program.process.wait(PATIENCE)
 
 
+def test_an_executor_that_nobody_has_any_more_leaves_its_cluster_when_its_calls_are_done(cluster):
+    def engines():
+        return [thread.name for thread in threading.enumerate()].count(clupy.ENGINE_THREAD)
+    call = clupy.Executor(1, master=cluster.address).submit(sleepy, 1, "done")
+    assert engines() == 1 and call.result(PATIENCE) == "done"
+    until(lambda: not engines())
+    results = clupy.Executor(1, master=cluster.address).map(sleepy, [0.01] * 50, range(50))
+    assert list(results) == list(range(50))
+    del results
+    until(lambda: not engines())
+
+
 def test_an_executor_kills_its_workers_and_says_how_many_it_may_have():
     executor = clupy.Executor(2)
     other = clupy.parallel(sleepy)(1, "untouched")
