@@ -3816,6 +3816,7 @@ class BaseEngine:
 
     def __init__(self):
         self.held = set()                         # calls that are not submitted yet: they wait for other calls, or for a while
+        self.maps = weakref.WeakSet()             # every _Map
 
     def submit(self, call):
         """Run the call: sooner or later it gets its one outcome."""
@@ -3860,7 +3861,7 @@ class BaseEngine:
             if not left:
                 bell.ring()
 
-        while calls := [call for call in self.calls() if call._limit == limit]:
+        while (calls := [call for call in self.calls() if call._limit == limit]) or self._digest():
             idle, left = 0, set(calls)
             for call in calls:
                 call.add_done_callback(ended)
@@ -3868,6 +3869,13 @@ class BaseEngine:
                 idle = 0 if self.works or not ending else idle + 1
                 if idle == 3:
                     return
+
+    def _digest(self):
+        """Wait until the maps have seen to their calls that are over, for some of which they make others; whether they had to."""
+        busy = [job for job in list(self.maps) if job.digesting.locked()]
+        for job in busy:
+            job.changed.until(lambda job=job: not job.digesting.locked())
+        return bool(busy)
 
     @property
     def works(self):
@@ -6249,7 +6257,7 @@ class _Map:
         self._lock = threading.Lock()             # held while numbers below change, and while items become a chunk
         self._sending = threading.Lock()          # held by the thread that takes items and makes calls of them
         self._outcomes = collections.deque()      # (chunk, call) that is over
-        self._digesting = threading.Lock()        # held by the thread that sees to them
+        self.digesting = threading.Lock()        # held by the thread that sees to them
         self._under_way = self._ahead = self._bytes = 0         # chunks; items that are not taken; bytes of their arguments
         self._done = self._failed = 0             # items
         self._seconds = None                      # that an item takes
@@ -6258,6 +6266,7 @@ class _Map:
 
     def begin(self, engine):
         self._engine = engine
+        engine.maps.add(self)
         if self._eager and not self._items.still:
             self._items.read(lambda: True)
         elif not self._items.still:
@@ -6334,7 +6343,7 @@ class _Map:
     def take_outcome(self, chunk, call):
         """In whatever thread, which must not wait."""
         self._outcomes.append((chunk, call))
-        if self._digesting.acquire(blocking=False):
+        if self.digesting.acquire(blocking=False):
             threads.run(self._digest)
 
     def _digest(self):
@@ -6344,9 +6353,12 @@ class _Map:
                 chunk, call = self._outcomes.popleft()
                 threading.current_thread().clupy_call = call._outer            # what it calls belongs to who made this call
                 self._over(chunk, call)
-            self._digesting.release()
             self._send()
-            if not self._outcomes or not self._digesting.acquire(blocking=False):
+            if self._outcomes:
+                continue
+            self.digesting.release()
+            self.changed.ring()
+            if not self._outcomes or not self.digesting.acquire(blocking=False):
                 return
 
     def _over(self, chunk, call):

@@ -1031,6 +1031,18 @@ def test_calls_have_no_dicts_of_their_own(tmp_path):
     assert waiting < 1000 and over < 1000
 
 
+def test_the_end_of_an_executor_waits_for_what_a_chunk_gave_back(cluster, monkeypatch):
+    over = clupy._Map._over
+
+    def slowly(job, chunk, call):
+        time.sleep(0.05 * (len(chunk.items) > 1))  # meanwhile none of its calls is unfinished
+        over(job, chunk, call)
+    monkeypatch.setattr(clupy._Map, "_over", slowly)
+    with clupy.Executor(master=cluster.address) as executor:
+        results = executor.map(lambda n: time.sleep(0.02) or n, range(64))
+    assert list(results) == list(range(64))
+
+
 def test_a_map_of_many_small_calls_takes_few_threads():
     clupy.connect(slots=2)
     most = 0
