@@ -18,6 +18,7 @@ import faulthandler
 import fcntl
 import functools
 import gc
+import heapq
 import importlib.machinery
 import importlib.util
 import io
@@ -9625,6 +9626,425 @@ def test_these_two_thirds_begin_with_the_question_not_with_the_answer():
     leadership._until, leadership._session, leadership.name, leadership._stopped = 0.0, 3.0, "me", Looks()
     leadership._lead(election)
     assert leadership._stopped[0] <= election.asked + 2.0 and not leadership.sure(time.monotonic())
+
+
+# ==== Chaos: what befalls networks, machines and processes, while calls run ======
+# `make chaos` has all rows, `make test` those that are quick; CLUPY_CHAOS says which.
+
+class Net:
+    """Hosts on this machine, each a network of its own, with this process as their switch: it passes on what they send, late
+    or not at all where a test wants it so.  A host has no name in the system, so nothing is left of it whoever is killed."""
+
+    @dataclasses.dataclass
+    class Link:
+        """What becomes of packets on one way; as it stands, nothing."""
+        loss: float = 0.0                          # part of them that does not arrive
+        delay: float = 0.0                         # seconds on their way
+        rate: float = math.inf                     # bytes a second
+        reset: bool = False                        # their connections are ended, as some firewalls do
+        free: float = 0.0                          # when the packets before have gone out
+        packets: int = 0                           # so far
+
+    def __init__(self, *hosts):
+        self.hosts = {name: number for number, name in enumerate(hosts, 1)}
+        self.links = {}                            # {(source, destination): Link}, None: any host
+
+    @staticmethod
+    @functools.cache
+    def refusal():
+        """Why this machine lets us have no such hosts, or None."""
+        try:
+            with Net("host"):
+                return None
+        except OSError as error:
+            return f"no networks of one's own: {error}"
+
+    def address(self, host):
+        return f"10.77.0.{self.hosts[host]}"
+
+    def __enter__(self):
+        with contextlib.ExitStack() as stack:
+            self._ip, self._libc = needed("/usr/sbin/ip", "ip"), ctypes.CDLL(None, use_errno=True)
+            self._home = self._opened(stack, "/proc/thread-self/ns/net", os.O_RDONLY)
+            self._stop, stop = os.pipe()
+            for fd in self._stop, stop:
+                stack.callback(os.close, fd)
+            self._namespaces, self._cables = {}, {}       # {host: descriptor}; a cable gives and takes packets, one at a time
+            for host in self.hosts:
+                self._add(stack, host)
+            thread = threading.Thread(target=self._switch)
+            thread.start()
+            stack.callback(thread.join)
+            stack.callback(os.write, stop, b"x")
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_):
+        self._stack.close()
+
+    @staticmethod
+    def _opened(stack, path, flags):
+        fd = os.open(path, flags | os.O_CLOEXEC)
+        stack.callback(os.close, fd)
+        return fd
+
+    def _add(self, stack, host):
+        try:
+            self._checked(self._libc.unshare(0x40000000))                       # CLONE_NEWNET, of this thread alone
+            self._namespaces[host] = self._opened(stack, "/proc/thread-self/ns/net", os.O_RDONLY)
+            cable = self._cables[host] = self._opened(stack, "/dev/net/tun", os.O_RDWR)
+            fcntl.ioctl(cable, 0x400454CA, struct.pack("16sH22x", b"cable", 0x1001))        # TUNSETIFF: IFF_TUN, IFF_NO_PI
+            for command in ("link set lo up", f"addr add {self.address(host)}/24 dev cable", "link set cable mtu 60000 up"):
+                subprocess.run([self._ip, *command.split()], check=True)
+        finally:
+            self._checked(self._libc.setns(self._home, 0))
+
+    @staticmethod
+    def _checked(result):
+        if result:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+    @contextlib.contextmanager
+    def at(self, host):
+        """What this thread starts and connects in the block is on that host."""
+        self._checked(self._libc.setns(self._namespaces[host], 0))
+        try:
+            yield
+        finally:
+            self._checked(self._libc.setns(self._home, 0))
+
+    @contextlib.contextmanager
+    def impaired(self, *ways, **how):
+        """The ways, (source, destination) with None for any host, are so in the block; each was tried by some packet."""
+        links = {way: Net.Link(**how) for way in ways}
+        self.links |= links
+        yield
+        self.links = {way: link for way, link in self.links.items() if way not in links}
+        assert all(link.packets for link in links.values())
+
+    def _switch(self):
+        names, cables = {number: host for host, number in self.hosts.items()}, {fd: host for host, fd in self._cables.items()}
+        poll, waiting, count = select.poll(), [], itertools.count()             # waiting: (when, number, destination, packet)
+        for fd in self._stop, *cables:
+            poll.register(fd, select.POLLIN)
+        while True:
+            ready = {fd for fd, _ in poll.poll(max(0.0, waiting[0][0] - time.monotonic()) * 1000 if waiting else None)}
+            if self._stop in ready:
+                return
+            for fd in ready:
+                packet = os.read(fd, 1 << 16)
+                if packet[0] >> 4 == 4 and packet[19] in names:                 # IPv4, to one of us
+                    for when, to, data in self._passed(cables[fd], names[packet[19]], packet):
+                        heapq.heappush(waiting, (when, next(count), to, data))
+            while waiting and waiting[0][0] <= time.monotonic():
+                *_, to, data = heapq.heappop(waiting)
+                os.write(self._cables[to], data)
+
+    def _passed(self, source, destination, packet):
+        """[(when, host, packet)] that becomes of a packet."""
+        now, links = time.monotonic(), self.links
+        for way in (source, destination), (source, None), (None, destination):
+            if link := links.get(way):
+                break
+        else:
+            return [(now, destination, packet)]
+        link.packets += 1
+        if link.reset:
+            return [(now, source, reset_of(packet, back=True)), (now, destination, reset_of(packet, back=False))]
+        link.free = max(now, link.free) + len(packet) / link.rate
+        lost = random.random() < link.loss or link.free - now > 1            # a second's packets at most wait for their turn
+        return [] if lost else [(link.free + link.delay, destination, packet)]
+
+
+def reset_of(packet, back):
+    """The packet that ends the connection of this one, at its sender (back) or its receiver."""
+    def sum_of(data):
+        total = sum(struct.unpack(f"!{len(data) // 2}H", data))
+        return ~(total % 0xFFFF) & 0xFFFF
+    start = (packet[0] & 15) * 4
+    source, destination, sent, heard = struct.unpack_from("!HHII", packet, start)
+    here, there = packet[12:16], packet[16:20]
+    if back:
+        here, there, source, destination, sent = there, here, destination, source, heard
+    segment = struct.pack("!HHIIBBHHH", source, destination, sent, 0, 0x50, 4, 0, 0, 0)         # 4: RST
+    segment = segment[:16] + struct.pack("!H", sum_of(here + there + struct.pack("!HH", 6, 20) + segment)) + segment[18:]
+    head = struct.pack("!BBHHHBBH", 0x45, 0, 40, 0, 0, 64, 6, 0) + here + there
+    return head[:10] + struct.pack("!H", sum_of(head)) + head[12:] + segment
+
+
+LOAD = """if True:                                 # the client: calls that note when they begin, and what becomes of them
+    import collections, functools, json, os, resource, sys, time
+    import clupy
+    ledger, calls, seconds, size, retries, descriptors = json.loads(sys.argv[1])
+    clupy.Lanes.offer = lambda lanes, key: None             # as if it were another machine
+
+    def work(ledger, n, seconds, size):
+        with open(ledger, "a") as file:
+            file.write(f"{n} {os.getpid()}\\n")
+        time.sleep(seconds)
+        print(f"call {n} is over")
+        return n * n, bytes(size)
+
+    def load(numbers):
+        outcomes = collections.defaultdict(list)
+        def note(n, future):
+            error = future.exception()
+            outcomes[n].append(f"{type(error).__name__}: {error}" if error else future.result() == (n * n, bytes(size)))
+        made = [clupy.parallel(work, retries=retries)(ledger, n, seconds, size) for n in numbers]
+        for n, future in zip(numbers, made):
+            future.add_done_callback(functools.partial(note, n))
+        clupy.wait_all(made, 300)
+        return outcomes
+
+    clupy.connect()
+    if descriptors:
+        used = len(os.listdir("/proc/self/fd"))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (used + descriptors, used + descriptors))
+    first = load(range(calls))
+    open("first", "w").close()
+    while not os.path.exists("again"):
+        time.sleep(0.05)
+    second = load(range(calls, calls + 60))
+    clupy.close()
+    with open("outcomes", "w") as file:
+        json.dump([first, second], file)
+    """
+
+
+@dataclasses.dataclass
+class Row:
+    """What befalls a cluster, and what may come of it."""
+    fault: object                                  # fault(scene) does it, and returns when it is over
+    lasts: float                                   # seconds for which there are calls to be made
+    quick: bool = False
+    seconds: float = 0.25                          # of a call
+    size: int = 0                                  # bytes of its result
+    retries: int = 2
+    lost: int = 0                                  # calls that may fail, by WorkerDied
+    descriptors: dict = dataclasses.field(default_factory=dict)                # {host: how many}
+
+    @property
+    def calls(self):
+        return math.ceil(self.lasts * 6 / self.seconds)
+
+
+class Scene:
+    """A master, three servers of two slots and a client that makes the calls of a row, each on a host of its own."""
+    servers = "server0", "server1", "server2"
+
+    def __init__(self, folder, net, row, stack):
+        self.folder, self.net, self.row, self.stack = folder, net, row, stack
+        self.programs, self.ledger = {}, folder / "ledger"
+        self.start("master")
+        until(lambda: self.at_master(answers, self.master))
+        for host in self.servers:
+            self.start(host)
+        until(lambda: len(self.at_master(tables_of, self.master)["servers"]) == 3)
+        self.start("client")
+        until(self.begun)
+
+    @property
+    def master(self):
+        return f"{self.net.address('master')}:{os.environ['CLUPY_PORT']}"
+
+    def at_master(self, ask, *args):
+        with self.net.at("master"):
+            return ask(*args)
+
+    def start(self, host):
+        row, limit = self.row, self.row.descriptors.get(host, 0)
+        if host == "client":
+            command = "-c", LOAD, json.dumps([str(self.ledger), row.calls, row.seconds, row.size, row.retries, limit])
+        else:
+            words = ["master", "--listen", self.master] if host == "master" else [
+                "serve", "--master", self.net.address("master"), "--listen", f"{self.net.address(host)}:7000", "--slots", "2"]
+            limited = f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({limit}, {limit})); " if limit else ""
+            command = "-c", f"{limited}import clupy; clupy.main({words!r})"
+        with self.net.at(host):
+            program = Program(self.folder / host, *command, CLUPY_MASTER=self.master)
+        self.programs[host] = self.stack.enter_context(program)
+
+    def begun(self):
+        """[(number, pid)] of the calls' starts."""
+        text = self.ledger.read_text() if self.ledger.exists() else ""
+        return [tuple(map(int, line.split())) for line in text.splitlines()]
+
+    def goes_on(self, seconds=math.inf):
+        """Wait so long, or until the calls are over."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and not (self.folder / "client" / "first").exists():
+            assert self.programs["client"].process.poll() is None, self.programs["client"].log
+            time.sleep(0.05)
+        return time.monotonic() >= end
+
+
+def on(ways, seconds, **how):
+    """The ways are so for some seconds."""
+    def fault(scene):
+        with scene.net.impaired(*ways, **how):
+            scene.goes_on(seconds)
+    return fault
+
+
+def around(host):
+    return (host, None), (None, host)
+
+
+def kills(seed=None):
+    """Workers, servers and the master are killed by chance; who started the last two starts them again."""
+    def fault(scene):
+        chance = random.Random(seed)
+        while scene.goes_on(chance.uniform(0, 0.5)) is True:
+            victim = chance.choices(("worker", *scene.servers, "master"), (12, 1, 1, 1, 1))[0]
+            if victim == "worker":
+                with contextlib.suppress(ProcessLookupError, IndexError):
+                    os.kill(chance.choice(sorted(workers())), signal.SIGKILL)
+            else:
+                scene.programs[victim].process.kill()
+                scene.programs[victim].process.wait()
+                scene.start(victim)
+    return fault
+
+
+def family(pid):
+    """The process and all that it started, directly or not."""
+    found, all_ = {pid}, processes()
+    for _ in range(4):
+        for other in all_:
+            with contextlib.suppress(OSError):
+                if parent_of(other) in found:
+                    found.add(other)
+    return found
+
+
+def stops(host, seconds, whole=False):
+    """The process of a host, or the whole of it, is stopped for some seconds."""
+    def fault(scene):
+        pid = scene.programs[host].process.pid
+        with contextlib.ExitStack() as stack:
+            for one in family(pid) if whole else {pid}:
+                stack.enter_context(stopped(one))
+            time.sleep(seconds)
+    return fault
+
+
+def group_of_processes():
+    """A folder of the kernel's in which groups of processes are limited in number, or None."""
+    for folder in "/sys/fs/cgroup/pids", "/sys/fs/cgroup":
+        probe = f"{folder}/clupy-test-probe-{os.getpid()}"
+        with contextlib.suppress(OSError):
+            os.mkdir(probe)
+            try:
+                if os.path.exists(f"{probe}/pids.max"):
+                    return folder
+            finally:
+                os.rmdir(probe)
+
+
+def no_more_processes(host, seconds):
+    """None of the host's processes gets another process or thread for some seconds; if it is a server, its workers are killed."""
+    def fault(scene):
+        root = group_of_processes() or pytest.skip("no leave to limit the number of processes")
+        folder, pid = f"{root}/clupy-test-{os.getpid()}", scene.programs[host].process.pid
+
+        def write(path, *values):
+            for value in values:
+                with contextlib.suppress(ProcessLookupError), open(path, "w") as file:
+                    file.write(f"{value}")
+        os.mkdir(folder)
+        try:
+            write(f"{folder}/cgroup.procs", *family(pid))
+            write(f"{folder}/pids.max", 1)
+            for victim in family(pid) & workers():
+                os.kill(victim, signal.SIGKILL)
+            scene.goes_on(seconds)
+        finally:
+            write(f"{folder}/pids.max", "max")
+            until(lambda: write(f"{root}/cgroup.procs", *open(f"{folder}/cgroup.procs").read().split())
+                  or not open(f"{folder}/cgroup.procs").read())
+            os.rmdir(folder)
+    return fault
+
+
+ROWS = {
+    "a server is silent for 5 s": Row(on(around("server0"), 5, loss=1), 9, retries=0, quick=True),
+    "a server is silent for 60 s, no retries": Row(on(around("server0"), 60, loss=1), 75, retries=0, lost=2),
+    "a server is silent for 60 s": Row(on(around("server0"), 60, loss=1), 75),
+    "the client is silent for 5 s": Row(on(around("client"), 5, loss=1), 9, retries=0, quick=True),
+    "the client is silent for 60 s, no retries": Row(on(around("client"), 60, loss=1), 40, retries=0, lost=6),
+    "the client is silent for 60 s": Row(on(around("client"), 60, loss=1), 40),
+    "the master is silent for 5 s": Row(on(around("master"), 5, loss=1), 8, retries=0),
+    "the master is silent for 60 s": Row(on(around("master"), 60, loss=1), 75, retries=0),
+    "the client hears nothing of a server": Row(on([("server0", "client")], 20, loss=1), 30, retries=0, lost=2),
+    "a server hears nothing of the client": Row(on([("client", "server0")], 20, loss=1), 30, retries=0, lost=2),
+    "a server hears nothing of the master": Row(on([("master", "server0")], 20, loss=1), 30, retries=0),
+    "the master hears nothing of a server": Row(on([("server0", "master")], 20, loss=1), 30, retries=0),
+    "the client hears nothing of the master": Row(on([("master", "client")], 20, loss=1), 30, retries=0),
+    "the master hears nothing of the client": Row(on([("client", "master")], 20, loss=1), 30, retries=0),
+    "the client's connections are reset": Row(on(around("client"), 2, reset=True), 8, quick=True),
+    "the client's connections are reset, no retries": Row(on(around("client"), 5, reset=True), 15, retries=0, lost=12),
+    "a server's connections are reset": Row(on(around("server0"), 5, reset=True), 15),
+    "the master's connections are reset": Row(on(around("master"), 5, reset=True), 15, retries=0),
+    "large results, 2 MB a second": Row(on(around("client"), math.inf, rate=2e6), 0.25, size=3 << 20, retries=0, quick=True),
+    "larger results, 1 MB a second": Row(on(around("client"), math.inf, rate=1e6), 0.25, size=15 << 20, retries=0),
+    "a fifth is lost": Row(on(around("client"), 30, loss=0.2), 25, retries=5),
+    "100 ms of delay": Row(on(around("client"), math.inf, delay=0.1), 4, retries=0, quick=True),
+    "kills": Row(kills(), 18, seconds=0.054, retries=5, quick=True),
+    "kills, longer calls": Row(kills(), 60, seconds=0.18, retries=5),
+    "kills, no retries": Row(kills(), 60, seconds=0.18, retries=0, lost=500),
+    "the client is short of descriptors": Row(lambda scene: None, 4, retries=0, descriptors={"client": 22}, quick=True),
+    "a server is short of descriptors": Row(lambda scene: None, 4, retries=0, descriptors={"server0": 44}, quick=True),
+    "the client is short of processes": Row(no_more_processes("client", 5), 8, retries=0, quick=True),
+    "a server is short of processes": Row(no_more_processes("server0", 5), 8, quick=True),
+    "the client is stopped for 20 s": Row(stops("client", 20), 10, retries=0),
+    "the client is stopped for 65 s": Row(stops("client", 65), 10, retries=0),
+    "the master is stopped for 20 s": Row(stops("master", 20), 25, retries=0),
+    "the master is stopped for 65 s": Row(stops("master", 65), 75, retries=0),
+    "a server is stopped for 20 s": Row(stops("server0", 20), 25, retries=0),
+    "a server is stopped for 65 s": Row(stops("server0", 65), 75, retries=0),
+    "a server and its workers are stopped for 20 s": Row(stops("server0", 20, True), 25, retries=0),
+    "a server and its workers are stopped for 65 s": Row(stops("server0", 65, True), 75, retries=0, lost=2),
+}
+CHAOS = os.environ.get("CLUPY_CHAOS", "quick")              # or: all, none
+
+
+def holds(scene):
+    """What is so after every row: one outcome of each call, the right values, no start too many, and nothing left running."""
+    row, client = scene.row, scene.programs["client"]
+    assert client.process.wait(120) == 0, client.log
+    first, second = json.loads((scene.folder / "client" / "outcomes").read_text())
+    assert [len(outcomes) for outcomes in (first, second)] == [row.calls, 60]
+    assert all(len(outcomes) == 1 for outcomes in [*first.values(), *second.values()])
+    failed = {n: outcome for n, [outcome] in first.items() if outcome is not True}
+    assert len(failed) <= row.lost and all(str(error).startswith("WorkerDied") for error in failed.values()), failed
+    assert set(map(tuple, second.values())) == {(True,)}, second
+    starts = collections.Counter(n for n, _ in scene.begun())
+    assert max(starts.values()) <= 1 + row.retries
+    assert {n for n in range(row.calls + 60) if str(n) not in failed} <= starts.keys()
+    said = collections.Counter(map(int, re.findall(r"call (\d+) is over", client.out.read_text())))
+    assert not said - starts and (row.retries or {*range(row.calls, row.calls + 60)} <= said.keys())
+    for program in scene.programs.values():
+        assert "Traceback" not in program.log
+    until(lambda: not {pid for _, pid in scene.begun()} & processes().keys())
+    until(lambda: not (tables := scene.at_master(tables_of, scene.master))["clients"] and len(tables["servers"]) == 3
+          and not any(row["used"] for row in tables["servers"].values()))
+
+
+@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if CHAOS == "all" or CHAOS == "quick" and row.quick])
+def test_chaos_leaves_each_call_one_outcome_and_the_cluster_as_it_was(tmp_path, name):
+    if Net.refusal():
+        pytest.skip(Net.refusal())
+    row = ROWS[name]
+    with Net("master", *Scene.servers, "client") as net, contextlib.ExitStack() as stack:
+        scene = Scene(tmp_path, net, row, stack)
+        try:
+            row.fault(scene)
+            (tmp_path / "client" / "again").touch()
+            holds(scene)
+        except BaseException:
+            for host, program in scene.programs.items():
+                print(host, program.log[-5000:], sep=":\n")
+            raise
 
 
 # ==== The page ===============================================================
