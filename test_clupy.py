@@ -4985,34 +4985,141 @@ def test_a_peer_that_is_stopped_is_heard_of_and_one_whose_window_is_full_too():
         until(lambda: clupy.silence(sock) < 0.5)        # it was asked whether there is room again
 
 
-class Network:
-    """A host of its own on this machine, a network namespace, by whose cable all others reach it."""
+def reset_of(packet, back):
+    """The packet that ends the connection of this one, at its sender (back) or its receiver."""
+    def sum_of(data):
+        total = sum(struct.unpack(f"!{len(data) // 2}H", data))
+        return ~(total % 0xFFFF) & 0xFFFF
+    start = (packet[0] & 15) * 4
+    source, destination, sent, heard = struct.unpack_from("!HHII", packet, start)
+    here, there = packet[12:16], packet[16:20]
+    if back:
+        here, there, source, destination, sent = there, here, destination, source, heard
+    segment = struct.pack("!HHIIBBHHH", source, destination, sent, 0, 0x50, 4, 0, 0, 0)         # 4: RST
+    segment = segment[:16] + struct.pack("!H", sum_of(here + there + struct.pack("!HH", 6, 20) + segment)) + segment[18:]
+    head = struct.pack("!BBHHHBBH", 0x45, 0, 40, 0, 0, 64, 6, 0) + here + there
+    return head[:10] + struct.pack("!H", sum_of(head)) + head[12:] + segment
 
-    def __init__(self, number):
-        self.name = f"clupy-test-{os.getpid()}"
-        self.here, self.there = f"10.77.{number}.1", f"10.77.{number}.2"
+
+class Net:
+    """Hosts on this machine, each a network of its own, with this process as their switch: it passes on what they send, late
+    or not at all where a test wants it so.  A host has no name in the system, so nothing is left of it whoever is killed."""
+
+    @dataclasses.dataclass
+    class Link:
+        """What becomes of packets on one way; as it stands, nothing."""
+        loss: float = 0.0                          # part of them that does not arrive
+        delay: float = 0.0                         # seconds on their way
+        rate: float = math.inf                     # bytes a second
+        reset: bool = False                        # their connections are ended, as some firewalls do
+        free: float = 0.0                          # when the packets before have gone out
+        packets: int = 0                           # so far
+
+    def __init__(self, *hosts):
+        self.hosts = {name: number for number, name in enumerate(hosts, 1)}
+        self.links = {}                            # {(source, destination): Link}, None: any host
+
+    @staticmethod
+    @functools.cache
+    def refusal():
+        """Why this machine lets us have no such hosts, or None."""
+        try:
+            with Net("host"):
+                return None
+        except OSError as error:
+            return f"no networks of one's own: {error}"
+
+    def address(self, host):
+        return f"10.77.0.{self.hosts[host]}"
 
     def __enter__(self):
-        if subprocess.run([needed("/usr/sbin/ip", "ip"), "netns", "add", self.name], capture_output=True).returncode:
-            pytest.skip("no leave to make a network")
-        cable = f"clupy{os.getpid()}"
-        for command in (f"link add {cable} type veth peer name cable netns {self.name}",
-                        f"addr add {self.here}/24 dev {cable}", f"link set {cable} up",
-                        f"-n {self.name} addr add {self.there}/24 dev cable"):
-            subprocess.run(["ip", *command.split()], check=True)
-        self.plug("up")
+        with contextlib.ExitStack() as stack:
+            self._stop, stop = os.pipe()
+            for fd in self._stop, stop:
+                stack.callback(os.close, fd)
+            self._namespaces, self._cables = {}, {}       # {host: descriptor}; a cable gives and takes packets, one at a time
+            for host in self.hosts:
+                self._add(stack, host)
+            thread = threading.Thread(target=self._switch)
+            thread.start()
+            stack.callback(thread.join)
+            stack.callback(os.write, stop, b"x")
+            self._stack = stack.pop_all()
         return self
 
-    def plug(self, state):
-        subprocess.run(["ip", "-n", self.name, "link", "set", "cable", state], check=True)
-
     def __exit__(self, *_):
-        subprocess.run(["ip", "netns", "del", self.name], check=True)
+        self._stack.close()
 
-    def command(self, *arguments):
-        """For a Program: `python -m clupy` with these arguments, on that host."""
-        return "-c", (f"import ctypes, os; ctypes.CDLL(None).setns(os.open('/run/netns/{self.name}', os.O_RDONLY), 0); "
-                      f"import clupy; raise SystemExit(clupy.main({list(map(str, arguments))!r}))")
+    @staticmethod
+    def _opened(stack, path, flags):
+        fd = os.open(path, flags | os.O_CLOEXEC)
+        stack.callback(os.close, fd)
+        return fd
+
+    def _add(self, stack, host):
+        with self.at(None):
+            self._namespaces[host] = self._opened(stack, "/proc/thread-self/ns/net", os.O_RDONLY)
+            cable = self._cables[host] = self._opened(stack, "/dev/net/tun", os.O_RDWR)
+            fcntl.ioctl(cable, 0x400454CA, struct.pack("16sH22x", b"cable", 0x1001))        # TUNSETIFF: IFF_TUN, IFF_NO_PI
+            for command in ("link set lo up", f"addr add {self.address(host)}/24 dev cable", "link set cable mtu 60000 up"):
+                subprocess.run([needed("/usr/sbin/ip", "ip"), *command.split()], check=True)
+
+    @contextlib.contextmanager
+    def at(self, host):
+        """What this thread starts and connects in the block is on that host; None: on a new one."""
+        libc = ctypes.CDLL(None, use_errno=True)
+
+        def checked(result):
+            if result:
+                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        with open("/proc/thread-self/ns/net") as before:
+            checked(libc.setns(self._namespaces[host], 0) if host else libc.unshare(0x40000000))         # CLONE_NEWNET
+            try:
+                yield
+            finally:
+                checked(libc.setns(before.fileno(), 0))
+
+    @contextlib.contextmanager
+    def impaired(self, *ways, **how):
+        """The ways, (source, destination) with None for any host, are so in the block; each was tried by some packet."""
+        links = {way: Net.Link(**how) for way in ways}
+        self.links |= links
+        yield
+        self.links = {way: link for way, link in self.links.items() if way not in links}
+        assert all(link.packets for link in links.values())
+
+    def _switch(self):
+        names, cables = {number: host for host, number in self.hosts.items()}, {fd: host for host, fd in self._cables.items()}
+        poll, waiting, count = select.poll(), [], itertools.count()             # waiting: (when, number, destination, packet)
+        for fd in self._stop, *cables:
+            poll.register(fd, select.POLLIN)
+        while True:
+            ready = {fd for fd, _ in poll.poll(max(0.0, waiting[0][0] - time.monotonic()) * 1000 if waiting else None)}
+            if self._stop in ready:
+                return
+            for fd in ready:
+                packet = os.read(fd, 1 << 16)
+                if packet[0] >> 4 == 4 and packet[19] in names:                 # IPv4, to one of us
+                    for when, to, data in self._passed(cables[fd], names[packet[19]], packet):
+                        heapq.heappush(waiting, (when, next(count), to, data))
+            while waiting and waiting[0][0] <= time.monotonic():
+                *_, to, data = heapq.heappop(waiting)
+                os.write(self._cables[to], data)
+
+    def _passed(self, source, destination, packet):
+        """[(when, host, packet)] that becomes of a packet."""
+        now, links = time.monotonic(), self.links
+        for way in (source, destination), (source, None), (None, destination):
+            if link := links.get(way):
+                break
+        else:
+            return [(now, destination, packet)]
+        link.packets += 1
+        if link.reset:
+            return [(now, source, reset_of(packet, back=True)), (now, destination, reset_of(packet, back=False))]
+        link.free = max(now, link.free) + len(packet) / link.rate
+        lost = random.random() < link.loss or link.free - now > 1            # a second's packets at most wait for their turn
+        return [] if lost else [(link.free + link.delay, destination, packet)]
 
 
 def test_a_server_that_is_cut_off_runs_no_call_twice_that_may_start_once(tmp_path):
@@ -5025,30 +5132,34 @@ def test_a_server_that_is_cut_off_runs_no_call_twice_that_may_start_once(tmp_pat
         while not (tmp_path / "go").exists():
             time.sleep(0.1)
         return starts
-    with contextlib.ExitStack() as stack:
-        network = stack.enter_context(Network(random.randrange(250)))
-        port = free_port()
-        master = stack.enter_context(Program(tmp_path / "master", "-m", "clupy", "master", "--listen", f"{network.here}:{port}"))
-        until(lambda: answers(f"{network.here}:{port}"))
-        far = stack.enter_context(Program(tmp_path / "far", *network.command(
-            "serve", "--master", network.here, "--port", port, "--slots", 2, "--listen", f"{network.there}:0")))
-        clupy.connect(f"{network.here}:{port}")
+    if Net.refusal():
+        pytest.skip(Net.refusal())
+    with Net("near", "far") as net, net.at("near"), contextlib.ExitStack() as stack:
+        address = f"{net.address('near')}:{free_port()}"
+
+        def serve(host):
+            with net.at(host):
+                return stack.enter_context(Program(tmp_path / host, "-m", "clupy", "serve", "--slots", 2, CLUPY_MASTER=address,
+                                                   CLUPY_LISTEN=f"{net.address(host)}:0"))
+        master = stack.enter_context(Program(tmp_path / "master", "-m", "clupy", "master", "--listen", address))
+        until(lambda: answers(address))
+        far = serve("far")
+        clupy.connect(address)
         once, again = clupy.parallel(until_told, retries=0)("once"), clupy.parallel(until_told)("again")
         until(lambda: (tmp_path / "once").exists() and (tmp_path / "again").exists())
-        network.plug("down")
-        stack.enter_context(Program(tmp_path / "near", "-m", "clupy", "serve", "--master", network.here, "--port", port,
-                                    "--listen", f"{network.here}:0", "--slots", 2))
-        with pytest.raises(clupy.WorkerDied, match="server .* was lost while worker .* try 1 of 1"):
-            once.result(PATIENCE)
-        assert not again.completed
-        until(lambda: (tmp_path / "again").read_text() == "xx")            # on the other server
-        why = r"its machine has not answered for \d+ s"           # on either side
-        until(lambda: re.search(f"server .* is lost: {why}", master.log) and re.search(f"client .* is gone: {why}", far.log))
-        until(lambda: re.search(r"no master: .*: its machine has not answered for \d+ s", far.log))
-        network.plug("up")
+        with net.impaired(("near", "far"), ("far", "near"), loss=1):
+            serve("near")
+            with pytest.raises(clupy.WorkerDied, match="server .* was lost while worker .* try 1 of 1"):
+                once.result(PATIENCE)
+            assert not again.completed
+            until(lambda: (tmp_path / "again").read_text() == "xx")            # on the other server
+            why = r"its machine has not answered for \d+ s"           # on either side
+            until(lambda: re.search(f"server .* is lost: {why}", master.log) and re.search(f"client .* is gone: {why}", far.log))
+            until(lambda: re.search(r"no master: .*: its machine has not answered for \d+ s", far.log))
         (tmp_path / "go").touch()
         assert again.result(PATIENCE) == 2 and (tmp_path / "once").read_text() == "x"
         assert {f.result(PATIENCE) for f in [clupy.parallel(square)(n) for n in range(4)]} == {0, 1, 4, 9}
+        clupy.close()
 
 
 def test_calls_go_on_without_a_master_and_with_the_next_one(tmp_path):
@@ -9631,147 +9742,6 @@ def test_these_two_thirds_begin_with_the_question_not_with_the_answer():
 # ==== Chaos: what befalls networks, machines and processes, while calls run ======
 # `make chaos` has all rows, `make test` those that are quick; CLUPY_CHAOS says which.
 
-class Net:
-    """Hosts on this machine, each a network of its own, with this process as their switch: it passes on what they send, late
-    or not at all where a test wants it so.  A host has no name in the system, so nothing is left of it whoever is killed."""
-
-    @dataclasses.dataclass
-    class Link:
-        """What becomes of packets on one way; as it stands, nothing."""
-        loss: float = 0.0                          # part of them that does not arrive
-        delay: float = 0.0                         # seconds on their way
-        rate: float = math.inf                     # bytes a second
-        reset: bool = False                        # their connections are ended, as some firewalls do
-        free: float = 0.0                          # when the packets before have gone out
-        packets: int = 0                           # so far
-
-    def __init__(self, *hosts):
-        self.hosts = {name: number for number, name in enumerate(hosts, 1)}
-        self.links = {}                            # {(source, destination): Link}, None: any host
-
-    @staticmethod
-    @functools.cache
-    def refusal():
-        """Why this machine lets us have no such hosts, or None."""
-        try:
-            with Net("host"):
-                return None
-        except OSError as error:
-            return f"no networks of one's own: {error}"
-
-    def address(self, host):
-        return f"10.77.0.{self.hosts[host]}"
-
-    def __enter__(self):
-        with contextlib.ExitStack() as stack:
-            self._ip, self._libc = needed("/usr/sbin/ip", "ip"), ctypes.CDLL(None, use_errno=True)
-            self._home = self._opened(stack, "/proc/thread-self/ns/net", os.O_RDONLY)
-            self._stop, stop = os.pipe()
-            for fd in self._stop, stop:
-                stack.callback(os.close, fd)
-            self._namespaces, self._cables = {}, {}       # {host: descriptor}; a cable gives and takes packets, one at a time
-            for host in self.hosts:
-                self._add(stack, host)
-            thread = threading.Thread(target=self._switch)
-            thread.start()
-            stack.callback(thread.join)
-            stack.callback(os.write, stop, b"x")
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(self, *_):
-        self._stack.close()
-
-    @staticmethod
-    def _opened(stack, path, flags):
-        fd = os.open(path, flags | os.O_CLOEXEC)
-        stack.callback(os.close, fd)
-        return fd
-
-    def _add(self, stack, host):
-        try:
-            self._checked(self._libc.unshare(0x40000000))                       # CLONE_NEWNET, of this thread alone
-            self._namespaces[host] = self._opened(stack, "/proc/thread-self/ns/net", os.O_RDONLY)
-            cable = self._cables[host] = self._opened(stack, "/dev/net/tun", os.O_RDWR)
-            fcntl.ioctl(cable, 0x400454CA, struct.pack("16sH22x", b"cable", 0x1001))        # TUNSETIFF: IFF_TUN, IFF_NO_PI
-            for command in ("link set lo up", f"addr add {self.address(host)}/24 dev cable", "link set cable mtu 60000 up"):
-                subprocess.run([self._ip, *command.split()], check=True)
-        finally:
-            self._checked(self._libc.setns(self._home, 0))
-
-    @staticmethod
-    def _checked(result):
-        if result:
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-
-    @contextlib.contextmanager
-    def at(self, host):
-        """What this thread starts and connects in the block is on that host."""
-        self._checked(self._libc.setns(self._namespaces[host], 0))
-        try:
-            yield
-        finally:
-            self._checked(self._libc.setns(self._home, 0))
-
-    @contextlib.contextmanager
-    def impaired(self, *ways, **how):
-        """The ways, (source, destination) with None for any host, are so in the block; each was tried by some packet."""
-        links = {way: Net.Link(**how) for way in ways}
-        self.links |= links
-        yield
-        self.links = {way: link for way, link in self.links.items() if way not in links}
-        assert all(link.packets for link in links.values())
-
-    def _switch(self):
-        names, cables = {number: host for host, number in self.hosts.items()}, {fd: host for host, fd in self._cables.items()}
-        poll, waiting, count = select.poll(), [], itertools.count()             # waiting: (when, number, destination, packet)
-        for fd in self._stop, *cables:
-            poll.register(fd, select.POLLIN)
-        while True:
-            ready = {fd for fd, _ in poll.poll(max(0.0, waiting[0][0] - time.monotonic()) * 1000 if waiting else None)}
-            if self._stop in ready:
-                return
-            for fd in ready:
-                packet = os.read(fd, 1 << 16)
-                if packet[0] >> 4 == 4 and packet[19] in names:                 # IPv4, to one of us
-                    for when, to, data in self._passed(cables[fd], names[packet[19]], packet):
-                        heapq.heappush(waiting, (when, next(count), to, data))
-            while waiting and waiting[0][0] <= time.monotonic():
-                *_, to, data = heapq.heappop(waiting)
-                os.write(self._cables[to], data)
-
-    def _passed(self, source, destination, packet):
-        """[(when, host, packet)] that becomes of a packet."""
-        now, links = time.monotonic(), self.links
-        for way in (source, destination), (source, None), (None, destination):
-            if link := links.get(way):
-                break
-        else:
-            return [(now, destination, packet)]
-        link.packets += 1
-        if link.reset:
-            return [(now, source, reset_of(packet, back=True)), (now, destination, reset_of(packet, back=False))]
-        link.free = max(now, link.free) + len(packet) / link.rate
-        lost = random.random() < link.loss or link.free - now > 1            # a second's packets at most wait for their turn
-        return [] if lost else [(link.free + link.delay, destination, packet)]
-
-
-def reset_of(packet, back):
-    """The packet that ends the connection of this one, at its sender (back) or its receiver."""
-    def sum_of(data):
-        total = sum(struct.unpack(f"!{len(data) // 2}H", data))
-        return ~(total % 0xFFFF) & 0xFFFF
-    start = (packet[0] & 15) * 4
-    source, destination, sent, heard = struct.unpack_from("!HHII", packet, start)
-    here, there = packet[12:16], packet[16:20]
-    if back:
-        here, there, source, destination, sent = there, here, destination, source, heard
-    segment = struct.pack("!HHIIBBHHH", source, destination, sent, 0, 0x50, 4, 0, 0, 0)         # 4: RST
-    segment = segment[:16] + struct.pack("!H", sum_of(here + there + struct.pack("!HH", 6, 20) + segment)) + segment[18:]
-    head = struct.pack("!BBHHHBBH", 0x45, 0, 40, 0, 0, 64, 6, 0) + here + there
-    return head[:10] + struct.pack("!H", sum_of(head)) + head[12:] + segment
-
-
 LOAD = """if True:                                 # the client: calls that note when they begin, and what becomes of them
     import collections, functools, json, os, resource, sys, time
     import clupy
@@ -9785,7 +9755,7 @@ LOAD = """if True:                                 # the client: calls that note
         print(f"call {n} is over")
         return n * n, bytes(size)
 
-    def load(numbers):
+    def load(numbers, seconds):
         outcomes = collections.defaultdict(list)
         def note(n, future):
             error = future.exception()
@@ -9800,11 +9770,11 @@ LOAD = """if True:                                 # the client: calls that note
     if descriptors:
         used = len(os.listdir("/proc/self/fd"))
         resource.setrlimit(resource.RLIMIT_NOFILE, (used + descriptors, used + descriptors))
-    first = load(range(calls))
+    first = load(range(calls), seconds)
     open("first", "w").close()
     while not os.path.exists("again"):
         time.sleep(0.05)
-    second = load(range(calls, calls + 60))
+    second = load(range(calls, calls + 60), 0.05)
     clupy.close()
     with open("outcomes", "w") as file:
         json.dump([first, second], file)
@@ -9893,8 +9863,9 @@ def around(host):
 def kills(seed=None):
     """Workers, servers and the master are killed by chance; who started the last two starts them again."""
     def fault(scene):
-        chance = random.Random(seed)
-        while scene.goes_on(chance.uniform(0, 0.5)) is True:
+        chance, count = random.Random(seed), 0
+        while scene.goes_on(chance.uniform(0, 0.5)):
+            count += 1
             victim = chance.choices(("worker", *scene.servers, "master"), (12, 1, 1, 1, 1))[0]
             if victim == "worker":
                 with contextlib.suppress(ProcessLookupError, IndexError):
@@ -9903,6 +9874,7 @@ def kills(seed=None):
                 scene.programs[victim].process.kill()
                 scene.programs[victim].process.wait()
                 scene.start(victim)
+        assert count > scene.row.lasts
     return fault
 
 
@@ -9958,6 +9930,7 @@ def no_more_processes(host, seconds):
             for victim in family(pid) & workers():
                 os.kill(victim, signal.SIGKILL)
             scene.goes_on(seconds)
+            assert "max 0" not in open(f"{folder}/pids.events").read()          # some were refused
         finally:
             write(f"{folder}/pids.max", "max")
             until(lambda: write(f"{root}/cgroup.procs", *open(f"{folder}/cgroup.procs").read().split())
