@@ -484,6 +484,7 @@ def work(arguments):
     signal.signal(signal.SIGINT, signal.default_int_handler)       # a server in the background of a shell ignores it
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)
+    hold_output()
     board = mmap.mmap(given["board"], mmap.PAGESIZE)
     with socket.socket(fileno=given["channel"]) as channel:
         channel.send(b"r")
@@ -574,6 +575,20 @@ def arm_lifeline(lifeline):
 def _await_server(lifeline):
     os.read(lifeline, 1)                           # nothing is ever written: the end, when the server is gone
     os.killpg(os.getpgrp(), signal.SIGKILL)
+
+
+def hold_output():
+    """Have the ends to read of our output's pipes, too.  A server that is killed loses its own before or after the lifeline, as
+    the kernel likes: what a call prints in between would be an error of the call's.  Children, which may outlive us, do not."""
+    held = []
+    for stream in (1, 2):
+        with contextlib.suppress(OSError):         # there is no /proc
+            held.append(os.open(f"/proc/self/fd/{stream}", os.O_RDONLY | os.O_NONBLOCK))
+
+    def release():
+        while held:
+            os.close(held.pop())
+    os.register_at_fork(after_in_child=release)
 
 
 def receive_slot(channel):

@@ -41,6 +41,7 @@ import shutil
 import signal
 import socket
 import ssl
+import stat
 import struct
 import subprocess
 import sys
@@ -3682,6 +3683,28 @@ def stopped(pid):
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGCONT)
+
+
+def test_a_call_that_prints_as_its_server_dies_has_no_error_of_its_own():
+    """The kernel may take the pipes of a server that is killed before it has killed the workers."""
+    def write():
+        print("out", flush=True)
+        print("err", file=sys.stderr, flush=True)
+        subprocess.run(["echo", "a child's"], check=True)
+        if child := os.fork():
+            return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        os._exit(sum(stat.S_ISFIFO(os.stat(fd).st_mode) and not fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
+                     for fd in map(int, os.listdir("/proc/self/fd")) if os.path.exists(f"/proc/self/fd/{fd}")))
+
+    def lose():
+        for process in clupy._engine.embedded[1].workers.processes.values():
+            for fd in [fd for fd, stream in process.output.pipes.items() if stream != "stack"]:
+                process.output._close(fd)
+        lost.set()
+    clupy.connect(slots=1)
+    usual, lost = call(write), threading.Event()       # the lifeline alone can be read by a child
+    clupy._engine.loop.call_soon_threadsafe(lose)
+    assert lost.wait(PATIENCE) and call(write) == usual == 1
 
 
 @pytest.mark.parametrize("retries, starts", [(0, 1), (1, 2), (3, 4)])
