@@ -9888,13 +9888,13 @@ def around(host):
 
 
 def kills(scene):
-    """By chance workers, servers and the master are killed; the last two are started again."""
+    """By chance workers, what they are forked from, servers and the master are killed; the last two are started again."""
     count = 0
     while scene.goes_on(random.uniform(0, 0.5)):
-        victim, = random.choices(("worker", *scene.servers, "master"), (12, 1, 1, 1, 1))
-        if victim == "worker":
+        victim, = random.choices((workers, templates, *scene.servers, "master"), (12, 1, 1, 1, 1, 1))
+        if callable(victim):
             with contextlib.suppress(ProcessLookupError, IndexError):
-                os.kill(random.choice([*workers()]), signal.SIGKILL)
+                os.kill(random.choice([*victim()]), signal.SIGKILL)
         else:
             scene.programs[victim].process.kill()
             scene.programs[victim].process.wait()
