@@ -9903,6 +9903,11 @@ def kills(scene):
     assert count > scene.row.lasts
 
 
+def told(host, text):
+    """What the row has for a start is told of on that host."""
+    return lambda scene: until(lambda: text in scene.programs[host].log)
+
+
 def family(pid):
     """The process and all that it started, directly or not."""
     found, all_ = {pid}, processes()
@@ -9991,8 +9996,8 @@ ROWS = {
     "kills": Row(kills, 10, seconds=0.03, retries=5, quick=True),
     "kills, longer calls": Row(kills, 60, seconds=0.18, retries=5),
     "kills, no retries": Row(kills, 60, seconds=0.18, retries=0, lost=500),
-    "the client is short of descriptors": Row(lambda scene: None, 2, retries=0, descriptors={"client": 22}, quick=True),
-    "a server is short of descriptors": Row(lambda scene: None, 2, retries=0, descriptors={"server0": 44}, quick=True),
+    "the client is short of descriptors": Row(told("client", "ulimit -n"), 2, retries=0, descriptors={"client": 22}, quick=True),
+    "a server is short of descriptors": Row(told("server0", "ulimit -Hn"), 2, retries=0, descriptors={"server0": 44}, quick=True),
     "the client is short of processes": Row(no_more_processes("client", 4), 5, retries=0, quick=True),
     "a server is short of processes": Row(no_more_processes("server0", 4), 5, quick=True),
     "the client is stopped for 20 s": Row(stops("client", 20), 10, retries=0),
