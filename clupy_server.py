@@ -1004,7 +1004,7 @@ class TlsSocket:
     threads at once, so the socket never blocks in it."""
 
     def __init__(self, sock, key, how, certificate):
-        sock.settimeout(clupy.HANDSHAKE_TIME)
+        sock.settimeout(None)                      # a client may be stopped; of one that is gone the server ends the slot
         context = (clupy.certificate_context(*certificate) if how == clupy.BY_CERTIFICATE else
                    clupy.key_context("admit", proof(key, b"tls")))
         self._sock = context.wrap_socket(sock, server_side=True)
