@@ -18,6 +18,9 @@ test: $(VENV)/test services  ## run all tests, with real Redis, ZooKeeper and Ch
 test-fast: $(VENV)/test  ## run the tests; those that need Redis, ZooKeeper or Chromium only where these are installed
 	$(PYTEST)
 
+chaos: $(VENV)/test services  ## lose, delay, kill, stop and starve while calls run, on a network of its own (root): some 10 minutes
+	CLUPY_CHAOS=all CLUPY_TEST_SERVICES=required $(PYTEST) -k test_chaos
+
 lint: $(VENV)/test  ## look for mistakes that can be seen without running anything
 	$(VENV)/bin/ruff check --select E,F,W,B --ignore B006,B018,B023,B904,B905,E701,E731 --line-length 130 .
 	MYPYPATH=. $(VENV)/bin/mypy --cache-dir=/dev/null --follow-imports=silent --warn-unused-ignores examples/typed.py
@@ -52,4 +55,4 @@ $(VENV)/test: setup.cfg pyproject.toml $(MODULES) | $(VENV)/bin/python
 	@rm -rf build clupy.egg-info
 	@touch $@ $(VENV)/ready
 
-.PHONY: help demo test test-fast lint bench dist clean services
+.PHONY: help demo test test-fast chaos lint bench dist clean services

@@ -484,6 +484,7 @@ def work(arguments):
     signal.signal(signal.SIGINT, signal.default_int_handler)       # a server in the background of a shell ignores it
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)
+    hold_output()
     board = mmap.mmap(given["board"], mmap.PAGESIZE)
     with socket.socket(fileno=given["channel"]) as channel:
         channel.send(b"r")
@@ -574,6 +575,20 @@ def arm_lifeline(lifeline):
 def _await_server(lifeline):
     os.read(lifeline, 1)                           # nothing is ever written: the end, when the server is gone
     os.killpg(os.getpgrp(), signal.SIGKILL)
+
+
+def hold_output():
+    """Have the ends to read of our output's pipes, too.  A server that is killed loses its own before or after the lifeline, as
+    the kernel likes: what a call prints in between would be an error of the call's.  Children, which may outlive us, do not."""
+    held = []
+    for stream in (1, 2):
+        with contextlib.suppress(OSError):         # there is no /proc
+            held.append(os.open(f"/proc/self/fd/{stream}", os.O_RDONLY | os.O_NONBLOCK))
+
+    def release():
+        while held:
+            os.close(held.pop())
+    os.register_at_fork(after_in_child=release)
 
 
 def receive_slot(channel):
@@ -989,7 +1004,7 @@ class TlsSocket:
     threads at once, so the socket never blocks in it."""
 
     def __init__(self, sock, key, how, certificate):
-        sock.settimeout(clupy.HANDSHAKE_TIME)
+        sock.settimeout(None)                      # a client may be stopped; of one that is gone the server ends the slot
         context = (clupy.certificate_context(*certificate) if how == clupy.BY_CERTIFICATE else
                    clupy.key_context("admit", proof(key, b"tls")))
         self._sock = context.wrap_socket(sock, server_side=True)

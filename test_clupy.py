@@ -18,6 +18,7 @@ import faulthandler
 import fcntl
 import functools
 import gc
+import heapq
 import importlib.machinery
 import importlib.util
 import io
@@ -40,6 +41,7 @@ import shutil
 import signal
 import socket
 import ssl
+import stat
 import struct
 import subprocess
 import sys
@@ -3728,6 +3730,28 @@ def stopped(pid):
             os.kill(pid, signal.SIGCONT)
 
 
+def test_a_call_that_prints_as_its_server_dies_has_no_error_of_its_own():
+    """The kernel may take the pipes of a server that is killed before it has killed the workers."""
+    def write():
+        print("out", flush=True)
+        print("err", file=sys.stderr, flush=True)
+        subprocess.run(["echo", "a child's"], check=True)
+        if child := os.fork():
+            return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        os._exit(sum(stat.S_ISFIFO(os.stat(fd).st_mode) and not fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
+                     for fd in map(int, os.listdir("/proc/self/fd")) if os.path.exists(f"/proc/self/fd/{fd}")))
+
+    def lose():
+        for process in clupy._engine.embedded[1].workers.processes.values():
+            for fd in [fd for fd, stream in process.output.pipes.items() if stream != "stack"]:
+                process.output._close(fd)
+        lost.set()
+    clupy.connect(slots=1)
+    usual, lost = call(write), threading.Event()       # the lifeline alone can be read by a child
+    clupy._engine.loop.call_soon_threadsafe(lose)
+    assert lost.wait(PATIENCE) and call(write) == usual == 1
+
+
 @pytest.mark.parametrize("retries, starts", [(0, 1), (1, 2), (3, 4)])
 def test_a_call_is_started_at_most_once_more_than_retries(tmp_path, retries, starts):
     with pytest.raises(clupy.WorkerDied, match=f"try {starts} of {starts}"):
@@ -5269,34 +5293,143 @@ def test_a_peer_that_is_stopped_is_heard_of_and_one_whose_window_is_full_too():
         until(lambda: clupy.silence(sock) < 0.5)        # it was asked whether there is room again
 
 
-class Network:
-    """A host of its own on this machine, a network namespace, by whose cable all others reach it."""
+def reset_of(packet, back):
+    """The packet that ends the connection of this one, at its sender (back) or its receiver."""
+    def sum_of(data):
+        total = sum(struct.unpack(f"!{len(data) // 2}H", data))
+        return ~(total % 0xFFFF) & 0xFFFF
+    start = (packet[0] & 15) * 4
+    source, destination, sent, heard = struct.unpack_from("!HHII", packet, start)
+    here, there = packet[12:16], packet[16:20]
+    if back:
+        here, there, source, destination, sent, heard = there, here, destination, source, heard, sent + 1 & 0xFFFFFFFF
+    segment = struct.pack("!HHIIBBHHH", source, destination, sent, heard, 0x50, 0x14, 0, 0, 0)         # RST, ACK
+    segment = segment[:16] + struct.pack("!H", sum_of(here + there + struct.pack("!HH", 6, 20) + segment)) + segment[18:]
+    head = struct.pack("!BBHHHBBH", 0x45, 0, 40, 0, 0, 64, 6, 0) + here + there
+    return head[:10] + struct.pack("!H", sum_of(head)) + head[12:] + segment
 
-    def __init__(self, number):
-        self.name = f"clupy-test-{os.getpid()}"
-        self.here, self.there = f"10.77.{number}.1", f"10.77.{number}.2"
+
+class Net:
+    """Hosts on this machine, each a network of its own, with this process as their switch: it passes on what they send, late
+    or not at all where a test wants it so.  A host has no name in the system, so nothing is left of it whoever is killed."""
+
+    @dataclasses.dataclass
+    class Link:
+        """What becomes of packets on one way; as it stands, nothing."""
+        loss: float = 0.0                          # part of them that does not arrive
+        delay: float = 0.0                         # seconds on their way
+        rate: float = math.inf                     # bytes a second
+        reset: bool = False                        # their connections are ended, as some firewalls do
+        free: float = 0.0                          # when the packets before have gone out
+        packets: int = 0                           # so far
+
+    def __init__(self, *hosts):
+        self.hosts = {name: number for number, name in enumerate(hosts, 1)}
+        self.links = {}                            # {(source, destination): Link}, None: any host
+
+    @staticmethod
+    @functools.cache
+    def refusal():
+        """Why this machine lets us have no such hosts, or None."""
+        try:
+            with Net("host"):
+                return None
+        except OSError as error:
+            return f"no networks of one's own: {error}"
+
+    def address(self, host):
+        return f"10.77.0.{self.hosts[host]}"
 
     def __enter__(self):
-        if subprocess.run([needed("/usr/sbin/ip", "ip"), "netns", "add", self.name], capture_output=True).returncode:
-            pytest.skip("no leave to make a network")
-        cable = f"clupy{os.getpid()}"
-        for command in (f"link add {cable} type veth peer name cable netns {self.name}",
-                        f"addr add {self.here}/24 dev {cable}", f"link set {cable} up",
-                        f"-n {self.name} addr add {self.there}/24 dev cable"):
-            subprocess.run(["ip", *command.split()], check=True)
-        self.plug("up")
+        with contextlib.ExitStack() as stack:
+            self._stop, stop = os.pipe()
+            for fd in self._stop, stop:
+                stack.callback(os.close, fd)
+            self._namespaces, self._cables = {}, {}       # {host: descriptor}; a cable gives and takes packets, one at a time
+            for host in self.hosts:
+                self._add(stack, host)
+            thread = threading.Thread(target=self._switch)
+            thread.start()
+            stack.callback(thread.join)
+            stack.callback(os.write, stop, b"x")
+            self._stack = stack.pop_all()
         return self
 
-    def plug(self, state):
-        subprocess.run(["ip", "-n", self.name, "link", "set", "cable", state], check=True)
-
     def __exit__(self, *_):
-        subprocess.run(["ip", "netns", "del", self.name], check=True)
+        self._stack.close()
 
-    def command(self, *arguments):
-        """For a Program: `python -m clupy` with these arguments, on that host."""
-        return "-c", (f"import ctypes, os; ctypes.CDLL(None).setns(os.open('/run/netns/{self.name}', os.O_RDONLY), 0); "
-                      f"import clupy; raise SystemExit(clupy.main({list(map(str, arguments))!r}))")
+    @staticmethod
+    def _opened(stack, path, flags):
+        fd = os.open(path, flags | os.O_CLOEXEC)
+        stack.callback(os.close, fd)
+        return fd
+
+    def _add(self, stack, host):
+        with self.at(None):
+            self._namespaces[host] = self._opened(stack, "/proc/thread-self/ns/net", os.O_RDONLY)
+            cable = self._cables[host] = self._opened(stack, "/dev/net/tun", os.O_RDWR)
+            fcntl.ioctl(cable, 0x400454CA, struct.pack("16sH22x", b"cable", 0x1001))        # TUNSETIFF: IFF_TUN, IFF_NO_PI
+            for command in ("link set lo up", f"addr add {self.address(host)}/24 dev cable", "link set cable up"):
+                subprocess.run([needed("/usr/sbin/ip", "ip"), *command.split()], check=True)
+
+    @contextlib.contextmanager
+    def at(self, host):
+        """What this thread starts and connects in the block is on that host; None: on a new one."""
+        libc = ctypes.CDLL(None, use_errno=True)
+
+        def checked(result):
+            if result:
+                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        with open("/proc/thread-self/ns/net") as before:
+            checked(libc.setns(self._namespaces[host], 0) if host else libc.unshare(0x40000000))         # CLONE_NEWNET
+            try:
+                yield
+            finally:
+                checked(libc.setns(before.fileno(), 0))
+
+    @contextlib.contextmanager
+    def impaired(self, *ways, **how):
+        """The ways, (source, destination) with None for any host, are so in the block; some packet took one of them."""
+        links = {way: Net.Link(**how) for way in ways}
+        self.links |= links
+        yield
+        self.links = {way: link for way, link in self.links.items() if way not in links}
+        assert any(link.packets for link in links.values())
+
+    def _switch(self):
+        names, cables = {number: host for host, number in self.hosts.items()}, {fd: host for host, fd in self._cables.items()}
+        poll, waiting, count = select.poll(), [], itertools.count()             # waiting: (when, number, destination, packet)
+        for fd in self._stop, *cables:
+            poll.register(fd, select.POLLIN)
+        while True:
+            ready = {fd for fd, _ in poll.poll(max(0.0, waiting[0][0] - time.monotonic()) * 1000 if waiting else None)}
+            if self._stop in ready:
+                return
+            for fd in ready:
+                packet = os.read(fd, 1 << 16)
+                if packet[0] >> 4 == 4 and packet[19] in names:                 # IPv4, to one of us
+                    for when, to, data in self._passed(cables[fd], names[packet[19]], packet):
+                        heapq.heappush(waiting, (when, next(count), to, data))
+            while waiting and waiting[0][0] <= time.monotonic():
+                *_, to, data = heapq.heappop(waiting)
+                os.write(self._cables[to], data)
+
+    def _passed(self, source, destination, packet):
+        """[(when, host, packet)] that becomes of a packet."""
+        now, links = time.monotonic(), self.links
+        for way in (source, destination), (source, None), (None, destination):
+            if link := links.get(way):
+                break
+        else:
+            return [(now, destination, packet)]
+        link.packets += 1
+        if link.reset:
+            return [(now, source, reset_of(packet, back=True)), (now, destination, reset_of(packet, back=False))]
+        free = max(now, link.free) + len(packet) / link.rate
+        if random.random() < link.loss or free > now + 1:                       # a second's packets at most wait for their turn
+            return []
+        link.free = free
+        return [(free + link.delay, destination, packet)]
 
 
 def test_a_server_that_is_cut_off_runs_no_call_twice_that_may_start_once(tmp_path):
@@ -5309,30 +5442,34 @@ def test_a_server_that_is_cut_off_runs_no_call_twice_that_may_start_once(tmp_pat
         while not (tmp_path / "go").exists():
             time.sleep(0.1)
         return starts
-    with contextlib.ExitStack() as stack:
-        network = stack.enter_context(Network(random.randrange(250)))
-        port = free_port()
-        master = stack.enter_context(Program(tmp_path / "master", "-m", "clupy", "master", "--listen", f"{network.here}:{port}"))
-        until(lambda: answers(f"{network.here}:{port}"))
-        far = stack.enter_context(Program(tmp_path / "far", *network.command(
-            "serve", "--master", network.here, "--port", port, "--slots", 2, "--listen", f"{network.there}:0")))
-        clupy.connect(f"{network.here}:{port}")
+    if Net.refusal():
+        pytest.skip(Net.refusal())
+    with Net("near", "far") as net, net.at("near"), contextlib.ExitStack() as stack:
+        address = f"{net.address('near')}:{free_port()}"
+
+        def serve(host):
+            with net.at(host):
+                return stack.enter_context(Program(tmp_path / host, "-m", "clupy", "serve", "--slots", 2, CLUPY_MASTER=address,
+                                                   CLUPY_LISTEN=f"{net.address(host)}:0"))
+        master = stack.enter_context(Program(tmp_path / "master", "-m", "clupy", "master", "--listen", address))
+        until(lambda: answers(address))
+        far = serve("far")
+        clupy.connect(address)
         once, again = clupy.parallel(until_told, retries=0)("once"), clupy.parallel(until_told)("again")
         until(lambda: (tmp_path / "once").exists() and (tmp_path / "again").exists())
-        network.plug("down")
-        stack.enter_context(Program(tmp_path / "near", "-m", "clupy", "serve", "--master", network.here, "--port", port,
-                                    "--listen", f"{network.here}:0", "--slots", 2))
-        with pytest.raises(clupy.WorkerDied, match="server .* was lost while worker .* try 1 of 1"):
-            once.result(PATIENCE)
-        assert not again.completed
-        until(lambda: (tmp_path / "again").read_text() == "xx")            # on the other server
-        why = r"its machine has not answered for \d+ s"           # on either side
-        until(lambda: re.search(f"server .* is lost: {why}", master.log) and re.search(f"client .* is gone: {why}", far.log))
-        until(lambda: re.search(r"no master: .*: its machine has not answered for \d+ s", far.log))
-        network.plug("up")
+        with net.impaired(("near", "far"), ("far", "near"), loss=1):
+            serve("near")
+            with pytest.raises(clupy.WorkerDied, match="server .* was lost while worker .* try 1 of 1"):
+                once.result(PATIENCE)
+            assert not again.completed
+            until(lambda: (tmp_path / "again").read_text() == "xx")            # on the other server
+            why = r"its machine has not answered for \d+ s"           # on either side
+            until(lambda: re.search(f"server .* is lost: {why}", master.log) and re.search(f"client .* is gone: {why}", far.log))
+            until(lambda: re.search(r"no master: .*: its machine has not answered for \d+ s", far.log))
         (tmp_path / "go").touch()
         assert again.result(PATIENCE) == 2 and (tmp_path / "once").read_text() == "x"
         assert {f.result(PATIENCE) for f in [clupy.parallel(square)(n) for n in range(4)]} == {0, 1, 4, 9}
+        clupy.close()
 
 
 def test_calls_go_on_without_a_master_and_with_the_next_one(tmp_path):
@@ -9983,6 +10120,295 @@ def test_these_two_thirds_begin_with_the_question_not_with_the_answer():
     leadership._until, leadership._session, leadership.name, leadership._stopped = 0.0, 3.0, "me", Looks()
     leadership._lead(election)
     assert leadership._stopped[0] <= election.asked + 2.0 and not leadership.sure(time.monotonic())
+
+
+# ==== Chaos: what befalls networks, machines and processes, while calls run ======
+# `make chaos` has all rows, `make test` those that are quick; CLUPY_CHAOS says which.
+
+LOAD = """if True:                                 # the client: calls that note when they begin, and what becomes of them
+    import collections, functools, json, os, resource, sys, time
+    import clupy
+    ledger, calls, seconds, size, retries, descriptors = json.loads(sys.argv[1])
+    clupy.Lanes.offer = lambda lanes, key: None             # as if it were another machine
+
+    def work(ledger, n, seconds, size):
+        with open(ledger, "a") as file:
+            file.write(f"{n} {os.getpid()}\\n")
+        time.sleep(seconds)
+        print(f"call {n} is over")
+        return n * n, bytes(size)
+
+    def load(numbers, seconds):
+        outcomes = collections.defaultdict(list)
+        def note(n, future):
+            error = future.exception()
+            outcomes[n].append(f"{type(error).__name__}: {error}" if error else future.result() == (n * n, bytes(size)))
+        made = [clupy.parallel(work, retries=retries)(ledger, n, seconds, size) for n in numbers]
+        for n, future in zip(numbers, made):
+            future.add_done_callback(functools.partial(note, n))
+        clupy.wait_all(made, 300)
+        return outcomes
+
+    clupy.connect()
+    if descriptors:
+        used = len(os.listdir("/proc/self/fd"))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (used + descriptors, used + descriptors))
+    first = load(range(calls), seconds)
+    open("first", "w").close()
+    while not os.path.exists("again"):
+        time.sleep(0.05)
+    second = load(range(calls, calls + 60), 0.05)
+    clupy.close()
+    with open("outcomes", "w") as file:
+        json.dump([first, second], file)
+    """
+
+
+@dataclasses.dataclass
+class Row:
+    """What befalls a cluster, and what may come of it."""
+    fault: object                                  # fault(scene) does it, and returns when it is over
+    lasts: float                                   # seconds for which there are calls to be made
+    quick: bool = False
+    seconds: float = 0.25                          # of a call
+    size: int = 0                                  # bytes of its result
+    retries: int = 2
+    lost: int = 0                                  # calls that may fail, by WorkerDied
+    descriptors: dict = dataclasses.field(default_factory=dict)     # {host: how many it may have; the client, more than it has}
+
+    @property
+    def calls(self):
+        return math.ceil(self.lasts * 6 / self.seconds)
+
+
+class Scene:
+    """A master, three servers of two slots and a client that makes the calls of a row, each on a host of its own."""
+    servers = "server0", "server1", "server2"
+
+    def __init__(self, folder, net, row, stack):
+        self.folder, self.net, self.row, self.stack = folder, net, row, stack
+        self.programs, self.ledger = {}, folder / "ledger"
+        self.start("master")
+        until(self.tables)
+        for host in self.servers:
+            self.start(host)
+        until(lambda: len(self.tables().get("servers", ())) == 3)
+        self.start("client")
+        until(self.begun)
+
+    @property
+    def master(self):
+        return f"{self.net.address('master')}:{os.environ['CLUPY_PORT']}"
+
+    def tables(self):
+        """What the master knows; nothing if it does not answer in time, on a busy machine."""
+        with self.net.at("master"), contextlib.suppress(OSError):
+            return tables_of(self.master)
+        return {}
+
+    def start(self, host):
+        row, limit = self.row, self.row.descriptors.get(host, 0)
+        if host == "client":
+            command = "-c", LOAD, json.dumps([str(self.ledger), row.calls, row.seconds, row.size, row.retries, limit])
+        else:
+            words = ["master", "--listen", self.master] if host == "master" else [
+                "serve", "--master", self.net.address("master"), "--listen", f"{self.net.address(host)}:7000", "--slots", "2"]
+            limited = f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({limit}, {limit})); " if limit else ""
+            command = "-c", f"{limited}import clupy; clupy.main({words!r})"
+        with self.net.at(host):
+            program = Program(self.folder / host, *command, CLUPY_MASTER=self.master)
+        self.programs[host] = self.stack.enter_context(program)
+
+    def begun(self):
+        """[(number, pid)] of the calls' starts."""
+        text = self.ledger.read_text() if self.ledger.exists() else ""
+        return [tuple(map(int, line.split())) for line in text.splitlines()]
+
+    def goes_on(self, seconds=math.inf):
+        """Wait so long; False, and no longer, once the calls are over."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            assert self.programs["client"].process.poll() is None
+            if (self.folder / "client" / "first").exists():
+                return False
+            time.sleep(0.05)
+        return True
+
+
+def on(ways, seconds, **how):
+    """The ways are so for some seconds."""
+    def fault(scene):
+        with scene.net.impaired(*ways, **how):
+            scene.goes_on(seconds)
+    return fault
+
+
+def around(host):
+    return (host, None), (None, host)
+
+
+def kills(scene):
+    """By chance workers, what they are forked from, servers and the master are killed; the last two are started again."""
+    count = 0
+    while scene.goes_on(random.uniform(0, 0.5)):
+        victim, = random.choices((workers, templates, *scene.servers, "master"), (12, 1, 1, 1, 1, 1))
+        if callable(victim):
+            with contextlib.suppress(ProcessLookupError, IndexError):
+                os.kill(random.choice([*victim()]), signal.SIGKILL)
+        else:
+            scene.programs[victim].process.kill()
+            scene.programs[victim].process.wait()
+            scene.start(victim)
+        count += 1
+    assert count > scene.row.lasts
+
+
+def told(host, text):
+    """What the row has for a start is told of on that host."""
+    return lambda scene: until(lambda: text in scene.programs[host].log)
+
+
+def family(pid):
+    """The process and all that it started, directly or not."""
+    found, all_ = {pid}, processes()
+    for _ in range(4):
+        for other in all_:
+            with contextlib.suppress(OSError):
+                if parent_of(other) in found:
+                    found.add(other)
+    return found
+
+
+def stops(host, seconds, whole=False):
+    """The process of a host, or the whole of it, is stopped for some seconds."""
+    def fault(scene):
+        pid = scene.programs[host].process.pid
+        with contextlib.ExitStack() as stack:
+            for one in family(pid) if whole else {pid}:
+                stack.enter_context(stopped(one))
+            time.sleep(seconds)
+    return fault
+
+
+def group_of_processes():
+    """A folder of the kernel's in which groups of processes are limited in number, or None."""
+    for folder in "/sys/fs/cgroup/pids", "/sys/fs/cgroup":
+        probe = f"{folder}/clupy-test-probe-{os.getpid()}"
+        with contextlib.suppress(OSError):
+            os.mkdir(probe)
+            try:
+                if os.path.exists(f"{probe}/pids.max"):
+                    return folder
+            finally:
+                os.rmdir(probe)
+
+
+def no_more_processes(host, seconds):
+    """None of the host's processes gets another process or thread for some seconds; if it is a server, its workers are killed."""
+    def fault(scene):
+        root = group_of_processes() or pytest.skip("no leave to limit the number of processes")
+        folder, pid = f"{root}/clupy-test-{os.getpid()}", scene.programs[host].process.pid
+
+        def write(path, *values):
+            for value in values:
+                with contextlib.suppress(ProcessLookupError), open(path, "w") as file:
+                    file.write(f"{value}")
+        os.mkdir(folder)
+        try:
+            write(f"{folder}/cgroup.procs", *family(pid))
+            write(f"{folder}/pids.max", 1)
+            victims = family(pid) & workers()
+            for victim in victims:
+                os.kill(victim, signal.SIGKILL)
+            scene.goes_on(seconds)
+            assert not victims or "max 0" not in open(f"{folder}/pids.events").read()           # some were refused
+        finally:
+            write(f"{folder}/pids.max", "max")
+            until(lambda: write(f"{root}/cgroup.procs", *open(f"{folder}/cgroup.procs").read().split())
+                  or not open(f"{folder}/cgroup.procs").read())
+            os.rmdir(folder)
+    return fault
+
+
+ROWS = {
+    "a server is silent for 5 s": Row(on(around("server0"), 5, loss=1), 7, retries=0, quick=True),
+    "a server is silent for 60 s, no retries": Row(on(around("server0"), 60, loss=1), 75, retries=0, lost=2),
+    "a server is silent for 60 s": Row(on(around("server0"), 60, loss=1), 75),
+    "the client is silent for 5 s": Row(on(around("client"), 5, loss=1), 7, retries=0),
+    "the client is silent for 60 s, no retries": Row(on(around("client"), 60, loss=1), 40, retries=0, lost=6),
+    "the client is silent for 60 s": Row(on(around("client"), 60, loss=1), 40),
+    "the master is silent for 5 s": Row(on(around("master"), 5, loss=1), 8, retries=0),
+    "the master is silent for 60 s": Row(on(around("master"), 60, loss=1), 75, retries=0),
+    "the client hears nothing of a server": Row(on([("server0", "client")], 20, loss=1), 30, retries=0, lost=2),
+    "a server hears nothing of the client": Row(on([("client", "server0")], 20, loss=1), 30, retries=0, lost=2),
+    "a server hears nothing of the master": Row(on([("master", "server0")], 20, loss=1), 30, retries=0),
+    "the master hears nothing of a server": Row(on([("server0", "master")], 20, loss=1), 30, retries=0),
+    "the client hears nothing of the master": Row(on([("master", "client")], 20, loss=1), 30, retries=0),
+    "the master hears nothing of the client": Row(on([("client", "master")], 20, loss=1), 30, retries=0),
+    "the client's connections are reset": Row(on(around("client"), 2, reset=True), 5, quick=True),
+    "the client's connections are reset, no retries": Row(on(around("client"), 5, reset=True), 15, retries=0, lost=12),
+    "a server's connections are reset": Row(on(around("server0"), 5, reset=True), 15),
+    "the master's connections are reset": Row(on(around("master"), 5, reset=True), 15, retries=0),
+    "large results, 2 MB a second": Row(on(around("client"), math.inf, rate=2e6), 0.25, size=2 << 20, retries=0, quick=True),
+    "larger results, 1 MB a second": Row(on(around("client"), math.inf, rate=1e6), 0.25, size=15 << 20, retries=0),
+    "a fifth is lost": Row(on(around("client"), 30, loss=0.2), 25, retries=5),
+    "100 ms of delay": Row(on(around("client"), math.inf, delay=0.1), 3, retries=0, quick=True),
+    "kills": Row(kills, 10, seconds=0.03, retries=5, quick=True),
+    "kills, longer calls": Row(kills, 60, seconds=0.18, retries=5),
+    "kills, no retries": Row(kills, 60, seconds=0.18, retries=0, lost=500),
+    "the client is short of descriptors": Row(told("client", "ulimit -n"), 2, retries=0, descriptors={"client": 22}, quick=True),
+    "a server is short of descriptors": Row(told("server0", "ulimit -Hn"), 2, retries=0, descriptors={"server0": 44}, quick=True),
+    "the client is short of processes": Row(no_more_processes("client", 4), 5, retries=0, quick=True),
+    "a server is short of processes": Row(no_more_processes("server0", 4), 5, quick=True),
+    "the client is stopped for 20 s": Row(stops("client", 20), 10, retries=0),
+    "the client is stopped for 65 s": Row(stops("client", 65), 10, retries=0),
+    "the master is stopped for 20 s": Row(stops("master", 20), 25, retries=0),
+    "the master is stopped for 65 s": Row(stops("master", 65), 75, retries=0),
+    "a server is stopped for 20 s": Row(stops("server0", 20), 25, retries=0),
+    "a server is stopped for 65 s": Row(stops("server0", 65), 75, retries=0),
+    "a server and its workers are stopped for 20 s": Row(stops("server0", 20, True), 25, retries=0),
+    "a server and its workers are stopped for 65 s": Row(stops("server0", 65, True), 75, retries=0, lost=2),
+}
+CHAOS = os.environ.get("CLUPY_CHAOS", "quick")              # or: all, none
+
+
+def holds(scene):
+    """What is so after every row: one outcome of each call, the right values, no start too many, and nothing left running."""
+    row, client = scene.row, scene.programs["client"]
+    assert client.process.wait(120) == 0, client.log
+    first, second = json.loads((scene.folder / "client" / "outcomes").read_text())
+    assert [len(outcomes) for outcomes in (first, second)] == [row.calls, 60]
+    assert all(len(outcomes) == 1 for outcomes in [*first.values(), *second.values()])
+    failed = {n: outcome for n, [outcome] in first.items() if outcome is not True}
+    assert len(failed) <= row.lost and not [error for error in failed.values() if "WorkerDied" not in str(error)], failed
+    assert set(map(tuple, second.values())) == {(True,)}, second
+    starts, calm = collections.Counter(n for n, _ in scene.begun()), {*range(row.calls, row.calls + 60)}
+    assert max(starts.values()) <= 1 + row.retries and all(starts[n] == 1 for n in calm)
+    assert {n for n in range(row.calls) if str(n) not in failed} <= starts.keys()
+    said = collections.Counter(map(int, re.findall(r"call (\d+) is over", client.out.read_text())))
+    assert not said - starts and (calm if row.retries or row.lost else starts.keys()) <= said.keys()
+    for program in scene.programs.values():
+        assert "Traceback" not in program.log
+    until(lambda: not {pid for _, pid in scene.begun()} & processes().keys())
+    until(lambda: (tables := scene.tables()) and not tables["clients"] and len(tables["servers"]) == 3
+          and not any(row["used"] for row in tables["servers"].values()))
+
+
+@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if CHAOS == "all" or CHAOS == "quick" and row.quick])
+def test_chaos_leaves_each_call_one_outcome_and_the_cluster_as_it_was(tmp_path, name):
+    if Net.refusal():
+        pytest.skip(Net.refusal())
+    row = ROWS[name]
+    with Net("master", *Scene.servers, "client") as net, contextlib.ExitStack() as stack:
+        scene = Scene(tmp_path, net, row, stack)
+        try:
+            row.fault(scene)
+            (tmp_path / "client" / "again").touch()
+            holds(scene)
+        except BaseException:
+            for host, program in scene.programs.items():
+                print(host, program.log[-5000:], sep=":\n")
+            raise
 
 
 # ==== The page ===============================================================
