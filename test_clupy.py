@@ -26,7 +26,7 @@ import itertools
 import json
 import linecache
 import logging
-import multiprocessing
+import multiprocessing.resource_tracker
 import math
 import mmap
 import operator
@@ -247,6 +247,9 @@ def free_port():
         with socket.socket() as sock, contextlib.suppress(OSError):
             sock.bind(("127.0.0.1", port))
             return port
+
+
+multiprocessing.resource_tracker.ensure_running()      # whose process stays, once one of the tests has needed it
 
 
 def left_behind():
@@ -2424,7 +2427,7 @@ def certificates(tmp_path, monkeypatch):
                     new.format("good", "IP:127.0.0.1") + " -key good.key",
                     new.format("elsewhere", "DNS:elsewhere") + " -key good.key",
                     new.format("another", "IP:127.0.0.1") + " -key another.key",
-                    "x509 -in good.pem -signkey good.key -days -1 -out expired.pem",
+                    "x509 -in good.pem -signkey good.key -days 0 -out expired.pem",              # before it is used
                     "pkey -in good.key -aes256 -passout pass:secret -out locked.key"):
         subprocess.run(["openssl", *command.split()], check=True, capture_output=True)
     (folder / "rubbish.pem").write_text("no certificate")
