@@ -2192,8 +2192,10 @@ class Libraries:
 
     async def build(self):
         try:
+            cluster = self.node.wanted             # a client's list is resolved with the cluster's, whose wheels it does not have
+            wheels = {**cluster.wheels, **self.wheels} if cluster else self.wheels
             environment = await self.node.environments.build(
-                self.resolution, self.wheels, lambda line: self.node.notice(self, line))
+                self.resolution, wheels, lambda line: self.node.notice(self, line))
             self.close()
             self.environment = environment
             self.ready, self.fault, self.failures = True, "", 0

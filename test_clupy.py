@@ -7505,6 +7505,14 @@ def test_clients_with_conflicting_lists_each_see_their_own_and_impossible_ones_f
         assert in_step(cluster)
 
 
+def test_local_wheels_of_the_masters_list_and_of_a_clients_own_come_together(tmp_path, index):
+    for folder, name in ("master", "theirs"), ("client", "mine"):
+        write_wheel(tmp_path / folder, name, "1.0")
+    with stocked(tmp_path, index, "./theirs-1.0-py3-none-any.whl") as cluster:
+        done = client(tmp_path / "client", index, "./mine-1.0-py3-none-any.whl", cluster=cluster, names=("mine", "theirs"))
+        assert done.stdout == "mine 1.0\ntheirs 1.0\n"
+
+
 def test_a_list_that_cannot_be_had_leaves_the_old_environment_until_it_is_mended(tmp_path, index):
     write_wheel(index, "kazoo", "0.1")
     with stocked(tmp_path, index, "figures<2", "kazoo") as cluster:
