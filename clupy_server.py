@@ -93,6 +93,7 @@ OUTPUT_FRAME = 16 << 10            # bytes of output that make a frame; less is 
 OUTPUT_PIECE = 4 << 10             # characters of output that are sent as one; a long line goes in pieces, as it is seen
 ENTRY_SIZE = 24                    # bytes on the wire of one entry of a frame, beside its text
 UNFINISHED_TIME = 0.2              # an unfinished line is passed on after so long; less is more frames, more is shown late
+NUMBERS_KEPT = 4096                # of a client's slots; what comes later than so many others counts as used; more is memory
 LONGEST_LINE = 1 << 20             # characters after which a line is passed on without its end; more is memory for each worker
 
 
@@ -2419,10 +2420,21 @@ class Session:
         self.copies = None                         # the client's clupy.Copies of Refs on this machine
         self.printed = Printed(connection)         # what its calls print, on its way to it
         self.slots = {}                            # {number: SlotRow} open or waiting
-        self.numbers = set()                       # every number that was used: each opens one slot, once
+        self._numbers, self._past = {}, 0          # {number used: None}, so many as are kept; up to `past` all are
 
     def __repr__(self):
         return f"<Session {self.name} {len(self.slots)} slots>"
+
+    def first_use(self, number):
+        """Whether this number was not used before: each opens one slot, once.  Clients count up, so an old one counts as used."""
+        if number <= self._past or number in self._numbers:
+            return False
+        self._numbers[number] = None
+        if len(self._numbers) > NUMBERS_KEPT:
+            oldest = next(iter(self._numbers))
+            del self._numbers[oldest]
+            self._past = max(self._past, oldest)
+        return True
 
     def nested_slots(self, waiting=False):
         return sum(slot.nested for slot in self.slots.values() if slot.process or waiting)
@@ -2448,7 +2460,7 @@ class Session:
     def on_close(self, _, number):
         slot = self.slots.get(number)
         if slot is None:                           # it ended by itself, or was never opened
-            self.numbers.add(number)
+            self.first_use(number)
             self.connection.send("ended", number, {"pid": None, "begun": 0, "why": Why.CLOSED})
         else:
             slot.end(Why.CLOSED)
@@ -2550,11 +2562,10 @@ class Server:
         how = session.connection.how if session else clupy.NO_TLS
         if not clupy.hmac.compare_digest(slot_head(key, how, id, number, nested), head):
             raise clupy.SecretError("a slot was asked for with a wrong or an old key")
-        if number in session.numbers:              # its client closed it before it was here
+        if not session.first_use(number):          # its client closed it before it was here
             log.debug("slot %s was opened or closed before", number)
             sock.close()
             return None
-        session.numbers.add(number)
         tune(sock)
         slot = session.slots[number] = SlotRow(session, number, nested, sock)
         self.workers.serve(slot)

@@ -2240,6 +2240,13 @@ def test_slots_are_served_in_the_order_in_which_they_came_and_each_number_once(t
         asyncio.run(story())
 
 
+def test_what_a_server_remembers_of_a_clients_slots_is_bounded_and_none_opens_twice():
+    session, total = clupy_server.Session(None, None), 3 * clupy_server.NUMBERS_KEPT
+    for number in range(1, total, 2):                      # the others are other servers'
+        assert session.first_use(number) and not session.first_use(number)
+    assert not any(map(session.first_use, range(1, total, 2))) and len(session._numbers) == clupy_server.NUMBERS_KEPT
+
+
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_workers_die_with_their_server_whatever_they_do(tmp_path, end):
     hold_the_gil = "import re; re.match(r'(a+)+$', 'a' * 40 + 'b')"
