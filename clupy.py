@@ -370,82 +370,101 @@ def amount(count, thing):
 #
 # First, how each kind of setting is read: a function gives the value, or raises ValueError with what it must be.
 
+def _must_be(words):
+    """Makes of a function that reads a value one that raises no other error than ValueError with these words."""
+    def decorate(read):
+        @functools.wraps(read)
+        def checked(value, *more):
+            try:
+                return read(value, *more)
+            except (ValueError, TypeError, OverflowError):     # "1.2.3", a list among words, 10 ** 400
+                raise ValueError(words) from None
+        return checked
+    return decorate
+
+
+@_must_be('a duration: seconds, or a text such as "500ms", "10s", "2m", "1h"')
 def _duration(value):
     """Seconds as a float, of a number, numpy's too, or of a text such as "500ms", "10s", "2m", "1h"."""
     if isinstance(value, numbers.Real) and not isinstance(value, bool) and not math.isnan(value):
         return float(value)
-    match = re.fullmatch(r"\s*([0-9.]+)\s*(ms|s|m|h|)\s*", value) if isinstance(value, str) else None
-    if not match:
-        raise ValueError('a duration: seconds, or a text such as "500ms", "10s", "2m", "1h"')
+    match = re.fullmatch(r"\s*([0-9.]+)\s*(ms|s|m|h|)\s*", value)
     return float(match[1]) * {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "": 1}[match[2]]
 
 
+@_must_be('a size: bytes, or a text such as "500MB", "2GB"')
 def _size(value):
     """Bytes as an int, of a number or of a text such as "500MB", "2GB"; None for no limit."""
     if value is None:
         return None
     if isinstance(value, numbers.Integral) and not isinstance(value, bool):
         return int(value)
-    match = re.fullmatch(r"\s*([0-9.]+)\s*([kmgt]?)(?:i?b)?\s*", value, re.I) if isinstance(value, str) else None
-    if not match:
-        raise ValueError('a size: bytes, or a text such as "500MB", "2GB"')
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([kmgt]?)(?:i?b)?\s*", value, re.I | re.A)
     return int(float(match[1]) * 1024 ** " kmgt".index(match[2].lower() or " "))
 
 
+@_must_be("a whole number from 0")
 def _count(value):
     if isinstance(value, str) and value.strip().isdigit():
         value = int(value)
     if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 0:
-        raise ValueError("a whole number from 0")
+        raise ValueError
     return int(value)
 
 
+@_must_be("a port: a whole number up to 65535")
 def _port(value):
     if _count(value) > 65535:
-        raise ValueError("a port: a whole number up to 65535")
+        raise ValueError
     return _count(value)
 
 
+@_must_be("a text")
 def _text(value):
-    if not isinstance(value, str):
-        raise ValueError("a text")
+    if not isinstance(value, str) or b"\0" in os.fsencode(value):        # most are names of files, which cannot have that
+        raise ValueError
     return value
 
 
+@_must_be("a text that is not empty")
 def _some_text(value):
     if not _text(value):
-        raise ValueError("a text that is not empty")
+        raise ValueError
     return value
 
 
+@_must_be("on or off")
 def _switch(value):
     word = str(value).lower()
     if word not in ("on", "off", "true", "false", "yes", "no", "1", "0"):
-        raise ValueError("on or off")
+        raise ValueError
     return word in ("on", "true", "yes", "1")
 
 
+@_must_be("auto, on or off")
 def _encryption(value):
     value = {False: "off", True: "on"}.get(value, value)       # YAML reads bare words so
     if value not in ("auto", "on", "off"):
-        raise ValueError("auto, on or off")
+        raise ValueError
     return value
 
 
+@_must_be("warn, error or off")
 def _level(value):
     value = {False: "off"}.get(value, value)       # YAML reads a bare off as false
     if value not in ("warn", "error", "off"):
-        raise ValueError("warn, error or off")
+        raise ValueError
     return value
 
 
+@_must_be("an address: HOST, HOST:PORT or PORT")
 def parse_address(value, port=0):
     """(host, port) of "host", "host:port", "port" or "[v6]:port"."""
     if isinstance(value, numbers.Integral) or isinstance(value, str) and value.strip().isdigit():
         value = f":{value}"                        # digits alone are a port: no host has such a name
-    match = re.fullmatch(r"\s*(?:\[([^\]]*)\]|([^:]*))(?::(\d+))?\s*", value) if isinstance(value, str) else None
-    if not match or match[3] and int(match[3]) > 65535:
-        raise ValueError("an address: HOST, HOST:PORT or PORT")
+    match = re.fullmatch(r"\s*(?:\[([^\]]*)\]|([^:]*))(?::(\d+))?\s*", value)
+    if match[3] and int(match[3]) > 65535:
+        raise ValueError
     return match[1] or match[2] or "", int(match[3]) if match[3] else port
 
 
@@ -454,11 +473,12 @@ def address_text(host, port):
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+@_must_be("an address, or several: HOST:PORT,HOST:PORT")
 def _addresses(value):
     """[(host, port), ...] of a text with commas or a list; a port that is not named is None."""
     parts = str(value).split(",") if isinstance(value, (str, int)) and str(value).strip() else value
     if not isinstance(parts, (list, tuple)) or not parts:
-        raise ValueError("an address, or several: HOST:PORT,HOST:PORT")
+        raise ValueError
     return [parse_address(part, None) for part in parts]
 
 
@@ -688,11 +708,11 @@ def read_yaml(path, must_exist=False):
         return []
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{path}: cannot be read: {error}") from None
-    invalid = yaml.YAMLError                      # here, where a missing pyyaml is one error, not two
+    compose, load = yaml.compose, yaml.safe_load  # here, where a missing pyyaml is one error, not two
     try:
-        node, value = yaml.compose(text), yaml.safe_load(text)
-    except invalid as error:
-        raise ConfigurationError(f"{path}: not YAML: {error}") from None
+        node, value = compose(text), load(text)
+    except Exception as error:                    # what PyYAML raises of a 31st of June, or of too many brackets, can be anything
+        raise ConfigurationError(f"{path}: not YAML: {reason(error)}") from None
     if value is None:
         return []
     if not isinstance(value, dict):

@@ -620,8 +620,8 @@ def _absolute_line(line, folder):
         path = urllib.parse.unquote(urllib.parse.urlsplit(path).path)
     elif "://" in path or not ("/" in path or path.endswith(_ARCHIVES)):
         return line
-    path = Path(folder, clupy.home_path(path)).resolve()
-    if not path.exists():
+    path = os.path.realpath(os.path.join(folder, clupy.home_path(path)))
+    if not os.path.exists(path):                   # pathlib's raises of a name that is too long
         raise ValueError(f"{line!r}: there is no {path}")
     return f"{path}{match['extras'] or match['more_extras'] or ''} {match['marker'] or ''}".strip()
 

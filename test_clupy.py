@@ -2844,6 +2844,14 @@ def test_settings_come_from_yaml_then_environment_then_arguments(tmp_path, monke
     ("- slots\n", "must hold lines of `key: value`"),
     ("a: [", "not YAML"), ("slots: 2\nslots: 3\n", "names a key twice"),
     ("port: 70000\n", "line 1: port is 70000, but must be a port: a whole number up to 65535"),
+    ("slots: \u00b2\n", "line 1: slots is '\u00b2', but must be a whole number from 0"),
+    ("port: :x\nlisten: '" + "9" * 5000 + "'\n", "but must be a port"),
+    ("drain_time: 1.2.3\n", "drain_time is '1.2.3', but must be a duration"),
+    (f"drain_time: 1{400 * '0'}\n", "but must be a duration"), (f"memory_limit: {400 * '9'}GB\n", "but must be a size"),
+    ("encryption: [on]\n", "encryption is [True], but must be auto, on or off"),
+    ('secret_file: "a\\0b"\n', "secret_file is 'a\\x00b', but must be a text"),
+    ("slots: 2\nport: !!bool x\n", "not YAML: 'x'"), ("slots: 2001-06-31\n", "not YAML: day is out of range"),
+    ("[" * 5000, "not YAML: maximum recursion depth exceeded"),
 ])
 def test_a_wrong_setting_is_refused_with_file_line_and_the_nearest_valid_one(tmp_path, text, message):
     (tmp_path / "clupy.server.yaml").write_text(text)
@@ -7138,7 +7146,8 @@ def test_paths_in_a_dependency_file_are_relative_to_the_file(tmp_path, monkeypat
     ("librarys: []", ", line 1: unknown key 'librarys'; did you mean 'libraries'?"),
     ("libraries: numpy", "libraries: must be a list"), ("libraries: [1.5]", "1.5 is not text"),
     ("- numpy", "must hold lines of `key: value`"), ("libraries: [", "not YAML"), ("libraries: [-e .]", "is an option"),
-    ("libraries: [./absent.whl]", "there is no"),
+    ("libraries: [./absent.whl]", "there is no"), (f"libraries: [{'a' * 300}/b]", "there is no"),
+    ("libraries: [2001-06-31]", "not YAML: day is out of range"),
     ("pip_options: ['--prefix \"a']", ", line 1: pip_options: No closing quotation"),
     ("\nlibraries:\npip_options: [--prefix=/usr]", ", line 3: pip_options: --prefix is CluPy's own"),
     ("libraries: [caf\udce9]", "cannot be read"),
