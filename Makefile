@@ -29,6 +29,9 @@ lint: $(VENV)/test  ## look for mistakes that can be seen without running anythi
 bench: $(VENV)/test  ## measure against the process pools of the standard library
 	$(VENV)/bin/python examples/benchmark.py
 
+fuzz: $(VENV)/test  ## give a million inputs to all that reads what comes from outside: some 10 minutes
+	FUZZ=300 $(PYTEST) -k rubbish
+
 dist: $(VENV)/test  ## build the files for a package index
 	@rm -rf build dist && mkdir build && cp -R $(SOURCES) build
 	@printf '%s\n' 'include *.md *.py Makefile' 'graft .ci' 'graft examples' 'global-exclude *.pyc' >build/MANIFEST.in
@@ -55,4 +58,4 @@ $(VENV)/test: setup.cfg pyproject.toml $(MODULES) | $(VENV)/bin/python
 	@rm -rf build clupy.egg-info
 	@touch $@ $(VENV)/ready
 
-.PHONY: help demo test test-fast chaos lint bench dist clean services
+.PHONY: help demo test test-fast chaos lint bench fuzz dist clean services

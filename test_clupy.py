@@ -10890,6 +10890,325 @@ def test_what_was_heard_of_a_handshake_opens_no_other(cluster):
         impostor.result(PATIENCE)
 
 
+# ---- Rubbish: whatever comes from outside ends as a value or as an error of ours, at no price
+# `make fuzz` (FUZZ=300) gives a million inputs, each time others; the quick run the same few hundred of each kind.
+
+FUZZ, VARIANTS = int(os.environ.get("FUZZ", 1)), 20       # of each example: as drawn, and spoiled in several ways
+some = hypothesis.strategies
+WORD = some.text(max_size=8)
+PLAIN = some.recursive(
+    some.none() | some.booleans() | some.integers() | some.floats() | WORD | some.binary(max_size=8),
+    lambda more: some.lists(more, max_size=3) | some.tuples(more, more) | some.dictionaries(WORD, more, max_size=3), max_leaves=8)
+
+
+def rubbish(count):
+    return hypothesis.settings(max_examples=count * FUZZ, deadline=None, database=None, derandomize=FUZZ == 1,
+                               suppress_health_check=list(hypothesis.HealthCheck))
+
+
+def spoiled(data, seed):
+    """The bytes as they are, and in many ways not quite."""
+    luck = random.Random(seed)
+    yield data
+    for _ in range(VARIANTS - 1):
+        bad = bytearray(data)
+        for _ in range(luck.randint(1, 3)):
+            start = luck.randint(0, len(bad))
+            bad[start:start + luck.choice((0, 0, 1, 1, 4, 8, 100))] = luck.choice((
+                b"", luck.randbytes(1), luck.randbytes(4), bytes(8), b"\xff" * 8, data[luck.randint(0, len(data)):][:16]))
+        yield bytes(bad[:luck.choice((len(bad), len(bad), luck.randint(0, len(bad))))])
+
+
+@contextlib.contextmanager
+def guarded(most=16 * clupy.MAX_BUFFERS):
+    """No memory is asked for beyond so much at once, and nothing is ever found by name for an unpickler."""
+    def memory(size):
+        assert size <= most
+        return bytearray(size)
+
+    def find_class(self, module, name):
+        original(self, module, name)
+        pytest.fail(f"{module}.{name} was found")
+    original, (old, hard) = clupy._PlainUnpickler.find_class, resource.getrlimit(resource.RLIMIT_AS)
+    with open("/proc/self/statm") as file:
+        now = int(file.read().split()[0]) * mmap.PAGESIZE
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clupy, "memory", memory)
+        patch.setattr(clupy._PlainUnpickler, "find_class", find_class)
+        resource.setrlimit(resource.RLIMIT_AS, (now + (1 << 30), hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, (old, hard))
+
+
+def received_by_control(data):
+    """The messages that a control connection makes of the bytes."""
+    reader, messages = asyncio.StreamReader(loop=types.SimpleNamespace(get_debug=bool)), []
+    reader.feed_data(data)
+    reader.feed_eof()
+    connection = clupy.Connection(reader, None, "peer", b"key", clupy.NO_TLS)
+    with contextlib.suppress(asyncio.IncompleteReadError):
+        while True:
+            try:
+                connection.receive().send(None)
+            except StopIteration as done:
+                messages.append(done.value)
+    return messages
+
+
+@rubbish(40)
+@hypothesis.given(some.lists(some.tuples(WORD, PLAIN), max_size=3), some.lists(some.sampled_from((0, 9, 70_000)), max_size=2),
+                  some.integers(1, 30), some.integers())
+def test_rubbish_among_frames_is_cut_into_messages_or_refused(sent, sizes, pieces, seed):
+    plain = b"".join(part for message in sent for part in clupy.encode(message))
+    buffers = b"".join(map(bytes, clupy.encode(("buffers", [pickle.PickleBuffer(bytes(size)) for size in sizes]))))
+    with guarded():
+        for data in spoiled(b"proof" + plain + buffers, seed):
+            with contextlib.suppress(clupy.ProtocolError):
+                messages = feed(clupy.Frames(b"proof", 100_000), data, len(data) // pieces + 1)
+                assert all(type(message) is tuple and type(message[0]) is str for message in messages)
+            with contextlib.suppress(clupy.ProtocolError):
+                received_by_control(data[len(b"proof"):])
+        assert repr(received_by_control(plain)) == repr(sent)              # nan is not itself
+
+
+exploded = []
+
+
+class Bomb:
+    def __init__(self, function, *arguments):
+        self.reduced = function, arguments
+
+    def __reduce__(self):
+        return self.reduced
+
+
+BOMBS = some.sampled_from([(exploded.append, 1), (os.system, "exit 7"), (exec, "exploded.append(1)"), (Bomb, exploded.append, 1)])
+INSTANCES = [b"(S'kind'\n(S'exit 7'\niposix\nsystem\nt.", b"(S'kind'\n(cposix\nsystem\nS'exit 7'\not.", b"\x80\x02(\x82\x01)Rt."]
+
+
+@rubbish(30)
+@hypothesis.given(WORD, BOMBS.map(lambda parts: Bomb(*parts)), PLAIN, some.integers(0, 5), some.integers())
+def test_rubbish_that_names_code_never_runs_it(kind, bomb, value, protocol, seed):
+    body = pickle.dumps((kind, value, [value, bomb]), protocol)
+    with guarded():
+        for data in itertools.chain(spoiled(body, seed), INSTANCES):
+            with contextlib.suppress(clupy.ProtocolError):
+                message = clupy.decode(data)
+                assert data != body and "Bomb" not in repr(message)
+    assert not exploded
+
+
+@rubbish(10)
+@hypothesis.given(some.sampled_from(b"MCSX"), some.sampled_from(sorted(clupy.ENCRYPTIONS)), some.integers())
+def test_rubbish_for_a_preamble_is_refused(role, how, seed):
+    good = clupy.preamble(bytes([role]), how)
+    near = [good[:at] + bytes([seed % 256]) + good[at + 1:] for at in range(len(good))]
+    for data in itertools.chain(near, spoiled(good, seed)):
+        data = data[:clupy.PREAMBLE_SIZE].ljust(clupy.PREAMBLE_SIZE, b"\0")
+        with contextlib.suppress(clupy.ProtocolError, clupy.VersionMismatch):
+            found = clupy.read_preamble(data)
+            assert found[0] in b"MCS" and data == clupy.preamble(*found)
+
+
+DIGITS = some.text("0123456789.e-+_ kmgtsib:[],\u00b2\u0663\0\ud800", max_size=12)
+VALUES = some.recursive(
+    some.none() | some.booleans() | some.integers() | some.integers(0, 5000).map(lambda n: 10 ** n) | some.floats() | DIGITS
+    | WORD | some.fractions() | some.dates() | some.binary(max_size=4) | some.just("9" * 5000),
+    lambda more: some.lists(more, max_size=3) | some.dictionaries(WORD, more, max_size=2), max_leaves=4)
+
+
+@rubbish(40)
+@hypothesis.given(VALUES)
+def test_rubbish_for_a_setting_is_a_value_of_its_kind_or_refused_in_words(value):
+    for key, (_, read, _, _) in clupy.SETTINGS.items():
+        try:
+            found = read(value)
+        except ValueError as error:
+            assert re.fullmatch(r"(a|an|on|auto|warn)\b[^']*", str(error)), (key, error)
+            continue
+        match key:
+            case "listen" | "status_port":
+                assert clupy.parse_address(clupy.address_text(*found)) == found or not found[0] or ":" in found[0]
+            case "master":
+                assert all(port is None or port <= 65535 for _, port in found)
+            case "slots" | "port" | "max_nested" | "environments_kept" | "max_half_open":
+                assert type(found) is int and found >= 0
+            case "memory_limit":
+                assert found is None or type(found) is int
+            case "drain_time" | "sync_interval" | "patience" | "ttl" | "session":
+                assert type(found) is float and not math.isnan(found)
+            case "output":
+                assert type(found) is bool
+            case _:
+                assert type(found) is str and b"\0" not in os.fsencode(found)
+
+
+SCALARS = [
+    "!!int x", "!!float x", "!!bool x", "!!timestamp x", "!!binary x", "!!set {a}", "!!omap [a: 1]", "!!str {a: 1}",
+    "2001-99-99", "!!python/object/apply:os.system [exit 7]", "&a [*a]", "*a", "&b {<<: *b}", "0x_", "1:99:99", "=", "? [a]",
+    "|\n  text", "{a: 1}", "[a, 2]", "[" * 1200, "9" * 5000, "1e999", ".nan", ".inf", "~", "", "on", '"~\\0/x"', '"\\ud800"',
+    "'~nobody/x'", "[./absent.whl]", "[-e .]", "[/]", "['a @ file://[']", "['a @ file:///']", f"[{'a' * 300}/b]",
+    '["~\\0/x.whl"]', "['x[y] @ ~']", "['-f \"a']", "['--find-links ~nobody']", "[a, [b]]", "10s", "2GB", "a:b:c", "[1, '2']",
+    "\t", "\u0085", "%TAG", "--- a", "..."]
+LINES = some.tuples(some.sampled_from([*clupy.SETTINGS, "libraries", "pip_options", "<<", "1", "[a]", "? a", "slots", "a b"]),
+                    some.sampled_from(SCALARS) | WORD | DIGITS)
+
+
+@rubbish(15)
+@hypothesis.given(some.lists(LINES, max_size=4), some.integers())
+def test_rubbish_in_a_file_of_settings_or_libraries_is_refused_in_words(tmp_path, lines, seed):
+    path, text = tmp_path / "rubbish.yaml", "".join(f"{key}: {value}\n" for key, value in lines)
+    for data in itertools.islice(spoiled(text.encode(errors="surrogatepass"), seed), VARIANTS // 2):
+        path.write_bytes(data)
+        for role in "master", "server", "client":
+            with contextlib.suppress(clupy.ConfigurationError, clupy.SecretError):
+                clupy.find_secret(clupy.read_settings(role, str(path)))
+        with contextlib.suppress(clupy.ConfigurationError):
+            found = clupy_master.read_dependencies(path)
+            assert all(type(text) is str for text in found.libraries + found.pip_options)
+
+
+# -- handshakes that others had: again, sent back, changed
+
+QUESTIONS = {clupy.TO_MASTER: ("status",), clupy.CONTROL: ("hello", "id", "by hand", ((), ()), {}, True)}
+
+
+async def overheard(address, role, settings):
+    """An honest conversation by turns, who dials first: its last two have a question and its answer."""
+    turns, ended = [], asyncio.Event()
+
+    async def relay(reader, writer, side):
+        with contextlib.suppress(ConnectionError):
+            while data := await reader.read(1 << 16):
+                if len(turns) % 2 == side:
+                    turns.append(b"")
+                turns[-1] += data
+                writer.write(data)
+            writer.close()
+            await writer.wait_closed()
+
+    async def between(reader, writer):
+        far = await asyncio.open_connection(*address)
+        await asyncio.gather(relay(reader, far[1], 0), relay(far[0], writer, 1))
+        ended.set()
+
+    async with await asyncio.start_server(between, "127.0.0.1", 0) as server:
+        connection = await clupy.dial(server.sockets[0].getsockname(), role, SECRET.encode(), settings)
+        connection.send(*QUESTIONS[role])
+        await connection.receive()
+        connection.close()
+        await asyncio.wait_for(ended.wait(), PATIENCE)
+    return turns
+
+
+def turned(turn, heard, how, luck):
+    """What is said instead of a turn of an honest conversation, after something was heard."""
+    if how == "again":
+        return turn
+    if how == "sent back":
+        return heard[-len(turn):].ljust(len(turn), b"\0")
+    if how == "version 2":
+        return turn.replace(clupy.MAGIC + bytes([clupy.VERSION]), clupy.MAGIC + bytes([clupy.VERSION + 1]))
+    if how == "changed":
+        at = luck.randrange(len(turn))
+        return turn[:at] + bytes([turn[at] ^ 1 << luck.randrange(8)]) + turn[at + 1:]
+    return {"rubbish": luck.randbytes(len(turn)), "shorter": turn[:luck.randrange(len(turn))]}[how]
+
+
+WAYS = some.lists(some.sampled_from(["again", "again", "again", "sent back", "version 2", "changed", "rubbish", "shorter"]),
+                  min_size=10, max_size=10)
+
+
+def attack(address, turns, ways, luck):
+    """What is answered to the last turn, or to the end of one that is too short."""
+    with socket.create_connection(address, timeout=PATIENCE) as sock:
+        heard = b""
+        for turn, answer, way in zip(turns[::2], turns[1::2], ways):
+            said = turned(turn, heard, way, luck)
+            try:
+                sock.sendall(said)
+                if len(said) < len(turn) or turn is turns[-2]:
+                    sock.shutdown(socket.SHUT_WR)
+                    return sock.recv(len(answer), socket.MSG_WAITALL)
+                heard = sock.recv(len(answer), socket.MSG_WAITALL)
+            except OSError as error:
+                assert error.errno in (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN)      # it has had enough
+                return b""
+
+
+def answer_as_to_others(listener, turns, ways, luck):
+    """Answer who dials with what others were answered."""
+    with listener.accept()[0] as sock, contextlib.suppress(ConnectionError):
+        for turn, answer, way in zip(turns[::2], turns[1::2], ways):
+            heard = sock.recv(len(turn), socket.MSG_WAITALL)
+            sock.sendall(turned(answer, heard, way, luck))
+            if way == "shorter" or not heard:
+                return
+
+
+def resident(program):
+    """Bytes that a program has in memory, and how many descriptors."""
+    with open(f"/proc/{program.process.pid}/statm") as file:
+        return int(file.read().split()[1]) * mmap.PAGESIZE, len(os.listdir(f"/proc/{program.process.pid}/fd"))
+
+
+@pytest.mark.parametrize("encryption", ["off", "on"])
+def test_rubbish_in_a_handshake_opens_nothing_and_costs_nothing(tmp_path, encryption):
+    if encryption == "on" and not clupy.has_keys():
+        pytest.skip("from Python 3.13 on")
+
+    @rubbish(25)
+    @hypothesis.given(some.sampled_from([clupy.TO_MASTER, clupy.CONTROL]), some.sampled_from([0, 0, 0, 1]), WAYS, some.integers())
+    def strangers(role, wrong, ways, seed):
+        address = addresses[(role == clupy.CONTROL) ^ wrong]
+        assert attack(address, turns[role], ways, random.Random(seed)) == b""
+
+    @rubbish(10)
+    @hypothesis.given(WAYS, some.integers())
+    def impostors(ways, seed):
+        answered = pool.submit(answer_as_to_others, listener, turns[clupy.TO_MASTER], ways, random.Random(seed))
+        with pytest.raises((clupy.ClupyError, OSError)):
+            asyncio.run(clupy.dial(listener.getsockname(), clupy.TO_MASTER, SECRET.encode(), settings))
+        answered.result(PATIENCE)
+
+    @rubbish(5)
+    @hypothesis.given(some.integers())
+    def heads(seed):
+        for data in spoiled(head, seed):                   # the right one, too: its number was used
+            heard = attack(addresses[1], [data, bytes(clupy.PREAMBLE_SIZE + 1)], ["again"], None)
+            assert len(heard) <= clupy.PREAMBLE_SIZE or data[:clupy.PREAMBLE_SIZE] != head[:clupy.PREAMBLE_SIZE]
+
+    async def slots():
+        nonlocal head
+        control = await clupy.dial(addresses[1], clupy.CONTROL, SECRET.encode(), settings)
+        with contextlib.closing(control):
+            control.send(*QUESTIONS[clupy.CONTROL])
+            _, session, *_ = await control.receive()
+            head = clupy.preamble(clupy.SLOT, control.how) + clupy.slot_head(control.key, control.how, session, 7, False)
+            attack(addresses[1], [head, b"any"], ["again"], None)
+            await asyncio.to_thread(heads)
+
+    head = None
+    with Cluster(tmp_path, CLUPY_ENCRYPTION=encryption) as cluster, socket.create_server(("127.0.0.1", 0)) as listener, (
+            concurrent.futures.ThreadPoolExecutor(1)) as pool:
+        settings = clupy.read_settings("client", master=cluster.address, encryption=encryption)
+        row, = tables_of(cluster.address, encryption=encryption)["servers"].values()
+        addresses = [("127.0.0.1", int(address.split(":")[1])) for address in (cluster.address, row["address"])]
+        turns = {role: asyncio.run(overheard(address, role, settings)) for role, address in zip(QUESTIONS, addresses)}
+        before = [resident(program) for program in (cluster.master, cluster.servers[0])]
+        strangers()
+        impostors()
+        asyncio.run(slots())
+        clupy.connect(cluster.address, encryption=encryption)
+        assert call(square, 3) == 9
+        clupy.close()
+        for program, (memory, descriptors) in zip((cluster.master, cluster.servers[0]), before):
+            until(lambda: resident(program)[1] <= descriptors + 30)        # and those of two workers
+            assert resident(program)[0] < memory + (20 << 20) and "Traceback" not in program.log
+
+
 # ==== What is told and shipped: examples, README, packages ======================
 
 def test_a_picture_is_calculated_in_bands_and_is_a_png(tmp_path):
