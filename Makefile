@@ -29,6 +29,9 @@ lint: $(VENV)/test  ## look for mistakes that can be seen without running anythi
 bench: $(VENV)/test  ## measure against the process pools of the standard library
 	$(VENV)/bin/python examples/benchmark.py
 
+soak: $(VENV)/ready  ## make a million calls under kills and changes, and see what memory and files are left: some 20 minutes
+	$(VENV)/bin/python examples/soak.py
+
 fuzz: $(VENV)/test  ## give a million inputs to all that reads what comes from outside: some 10 minutes
 	FUZZ=300 $(PYTEST) -k rubbish
 
@@ -58,4 +61,4 @@ $(VENV)/test: setup.cfg pyproject.toml $(MODULES) | $(VENV)/bin/python
 	@rm -rf build clupy.egg-info
 	@touch $@ $(VENV)/ready
 
-.PHONY: help demo test test-fast chaos lint bench fuzz dist clean services
+.PHONY: help demo test test-fast chaos lint bench soak fuzz dist clean services
