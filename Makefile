@@ -32,7 +32,7 @@ bench: $(VENV)/test  ## measure against the process pools of the standard librar
 soak: $(VENV)/ready  ## make a million calls under kills and changes, and see what memory and files are left: some 20 minutes
 	$(VENV)/bin/python examples/soak.py
 
-fuzz: $(VENV)/test  ## give a million inputs to all that reads what comes from outside: some 10 minutes
+fuzz: $(VENV)/test  ## give a million inputs to all that reads what comes from outside: some 20 minutes
 	FUZZ=300 $(PYTEST) -k rubbish
 
 dist: $(VENV)/test  ## build the files for a package index
