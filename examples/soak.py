@@ -9,6 +9,7 @@ descriptors, copies of Refs or temporary files at all, that is a failure.  It ne
 import argparse
 import concurrent.futures
 import contextlib
+import ctypes
 import gc
 import importlib
 import os
@@ -173,8 +174,10 @@ class Soak:
             while not ready and time.monotonic() < deadline:               # every slot open, with the newest libraries
                 places = {tuple(place) for _, *place in results([clupy.parallel(work)(n) for n in range(ROUND)])}
                 ready = len(places) == SLOTS and {found for _, found in places} == {1 + self.visits}
-            gc.collect()
             time.sleep(REST_TIME)
+            gc.collect()
+            with contextlib.suppress(AttributeError):                      # not glibc
+                ctypes.CDLL(None).malloc_trim(0)  # what malloc keeps of freed memory, some MB, comes and goes
             pids = [*(process.pid for process in self.processes), os.getpid()]
             copies = [os.path.join(folder, id) for folder in clupy._ref_folders() for id in (*self.clients, clupy._engine.id)]
             return ([memory(pid) for pid in pids], [len(os.listdir(f"/proc/{pid}/fd")) for pid in pids],
@@ -208,7 +211,7 @@ def soak(calls):
 
 
 def grown(warm, last):
-    """What grew, in words.  The least of three rows counts, as what malloc has not given back comes on top of what is held."""
+    """What grew, in words.  The least of three rows counts: what malloc keeps of freed memory comes on top of what is held."""
     (memory, descriptors, *counts), (memory_now, descriptors_now, *counts_now) = map(least, (warm, last))
     return [f"memory of the {name}" for name, before, now in zip(NAMES, memory, memory_now) if now >= GROWTH * before] + [
         f"descriptors of the {name}" for name, before, now in zip(NAMES, descriptors, descriptors_now) if now > before] + [
