@@ -421,7 +421,14 @@ def _port(value):
 
 @_must_be("a text")
 def _text(value):
-    if not isinstance(value, str) or b"\0" in os.fsencode(value):        # most are names of files, which cannot have that
+    if not isinstance(value, str):
+        raise ValueError
+    return value
+
+
+@_must_be("a path")
+def _path(value):
+    if b"\0" in os.fsencode(_text(value)):        # which no system takes; nor has a path a character that this raises for
         raise ValueError
     return value
 
@@ -520,19 +527,19 @@ SETTINGS = {   # key: (roles that have it, how it is read, default, what it is, 
     "master": ("server client", _addresses, None, "the master, HOST:PORT, or several with commas (default: localhost)"),
     "port": ("server client", _port, PORT, "the master's, where its address names none"),
     "status_port": ("master", parse_address, None, "a page to look at, on this machine alone; HOST:PORT: for others, too"),
-    "secret_file": ("master server client", _text, "~/.clupy/secret", "the secret, unless CLUPY_SECRET has it"),
+    "secret_file": ("master server client", _path, "~/.clupy/secret", "the secret, unless CLUPY_SECRET has it"),
     "encryption": ("master server client", _encryption, "auto", "by keys that the secret makes (Python 3.13 and later): auto: of "
                    "what leaves a machine, on: of all, off: of nothing"),
     "max_half_open": ("master server", _count, 1024, "connections that have not proved yet that they know the secret"),
-    "tls_cert": ("master server", _text, None, "file of the certificate, to encrypt connections"),
-    "tls_key": ("master server", _text, None, "file of its key, without a passphrase"),
-    "tls_ca": ("master server client", _text, None, "file of the certificate to trust"),
+    "tls_cert": ("master server", _path, None, "file of the certificate, to encrypt connections"),
+    "tls_key": ("master server", _path, None, "file of its key, without a passphrase"),
+    "tls_ca": ("master server client", _path, None, "file of the certificate to trust"),
     "slots": ("server client", _count, cores(), "calls that run at once; a client's: on its own machine"),
     "max_nested": ("server client", _count, 64, "workers beyond the slots, for one client's calls inside calls"),
     "drain_time": ("server", _duration, 60.0, "after SIGTERM running calls may finish for so long"),
     "memory_limit": ("server client", _size, None, 'of one worker, such as "2GB" (default: none)'),
     "output": ("client", _switch, True, "on or off: show what calls print"),
-    "environments_dir": ("server client", _text, None, "where libraries are built (default: below the user's cache folder)"),
+    "environments_dir": ("server client", _path, None, "where libraries are built (default: below the user's cache folder)"),
     "environments_kept": ("server client", _count, 10, "so many complete ones are kept, and those in use"),
     "sync_interval": ("master server client", _duration, 60.0, "libraries are checked so often"),
     # Not off, because arguments and results travel as pickles, and what one version of cloudpickle or numpy wrote, another

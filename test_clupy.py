@@ -2854,7 +2854,7 @@ def test_settings_come_from_yaml_then_environment_then_arguments(tmp_path, monke
     ("drain_time: 1.2.3\n", "drain_time is '1.2.3', but must be a duration"),
     (f"drain_time: 1{400 * '0'}\n", "but must be a duration"), (f"memory_limit: {400 * '9'}GB\n", "but must be a size"),
     ("encryption: [on]\n", "encryption is [True], but must be auto, on or off"),
-    ('secret_file: "a\\0b"\n', "secret_file is 'a\\x00b', but must be a text"),
+    ('secret_file: "a\\0b"\n', "secret_file is 'a\\x00b', but must be a path"),
     ("slots: 2\nport: !!bool x\n", "not YAML: 'x'"), ("slots: 2001-06-31\n", "not YAML: day is out of range"),
     ("[" * 5000, "not YAML: maximum recursion depth exceeded"),
 ])
