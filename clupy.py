@@ -3347,14 +3347,16 @@ class Bell:
                 self._waiters.popleft().add_result(None)
 
     def until(self, look, timeout=None):
-        """The first true look(), which is called again whenever the bell rang; the last one after `timeout` seconds."""
+        """The first true look(), which is called again whenever the bell rang; the last one after `timeout` seconds.
+
+        It looks every second, too: an interrupt in `ring` may keep it from one whom it has begun to wake."""
         deadline = math.inf if timeout is None else time.monotonic() + timeout
-        while not (found := look()):
+        while not (found := look()) and (left := deadline - time.monotonic()) > 0:
             waiter = _Waiter()
             self._waiters.append(waiter)          # before another look: what changes after that is heard
             try:
-                if not look() and not waiter.lock.acquire(timeout=bounded(deadline - time.monotonic())):
-                    return look()
+                if not look():
+                    waiter.lock.acquire(timeout=min(left, 1.0))
             finally:
                 with contextlib.suppress(ValueError, IndexError):      # it was woken; another thread changes them just now
                     self._waiters.remove(waiter)
@@ -3394,6 +3396,10 @@ class Threads:
         self._count = 0                # threads
 
     def run(self, job, *args):
+        with undisturbed():
+            self._run(job, args)
+
+    def _run(self, job, args):
         with self._lock:
             self._idle -= 1
             if self._idle >= 0:
@@ -3402,8 +3408,7 @@ class Threads:
             self._idle += 1
             self._count += 1
         try:
-            with undisturbed():
-                threading.Thread(target=self._work, args=(job, args), name=JOB_THREAD, daemon=True).start()
+            threading.Thread(target=self._work, args=(job, args), name=JOB_THREAD, daemon=True).start()
         except RuntimeError as error:  # the interpreter is ending
             with self._lock:
                 self._count -= 1
@@ -4447,6 +4452,7 @@ class ServerLink:
         self.again = 0                            # calls that start again since it was lost or ended
         self.broken = None                        # why our libraries cannot be built there
         self.lost_at = None                       # when it could not be reached, or ended
+        self.why_lost = ""                        # why it could not be reached
         self.failures = 0                         # slots in a row that could not be opened
         self.retry_at = 0.0                       # no slot is opened before
         self.heard = time.monotonic()
@@ -4460,6 +4466,7 @@ class ServerLink:
             connection = await dial(self.address, CONTROL, self.engine.secret, self.engine.dialing)
         except Exception as error:                # whatever dialing raises, a host's name that is none included
             log.warning("server %s cannot be reached: %s", self.name, reason(error))
+            self.why_lost = reason(error)
             self.engine.pool.link_lost(self)
             return
         self.connection, self.key, self.how = connection, connection.key, connection.how
@@ -5065,6 +5072,12 @@ class Pool:
 
     # -- servers that are gone
 
+    def advice(self):
+        """What to do where no server has a slot."""
+        refused = [(link.name, link.why_lost) for link in self.links.values() if link.why_lost]
+        return "; ".join(f"server {name} cannot be reached: {why}" for name, why in refused) or (
+            "start one with: python -m clupy serve")
+
     def link_lost(self, link):
         """The control connection could not be made, or ended, and with it, soon, every slot there."""
         link.lost_at = time.monotonic()
@@ -5240,8 +5253,8 @@ class MasterSide:
     def _say_unserved(self):
         calls = self._engine.backlog.queued
         if self.link.leads:
-            log.warning("calls wait (%s): the master at %s has no server with a slot for them; start one with: "
-                        "python -m clupy serve", calls, self.link.connection.peer)
+            log.warning("calls wait (%s): the master at %s has no server with a slot for them; %s", calls,
+                        self.link.connection.peer, self._engine.pool.advice())
         else:
             log.warning("calls wait (%s), for %g s at most: %s", calls, self._engine.settings.patience, self.unreachable())
 
@@ -5305,7 +5318,7 @@ class MasterSide:
                     await asyncio.sleep(GATHER_TIME)
         except TimeoutError:
             raise self.unreachable() if self.masterless(time.monotonic()) else ClupyError(
-                f"no server has a slot for {self._engine.settings.patience:g} s; start one with: python -m clupy serve") from None
+                f"no server has a slot for {self._engine.settings.patience:g} s; {self._engine.pool.advice()}") from None
         finally:
             self._surveys -= 1
 
@@ -6370,21 +6383,23 @@ class _Map:
     def take_outcome(self, chunk, call):
         """In whatever thread, which must not wait."""
         self._outcomes.append((chunk, call))
-        if self.digesting.acquire(blocking=False):
-            threads.run(self._digest)
+        with undisturbed():
+            if self.digesting.acquire(blocking=False):
+                threads.run(self._digest)
 
     def _digest(self):
         """See to all that is over; if more comes when this thread has just done that, another call of this will, or this one."""
         while True:
-            while self._outcomes:
-                chunk, call = self._outcomes.popleft()
-                threading.current_thread().clupy_call = call._outer            # what it calls belongs to who made this call
-                self._over(chunk, call)
-            self._send()
-            if self._outcomes:
-                continue
-            self.digesting.release()
-            self.changed.ring()
+            try:
+                while self._outcomes:
+                    chunk, call = self._outcomes.popleft()
+                    threading.current_thread().clupy_call = call._outer        # what it calls belongs to who made this call
+                    self._over(chunk, call)
+                    if not self._outcomes:
+                        self._send()
+            finally:
+                self.digesting.release()
+                self.changed.ring()
             if not self._outcomes or not self.digesting.acquire(blocking=False):
                 return
 

@@ -204,7 +204,9 @@ class Listener:
     async def _welcome(self, sock, peer):
         """Serve one connection, from its preamble on."""
         if len(self._half_open) >= self._settings.max_half_open:
-            self._half_open.pop(next(iter(self._half_open))).reschedule(0)
+            oldest = self._half_open.pop(next(iter(self._half_open)))
+            with contextlib.suppress(RuntimeError):            # its time is over just now
+                oldest.reschedule(0)
         try:
             async with asyncio.timeout(HANDSHAKE_TIME) as self._half_open[sock]:
                 theirs = await read_exactly(sock, PREAMBLE_SIZE)

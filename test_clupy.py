@@ -2610,6 +2610,17 @@ def test_encryption_by_keys_is_refused_where_python_has_none(certificates, monke
     assert clupy.read_settings("client", encryption=False).encryption == "off"
 
 
+@pytest.mark.skipif(not clupy.has_keys(), reason="TLS by keys is from Python 3.13 on")
+def test_why_a_server_refuses_is_said_where_calls_wait_for_it(tmp_path):
+    """The master takes both; the server and the client do not fit."""
+    with Cluster(tmp_path, servers=0) as cluster:
+        cluster.add_server("--encryption", "on")
+        until(lambda: len(cluster.status()["servers"]) == 1)
+        clupy.connect(cluster.address, patience=3, encryption="off")
+        with pytest.raises(clupy.ClupyError, match="cannot be reached: its encryption is on, and that of this process off"):
+            clupy.everywhere(abs, 1)
+
+
 def test_nobody_between_talks_two_ends_out_of_encryption(cluster, monkeypatch):
     """He changes what one end wants, or what the other agrees to; each is part of what both prove."""
     monkeypatch.setattr(clupy, "has_keys", lambda: True)
@@ -6020,7 +6031,11 @@ def test_a_call_runs_the_modules_as_the_program_has_them_now(tmp_path, request, 
         importlib.reload(model)
         assert call(both)[:2] == (2, 2) and call(model.f) == 2
         assert all(future.result(30) in (1, 2) for future in running) and running[0].result() == 1
-        pids = {call(both)[2] for _ in range(5)}
+        def pid():
+            time.sleep(0.2)
+            return both()[2]
+        pids = set()
+        while len(pids) < 2: pids |= {future.result(30) for future in [clupy.parallel(pid)() for _ in range(2)]}
         importlib.reload(model)                        # nothing changed: nobody is renewed
         assert call(both)[2] in pids and one[2] not in pids
         write("model", "def f(): return 3\\n")
