@@ -134,7 +134,7 @@ class Dask:
 class Ray:
     title = "Ray"
     script = (f"import ray; ray.init(num_cpus={WORKERS}, include_dashboard=False, log_to_driver=False); "
-              "print(ray.get(ray.remote(abs).remote(-1)), flush=True)")
+              "print(ray.get(ray.remote(lambda: 1).remote()), flush=True)")        # it takes no builtin
 
     def __init__(self):
         import ray
