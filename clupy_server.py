@@ -733,7 +733,7 @@ class Worker:
         self.requests = {}                         # {request: queue for its answer}
         self.idle = False                          # whether the main thread has nothing to do
         self._reading = threading.Lock()           # held by the thread that reads
-        self._bell = Bell()                        # what the reader thread waits for
+        self._bell = Doorbell()                    # what the reader thread waits for
         self._dozing = False                       # whether it waits without end
         self._writing = threading.Lock()
         self._lanes = clupy.Lanes()
@@ -983,7 +983,7 @@ def follow_threads(worker):
     threading.Thread.start, concurrent.futures.ThreadPoolExecutor.submit = start_for_call, submit_for_call
 
 
-class Bell:
+class Doorbell:
     """What one thread waits for; rung before it waits, it is heard once."""
 
     def __init__(self):

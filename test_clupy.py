@@ -2717,6 +2717,27 @@ def test_who_has_no_key_has_no_tls(certificates, side):
             assert [done.exception(PATIENCE) is None for done in both] == [ours, ours]
 
 
+def test_a_half_open_connection_whose_time_is_over_just_now_gives_way_too():
+    """Its Timeout cannot be moved any more; who comes then is served all the same."""
+    class Expiring:
+        def reschedule(self, when):
+            raise RuntimeError("Cannot change state of expiring Timeout")
+    clupy.connect(slots=1)
+    listener = clupy._engine.embedded[0]._listener
+    listener._settings.max_half_open = 1
+    listener._half_open["who came first"] = Expiring()
+    with socket.create_connection(listener.address, timeout=PATIENCE) as sock:
+        sock.sendall(clupy.preamble(clupy.TO_MASTER))
+        assert sock.recv(8) == clupy.preamble(clupy.TO_MASTER)
+
+
+def test_who_waits_for_a_bell_looks_again_by_himself():
+    """Where an interrupt kept a ring from him."""
+    seen = []
+    threading.Timer(0.1, seen.append, [True]).start()
+    assert clupy.Bell().until(lambda: seen, PATIENCE) == [True]
+
+
 def test_half_open_connections_are_few_and_the_oldest_give_way(tmp_path):
     """Who connects and says nothing keeps nobody out."""
     host = "127.0.0.1"
